@@ -1,0 +1,55 @@
+# Everything here works on a machine that has only Python >= 3.10, pip and make.
+#
+#   make demo            the main job on a real clip (ARGS="--video my.mp4" to say more)
+#   make test            the tests (ARGS="tests/laws -k zero" to say less)
+#   make lint            ruff and mypy
+#
+# A torch >= 2.11 that PYTHON can already import is kept. Otherwise TORCH is installed before anything else can ask for
+# torch and be given a build with several GB of CUDA libraries. It is what `pip install` is told, so it takes options too:
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+
+VENV := .venv
+RUN  := $(VENV)/bin/python
+
+# One process per core and one thread per process: the models of the tests are small.
+TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+
+# Prints the folder from which PYTHON imports a torch that is new enough, or nothing.
+define FIND_TORCH
+import importlib.metadata as metadata
+try: torch = metadata.distribution("torch")
+except metadata.PackageNotFoundError: raise SystemExit
+if tuple(map(int, torch.version.split(".")[:2])) >= (2, 11): print(torch.locate_file(""))
+endef
+export FIND_TORCH
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/tldr run $(ARGS)
+
+test: $(VENV)/.test
+	$(TEST_ENV) $(RUN) -m pytest -n auto $(or $(ARGS),tests)
+
+lint: $(VENV)/.dev
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+$(VENV)/.torch: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is older than Python 3.10; name another one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "$$FIND_TORCH" > $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_python.pth
+	$(RUN) -c "import torch" 2> /dev/null || $(RUN) -m pip install $(TORCH)
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch
+	$(RUN) -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tldr.png

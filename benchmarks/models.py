@@ -1,0 +1,70 @@
+"""Full-size models with random weights, their inputs, and the schedule each is measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as T
+from torch import Tensor, nn
+
+from benchmarks.umt import UMT, UMTConfig
+
+# About what the paper takes off in its first blocks, as fractions.
+FRACTIONS = (0.25, 0.12, 0.06)
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`build()` makes the model; one clip is `[clip_batch, *shape]` (`clip_batch` frames for an image model)."""
+
+    title: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    schedule: tuple[int | float, ...] = FRACTIONS
+    clip_batch: int = 1
+
+    def build(self) -> nn.Module:
+        """The model in eval mode; the same weights at every call."""
+        torch.manual_seed(0)
+        return self.make().eval()
+
+    def inputs(self, clips: int = 1) -> tuple[Tensor, ...]:
+        """Random pixels of `clips` clips; the same at every call."""
+        return (torch.randn(clips * self.clip_batch, *self.shape, generator=torch.Generator().manual_seed(1)),)
+
+
+def _videomae(**sizes: Any) -> nn.Module:
+    return T.VideoMAEForVideoClassification(T.VideoMAEConfig(num_labels=400, **sizes))
+
+
+MODELS = {
+    "umt-b": Spec("UMT-B", lambda: UMT(UMTConfig(classes=400)), (3, 12, 224, 224), (600, 200, 100)),
+    "umt-l": Spec(
+        "UMT-L", lambda: UMT(UMTConfig(dim=1024, depth=24, heads=16, classes=400)), (3, 12, 224, 224), (550, 400)
+    ),
+    "videomae-b": Spec("VideoMAE-B", _videomae, (16, 3, 224, 224)),
+    "videomae-l": Spec("VideoMAE-L", lambda: _videomae(**LARGE), (16, 3, 224, 224)),
+    "vivit-b": Spec("ViViT-B", lambda: T.VivitForVideoClassification(T.VivitConfig()), (32, 3, 224, 224)),
+    "clip-b": Spec(
+        "CLIP-B/16, per frame",
+        lambda: T.CLIPVisionModelWithProjection(T.CLIPVisionConfig(patch_size=16)),
+        (3, 224, 224),
+        clip_batch=16,
+    ),
+    "vjepa2-l": Spec(
+        "V-JEPA 2 ViT-L",
+        lambda: T.VJEPA2ForVideoClassification(T.VJEPA2Config(frames_per_clip=16, num_labels=174)),
+        (16, 3, 256, 256),
+    ),
+    # Its sites alternate between time, which is never merged, and space.
+    "timesformer-b": Spec(
+        "TimeSformer-B",
+        lambda: T.TimesformerForVideoClassification(T.TimesformerConfig(num_labels=400)),
+        (8, 3, 224, 224),
+        tuple(entry for fraction in FRACTIONS for entry in (0, fraction)),
+    ),
+}

@@ -1,0 +1,77 @@
+"""Graph -> facts and graph -> graph: token merging as a compiler pass over FX graphs of functional ATen.
+
+    captured = passes.from_export(torch.export.export(model, args))
+    merged = passes.merge(captured, policy, operators)
+
+`policy` has the options as attributes, `operators` the functions to insert: `tldr_compile.TokenMerging` and `tldr_compile.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+from torch import fx
+
+from passes.attention import fuse
+from passes.canonicalize import Captured, from_dynamo, from_export
+from passes.plan import Entry, Plan, make_plan
+from passes.rewrite import Policy, rewrite
+from passes.sites import sites
+from passes.typing import infer
+
+__all__ = ["Captured", "Merged", "Options", "Plan", "from_dynamo", "from_export", "merge", "plan"]
+
+
+class Options(Policy, Protocol):
+    """What `merge` reads of a configuration."""
+
+    @property
+    def entries(self) -> Entry | Sequence[Entry]: ...
+    @property
+    def is_default_schedule(self) -> bool: ...
+
+    protect: str | int
+    clip: str | tuple[str, ...]
+    outputs: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A rewritten graph and the plan it was made from; `groupings` names each resolution's nodes by field."""
+
+    graph: fx.GraphModule
+    plan: Plan
+    groupings: dict[int, dict[str, fx.Node]]
+
+
+def plan(captured: Captured, options: Options) -> Plan:
+    """Find, type and plan, without rewriting. Raises as `merge` does."""
+    fused, attentions, misses = fuse(captured)
+    typed = infer(fused, options.clip)
+    found = sites(typed, attentions, options.protect if isinstance(options.protect, int) else None)
+    return make_plan(
+        typed,
+        found,
+        misses,
+        options.entries,
+        default=options.is_default_schedule,
+        merged_outputs=options.outputs == "merged",
+    )
+
+
+def merge(captured: Captured, options: Options, operators: ModuleType) -> Merged:
+    """The whole pass. With nothing to merge the captured graph itself is handed on.
+
+    Raises:
+        NothingToMerge: a positive schedule and no site that can merge.
+        ScheduleError: a schedule that cannot be bound to the sites.
+        OptionError: `clip` names no input.
+    """
+    planned = plan(captured, options)
+    if not planned.merges:
+        return Merged(captured.graph, planned, {})
+    new = rewrite(planned, operators, options)
+    return Merged(new.graph, planned, new.groupings)

@@ -1,0 +1,274 @@
+"""Find attention, fused or spelled out, and spell all of it one way.
+
+    product -> scale -> mask -> softmax -> dropout -> product          scaled_dot_product_attention
+      q  k      s        m                   p          v       ->            q k v m s p
+
+One description with alternatives, walked up and down from the softmax. What does not fit is a near miss with its reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from dataclasses import replace as replaced
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.canonicalize import Captured
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+
+_SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+_PRODUCT = frozenset({aten.matmul.default, aten.bmm.default})
+_THROUGH = frozenset({aten.clone.default, aten._to_copy.default, aten.contiguous.default, aten.alias.default})
+_TRANSPOSE = frozenset({aten.transpose.int, aten.permute.default, aten.mT.default})
+# A finite fill this low leaves exactly nothing after the exponential, in every dtype that has it.
+_NOTHING = -1e4
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a graph.
+
+    `q [..., H, N, d]`, `k [..., H, M, d]`, `v [..., H, M, e]` as they enter the products; `masks` are additive, or boolean with
+    True where a key is kept; `scale` None is 1 / sqrt(d). `probabilities` is the softmax of a spelled-out attention that
+    something else reads too, so that it must stay.
+    """
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    masks: tuple[fx.Node, ...] = ()
+    scale: float | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    grouped: bool = False
+    probabilities: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What was met on the way up from a softmax."""
+
+    scale: float = 1.0
+    masks: tuple[fx.Node, ...] = ()
+    fills: tuple[tuple[fx.Node, float], ...] = ()
+    q: fx.Node | None = None
+    keys: fx.Node | None = None  # [..., d, M]
+
+
+@dataclass
+class _Search:
+    found: list[_Match] = field(default_factory=list)
+    misses: list[tuple[fx.Node, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Match:
+    softmax: fx.Node
+    output: fx.Node
+    scores: _Scores
+    dropout: float
+    escapes: bool
+
+
+def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tuple[fx.Node, str], ...]]:
+    """A copy in which every attention is one operator, with all attentions in execution order and the near misses.
+
+    A spelled-out attention whose probabilities something else reads stays, and is found where it stands.
+    """
+    graph = copy.deepcopy(captured.graph.graph)
+    module = fx.GraphModule(captured.graph, graph)
+    module.meta.update(captured.graph.meta)
+    for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
+        graph.erase_node(node)  # facts of the capture, which hold; they would keep what is fused alive
+    search = _search(graph)
+    for match in search.found:
+        if not match.escapes:
+            _replace(graph, match)
+    graph.eliminate_dead_code()
+    kept = {match.output: match for match in search.found if match.escapes}
+    attentions = tuple(_attentions(graph, kept))
+    module.recompile()
+    return replaced(captured, graph=module), attentions, tuple(search.misses)
+
+
+def _attentions(graph: fx.Graph, kept: dict[fx.Node, _Match]) -> Iterator[Attention]:
+    for node in graph.nodes:
+        if node.target is SDPA:
+            given = named_arguments(node)
+            mask = given.get("attn_mask")
+            yield Attention(
+                node,
+                given["query"],
+                given["key"],
+                given["value"],
+                (mask,) if isinstance(mask, fx.Node) else (),
+                given.get("scale"),
+                given.get("dropout_p", 0.0),
+                given.get("is_causal", False),
+                given.get("enable_gqa", False),
+            )
+        elif node in kept:
+            match = kept[node]
+            with graph.inserting_before(node):
+                key = _untransposed(graph, match.scores.keys)
+                masks = tuple(_masks(graph, match.scores))
+            assert match.scores.q is not None
+            yield Attention(
+                node, match.scores.q, key, node.args[1], masks, match.scores.scale, match.dropout, probabilities=match.softmax
+            )
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by the names of its schema."""
+    names = (each.name for each in node.target._schema.arguments)  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _search(graph: fx.Graph) -> _Search:
+    search = _Search()
+    for softmax in graph.nodes:
+        if softmax.target not in _SOFTMAX:
+            continue
+        rank = softmax.meta["val"].ndim
+        if rank < 3 or softmax.args[1] % rank != rank - 1:
+            search.misses.append((softmax, "the softmax does not run over the last of at least three dimensions"))
+            continue
+        scores = _up(softmax.args[0], _Scores())
+        if isinstance(scores, str):
+            search.misses.append((softmax, scores))
+            continue
+        down = _down(softmax)
+        if isinstance(down, str):
+            search.misses.append((softmax, down))
+            continue
+        output, dropout, escapes = down
+        search.found.append(_Match(softmax, output, scores, dropout, escapes))
+    return search
+
+
+def _up(node: Any, met: _Scores) -> _Scores | str:
+    """From the softmax's argument up to the product of queries and keys; or why it is not there."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return "the scores do not come from a product of queries and keys"
+    if node.target in _THROUGH:
+        return _up(node.args[0], met)
+    if node.target in _PRODUCT:
+        return replaced(met, q=node.args[0], keys=node.args[1])
+    if node.target is aten.baddbmm.default:
+        given = named_arguments(node)
+        mask, beta, alpha = given["self"], given.get("beta", 1), given.get("alpha", 1)
+        masks = () if beta == 0 else (mask,)
+        if beta not in (0, 1):
+            return f"baddbmm ({node.name}) scales its mask"
+        return replaced(met, q=given["batch1"], keys=given["batch2"], scale=met.scale * alpha, masks=met.masks + masks)
+    factor = _scalar_factor(node)
+    if factor is not None:
+        return _up(node.args[0], replaced(met, scale=met.scale * factor))
+    if node.target is aten.add.Tensor and not node.kwargs and met.scale == 1.0:
+        return _up_either(node, met)
+    if node.target is aten.masked_fill.Scalar and met.scale == 1.0 and _is_nothing(node.args[2]):
+        return _up(node.args[0], replaced(met, fills=(*met.fills, (node.args[1], node.args[2]))))
+    return f"{node.target} ({node.name}) stands between the product and the softmax"
+
+
+def _up_either(node: fx.Node, met: _Scores) -> _Scores | str:
+    """An addition: one side leads to the product, the other is the mask."""
+    reason = f"{node.target} ({node.name}) adds no mask to a product of queries and keys"
+    for side, other in ((0, 1), (1, 0)):
+        mask = node.args[other]
+        if isinstance(mask, fx.Node):
+            above = _up(node.args[side], replaced(met, masks=(*met.masks, mask)))
+            if not isinstance(above, str):
+                return above
+            reason = above
+    return reason
+
+
+def _scalar_factor(node: fx.Node) -> float | None:
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(node.args[1], (int, float)):
+        return float(node.args[1])
+    if node.target in (aten.div.Tensor, aten.div.Scalar) and isinstance(node.args[1], (int, float)):
+        return 1.0 / float(node.args[1])
+    return None
+
+
+def _is_nothing(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value <= _NOTHING
+
+
+def _down(softmax: fx.Node) -> tuple[fx.Node, float, bool] | str:
+    """From the softmax down to the product with the values: (the product, dropout, does something else read on the way)."""
+    node, dropout, escapes = softmax, 0.0, False
+    while True:
+        readers = list(node.users)
+        onward = [user for user in readers if user.target in (*_THROUGH, *_PRODUCT, aten.dropout.default)]
+        products = [user for user in onward if user.target in _PRODUCT and user.args[0] is node]
+        escapes = escapes or len(readers) > 1
+        if products:
+            return products[0], dropout, escapes
+        if len(onward) != 1 or onward[0].target in _PRODUCT:
+            names = ", ".join(str(user.target) for user in readers) or "nothing"
+            return f"the probabilities ({node.name}) are not multiplied with values but read by {names}"
+        node = onward[0]
+        if node.target is aten.dropout.default and node.args[2]:
+            dropout = float(node.args[1])
+
+
+def _replace(graph: fx.Graph, match: _Match) -> None:
+    output, scores = match.output, match.scores
+    with graph.inserting_before(output):
+        key = _untransposed(graph, scores.keys)
+        mask = None
+        for each in _masks(graph, scores):
+            mask = each if mask is None else insert(graph, aten.add.Tensor, mask, each)
+        query = scores.q
+        assert query is not None
+        if mask is not None and mask.meta["val"].dtype != query.meta["val"].dtype:
+            mask = insert(graph, aten._to_copy.default, mask, dtype=query.meta["val"].dtype)
+        fused = graph.call_function(
+            SDPA, (query, key, output.args[1], mask, match.dropout), {"scale": scores.scale}
+        )
+    fused.meta.update(output.meta)
+    output.replace_all_uses_with(fused)
+    fused.name = f"attention_{output.name}" if not output.name.startswith("attention") else output.name
+
+
+def _masks(graph: fx.Graph, scores: _Scores) -> Iterator[fx.Node]:
+    yield from scores.masks
+    for where, value in scores.fills:
+        zeros = insert(graph, aten.zeros_like.default, where, dtype=scores.q.meta["val"].dtype)  # type: ignore[union-attr]
+        yield insert(graph, aten.masked_fill.Scalar, zeros, where, value)
+
+
+def _untransposed(graph: fx.Graph, keys: fx.Node | None) -> fx.Node:
+    """Keys `[..., M, d]` of `[..., d, M]`: what was transposed, or a transpose of it."""
+    assert keys is not None
+    rank = keys.meta["val"].ndim
+    if keys.target in _TRANSPOSE and _swaps_last(keys, rank):
+        return keys.args[0]  # type: ignore[return-value]
+    return insert(graph, aten.transpose.int, keys, -2, -1)
+
+
+def _swaps_last(node: fx.Node, rank: int) -> bool:
+    if node.target is aten.mT.default:
+        return True
+    if node.target is aten.transpose.int:
+        return {node.args[1] % rank, node.args[2] % rank} == {rank - 2, rank - 1}  # type: ignore[operator]
+    return [d % rank for d in node.args[1]] == [*range(rank - 2), rank - 1, rank - 2]  # type: ignore[union-attr,operator]
+
+
+def insert(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call at the graph's insertion point, with its traced value."""
+    node = graph.call_function(target, args, kwargs)
+    values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    fake = next(n.meta["val"] for n in node.all_input_nodes).fake_mode
+    with fake, torch.no_grad():
+        node.meta["val"] = target(*values, **keywords)
+    return node

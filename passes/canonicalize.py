@@ -1,0 +1,382 @@
+"""Any traced module -> the one dialect: a flat graph of functional pre-dispatch ATen.
+
+Both roads, Dynamo's graph and an exported program, are retraced by the same function under the fake mode they were
+traced with, so the same model gives the same operators on either road: `scaled_dot_product_attention`, `linear`,
+`layer_norm`, `matmul`, `softmax.int` and every other functional composite stay whole, views and in-place operators
+are resolved by functionalization, dropout becomes what it does in the model's mode.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import ChainedSource, Source, TracingContext, detect_fake_mode
+from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.export import ExportedProgram
+from torch.export.exported_program import (
+    _override_composite_implicit_decomp,
+    _split_decomp_table_to_cia_and_python_decomp,
+)
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts, ShapeEnv
+from torch.utils.checkpoint import CheckpointPolicy
+
+from passes.errors import CaptureError
+
+Path = tuple[str | int, ...]
+
+# Their bodies are traced in place, with the mode that they stand for.
+_ENTERED = frozenset({tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled})
+_CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
+_MUTATION_KINDS = frozenset({OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION})
+# What Dynamo leaves on its graph module for AOTAutograd and Inductor: without it they forget which inputs are static.
+_DYNAMO_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id", "compile_subgraph_reason")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as one flat graph.
+
+    `graph` has the tracer's placeholders, one to one and in order, and one output tuple; every node has `meta["val"]`.
+    Its first `len(mutated)` outputs are the values to write back to the placeholders named in `mutated`; the
+    rest are the tracer's own outputs. `constants` names the placeholders that hold parameters, buffers or other
+    attributes of a module (`get_attr` nodes are constants too); `names` gives the other placeholders' names as the
+    user wrote them.
+    """
+
+    graph: fx.GraphModule
+    constants: frozenset[str]
+    names: Mapping[str, str]
+    mutated: tuple[str, ...] = ()
+
+
+def from_export(program: ExportedProgram) -> Captured:
+    """The one dialect of an exported program. Raises `CaptureError` for what has no place in it."""
+    signature = program.graph_signature
+    _refuse_script_objects(program)
+    placeholders = program.graph.find_nodes(op="placeholder")
+    values = [node.meta["val"] for node in placeholders]
+    mode = detect_fake_mode(values) or FakeTensorMode(shape_env=ShapeEnv())
+    already = tuple(
+        spec.target for spec in signature.output_specs if spec.kind in _MUTATION_KINDS and spec.target is not None
+    )
+    graph, mutated = _retrace(program.graph_module, values, mode)
+    by_target = {spec.target: spec.arg.name for spec in signature.input_specs if spec.target is not None}
+    kinds = {spec.arg.name: spec.kind for spec in signature.input_specs}
+    return Captured(
+        graph=graph,
+        constants=frozenset(name for name, kind in kinds.items() if kind in _CONSTANT_KINDS),
+        names=_shortest_names(_export_paths(program)),
+        mutated=mutated + tuple(by_target.get(target, target) for target in already),
+    )
+
+
+def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    """The one dialect of the graph that a Dynamo backend is called with, traced under the ambient grad mode.
+
+    Raises `CaptureError` for what has no place in it.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    context = TracingContext.try_get()
+    mode = (context and context.fake_mode) or detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv())
+    values = [_fake(value, node, mode) for node, value in zip(placeholders, example_inputs, strict=True)]
+    graph, mutated = _retrace(gm, values, mode)
+    sources = {node.name: getattr(node, "_dynamo_source", None) for node in placeholders}
+    constants = frozenset(name for name, source in sources.items() if source is not None and _is_of_module(source))
+    paths = {
+        node.name: _source_path(sources[node.name], node.name)
+        for node, value in zip(placeholders, values)
+        if node.name not in constants and isinstance(value, torch.Tensor)
+    }
+    return Captured(graph=graph, constants=constants, names=_shortest_names(paths), mutated=mutated)
+
+
+def inherit(new: fx.GraphModule, old: fx.GraphModule) -> fx.GraphModule:
+    """Give `new` the identity of `old`: its placeholders' names, metadata and sources, and what a tracer left on it.
+
+    The placeholders of both correspond one to one. `meta["val"]` stays the new graph's own. Returns `new`.
+    """
+    for ours, theirs in zip(_placeholders(new), _placeholders(old), strict=True):
+        ours.meta = {**theirs.meta, **{key: ours.meta[key] for key in ("val",) if key in ours.meta}}
+        if ours.name != theirs.name:
+            ours._rename(theirs.name)
+        ours.target = theirs.target
+        if hasattr(theirs, "_dynamo_source"):
+            ours._dynamo_source = theirs._dynamo_source
+    # A graph module registers every tensor constant as a buffer, and AOTAutograd wants a source for every buffer.
+    for name in dict(new.named_buffers()).keys() - dict(old.named_buffers()).keys():
+        _set_attribute(new, name, _pop_buffer(new, name))
+    new.meta = {**old.meta}
+    for name in _DYNAMO_ATTRIBUTES:
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    new.recompile()
+    return new
+
+
+def with_writes(graph: fx.GraphModule, mutated: Sequence[str]) -> fx.GraphModule:
+    """`graph` with its first `len(mutated)` outputs turned into writes to the placeholders of those names.
+
+    The result has the calling convention of the tracer's own graph. `graph` itself where there is nothing to write.
+    """
+    if not mutated:
+        return graph
+    result = inherit(fx.GraphModule(graph, _copy(graph.graph)), graph)
+    output = result.graph.output_node()
+    values = list(output.args[0])  # type: ignore[arg-type]
+    placeholders = {node.name: node for node in _placeholders(result)}
+    with result.graph.inserting_before(output):
+        for name, value in zip(mutated, values):
+            target = placeholders[name]
+            if target.meta["val"].requires_grad:  # a leaf cannot be written in place under autograd
+                target = result.graph.call_function(torch.ops.aten.detach.default, (target,))
+            result.graph.call_function(torch.ops.aten.copy_.default, (target, value))
+    output.args = (tuple(values[len(mutated) :]),)
+    result.recompile()
+    return result
+
+
+class _Retracer(PropagateUnbackedSymInts):
+    """Runs a graph whose tensor attributes are arguments (an attribute is a real tensor, all others are fake)."""
+
+    def __init__(self, gm: fx.GraphModule, attributes: Mapping[str, Any]) -> None:
+        super().__init__(gm)
+        self._attributes = attributes
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is not tag_activation_checkpoint:
+            return super().call_function(target, args, kwargs)
+        body, *operands = args
+        _, rest = tag_activation_checkpoint.divide_kwargs(kwargs)
+        for node in body.graph.nodes:  # the tag by which the partitioner knows what to compute again in backward
+            node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=id(body))
+        return _Retracer(body, {}).run(*operands, *rest.values())
+
+
+def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """`gm` on `values` in the one dialect, and the names of the placeholders it writes to."""
+    _refuse_higher_order(gm)
+    attributes = _tensor_attributes(gm)
+    fakes = [mode.from_tensor(value, static_shapes=True) for value in attributes.values()]
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        inputs, lifted = args[: len(values)], args[len(values) :]
+        outputs = _Retracer(gm, dict(zip(attributes, lifted))).run(*inputs)
+        # Under functionalization an input that was written to now holds its new value.
+        return (*args, *_flat(outputs))
+
+    whole, _ = _split_decomp_table_to_cia_and_python_decomp({})
+    functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True))
+    with (
+        mode,
+        _override_composite_implicit_decomp(whole),
+        enable_python_dispatcher(),
+        fx.traceback.preserve_node_meta(),
+    ):
+        graph = make_fx(functional, pre_dispatch=True)(*values, *fakes)
+    written = _split_outputs(graph, len(values) + len(attributes))
+    _restore_attributes(graph, attributes, written)
+    inherit(graph, gm)
+    return graph, tuple(node.name for node in written)
+
+
+def _split_outputs(graph: fx.GraphModule, count: int) -> list[fx.Node]:
+    """Keep, of the first `count` outputs (every input's last value), those of inputs that were written to."""
+    output = graph.graph.output_node()
+    values: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+    inputs = _placeholders(graph)
+    written = [
+        (node, value)
+        for node, value in zip(inputs, values[:count], strict=True)
+        if node is not value and isinstance(node.meta.get("val"), torch.Tensor)
+    ]
+    for node, value in written:
+        if node.meta["val"].shape != value.meta["val"].shape:
+            raise CaptureError(f"{_where(node)} is resized in place, which a merged graph cannot express")
+    output.args = (tuple(value for _, value in written) + tuple(values[count:]),)
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    return [node for node, _ in written]
+
+
+def _restore_attributes(graph: fx.GraphModule, attributes: Mapping[str, Any], written: Sequence[fx.Node]) -> None:
+    placeholders = _placeholders(graph)
+    for node, (target, value) in zip(placeholders[len(placeholders) - len(attributes) :], attributes.items()):
+        if node in written:
+            raise CaptureError(f"the module's attribute {target!r} is written to; make it a buffer")
+        _set_attribute(graph, target, value)
+        with graph.graph.inserting_before(node):
+            attribute = graph.graph.get_attr(target)
+        attribute.meta = node.meta
+        node.replace_all_uses_with(attribute)
+        graph.graph.erase_node(node)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    old_output = graph.output_node()
+    new.output(new.graph_copy(graph, {}))
+    new.output_node().meta = dict(old_output.meta)
+    return new
+
+
+def _refuse_higher_order(gm: fx.GraphModule) -> None:
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target not in _ENTERED:
+            raise CaptureError(
+                f"{_where(node)} is the higher-order operator {node.target.name()!r}, which tldr-compile does not enter; "
+                "call the model without it, or keep that part out of the graph with torch.compiler.disable"
+            )
+
+
+def _refuse_script_objects(program: ExportedProgram) -> None:
+    for spec in program.graph_signature.input_specs:
+        if spec.kind in (InputKind.CUSTOM_OBJ, InputKind.TOKEN):
+            raise CaptureError(f"the exported program's input {spec.arg.name!r} is a {spec.kind.name}, not a tensor")
+
+
+def _fake(value: Any, node: fx.Node, mode: FakeTensorMode) -> Any:
+    """`value` as AOTAutograd makes it fake, so that its symbols are the ones that Dynamo guards on."""
+    if not isinstance(value, torch.Tensor) or (isinstance(value, FakeTensor) and value.fake_mode is mode):
+        return value
+    context = TracingContext.try_get()
+    return mode.from_tensor(
+        value,
+        symbolic_context=context.tensor_to_context.get(value) if context else None,
+        source=getattr(node, "_dynamo_source", None),
+    )
+
+
+def _is_of_module(source: Source) -> bool:
+    """Whether a value was reached through an `nn.Module`: it is a parameter, a buffer or another attribute."""
+    return any(
+        part.guard_source.is_unspecialized_nn_module()
+        or part.guard_source.is_specialized_nn_module()
+        or part.guard_source.is_fsdp_module()
+        for part in _chain(source)
+    )
+
+
+def _chain(source: Source) -> Iterator[Source]:
+    """A source and what it was reached through, the root last."""
+    yield source
+    if isinstance(source, ChainedSource):
+        yield from _chain(source.base)
+
+
+def _source_path(source: Source | None, default: str) -> Path:
+    """`L['batch']['video'][0]` -> `("batch", "video", 0)`."""
+    if source is None:
+        return (default,)
+    path: list[str | int] = []
+    for part in _chain(source):
+        for attribute in ("index", "member", "local_name", "global_name"):
+            key = getattr(part, attribute, None)
+            if isinstance(key, (str, int)):
+                path.append(key)
+                break
+    return tuple(reversed(path)) or (default,)
+
+
+def _export_paths(program: ExportedProgram) -> dict[str, Path]:
+    """The user's path to every user input of an exported program, by placeholder name."""
+    entry = program.module_call_graph[0].signature
+    in_spec = program.call_spec.in_spec
+    if entry is None or in_spec is None:
+        raise CaptureError("the exported program does not know its own call signature")
+    leaves = torch.utils._pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
+    keyed, _ = torch.utils._pytree.tree_flatten_with_path(leaves)
+    argument_names = entry.forward_arg_names or ()
+    positional = len(leaves[0])
+    paths: dict[str, Path] = {}
+    users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    for name, (keys, _leaf) in zip(users, keyed, strict=True):
+        which, first, *rest = (_key(key) for key in keys)
+        if which == 0 and isinstance(first, int) and first < min(positional, len(argument_names)):
+            first = argument_names[first]
+        paths[name] = (first, *rest)
+    return paths
+
+
+def _key(key: Any) -> str | int:
+    for attribute in ("idx", "key", "name"):
+        value = getattr(key, attribute, None)
+        if isinstance(value, (str, int)):
+            return value
+    return str(key)
+
+
+def _shortest_names(paths: Mapping[str, Path]) -> dict[str, str]:
+    """`("batch", "video", 0)` -> `"video[0]"`: from the last word on; the whole path where that is not unique."""
+    short = {name: _spell(_from_last_word(path)) for name, path in paths.items()}
+    count = collections.Counter(short.values())
+    return {name: short[name] if count[short[name]] == 1 else _spell(path) for name, path in paths.items()}
+
+
+def _from_last_word(path: Path) -> Path:
+    last = max((index for index, key in enumerate(path) if isinstance(key, str)), default=0)
+    return path[last:]
+
+
+def _spell(path: Path) -> str:
+    return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def _flat(outputs: Any) -> tuple[Any, ...]:
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def _tensor_attributes(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors that `gm` reads as attributes, by target."""
+    targets = dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
+    values = {target: _get_attribute(gm, target) for target in targets}
+    return {target: value for target, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _get_attribute(gm: fx.GraphModule, target: str) -> Any:
+    value: Any = gm
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _set_attribute(gm: fx.GraphModule, target: str, value: torch.Tensor) -> None:
+    *parents, name = target.split(".")
+    module: torch.nn.Module = gm
+    for parent in parents:
+        if not hasattr(module, parent):
+            module.add_module(parent, torch.nn.Module())
+        module = getattr(module, parent)
+    setattr(module, name, value)
+
+
+def _pop_buffer(gm: fx.GraphModule, target: str) -> torch.Tensor:
+    parent, _, name = target.rpartition(".")
+    value = gm.get_submodule(parent)._buffers.pop(name)
+    assert value is not None
+    return value
+
+
+def _where(node: fx.Node) -> str:
+    """A node by name, with the innermost line of the user's code that it comes from."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [line.removeprefix("File ") for line in lines if line.startswith('File "')]
+    return f"{node.name} ({places[-1]})" if places else node.name

@@ -1,0 +1,149 @@
+"""Emit the few view operators that lay a tensor along axes: the hand of the rewriter, with nothing of merging in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from passes.axes import UNIT, Axes, Axis, Factor, Size, find, product, simplify, subaxis
+
+aten = torch.ops.aten
+Length: TypeAlias = "int | fx.Node"
+
+
+class Layout:
+    """Appends to a graph. Sizes come from axes, and from the placeholders where they are symbolic."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._tracer = fx.proxy.GraphAppendingTracer(graph)
+        self._symbols: dict[sympy.Symbol, fx.Proxy] = {}
+        self._lengths: dict[Size, Length] = {}
+
+    @property
+    def symbols(self) -> frozenset[sympy.Symbol]:
+        """The symbols whose values the inputs tell."""
+        return frozenset(self._symbols)
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def learn(self, placeholder: fx.Node) -> None:
+        """Note where the symbols of a placeholder's shape can be read."""
+        value = placeholder.meta.get("val")
+        if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+            self._symbols.setdefault(value.node.expr, fx.Proxy(placeholder, self._tracer))
+        if isinstance(value, torch.Tensor):
+            for dim, length in enumerate(value.shape):
+                if isinstance(length, torch.SymInt) and isinstance(length.node.expr, sympy.Symbol):
+                    if length.node.expr not in self._symbols:
+                        node = self.call(aten.sym_size.int, placeholder, dim)
+                        node.meta["val"] = length
+                        self._symbols[length.node.expr] = fx.Proxy(node, self._tracer)
+
+    def length(self, size: Size | Axis) -> Length:
+        """A size as an argument: a number, or a node that computes it."""
+        size = size.size if isinstance(size, Axis) else simplify(size)
+        if isinstance(size, int):
+            return size
+        if size not in self._lengths:
+            result = sympy_interp(PythonReferenceAnalysis, self._symbols, size)
+            self._lengths[size] = result.node if isinstance(result, fx.Proxy) else int(result)
+        return self._lengths[size]
+
+    def lengths(self, axes: Sequence[Axis]) -> list[Length]:
+        return [self.length(axis) for axis in axes]
+
+    def reshape(self, node: fx.Node, source: Axes, target: Axes) -> fx.Node:
+        """The same entries in the same order under other axes."""
+        if [axis.size for axis in source] == [axis.size for axis in target]:
+            return node
+        return self.call(aten.reshape.default, node, self.lengths(target))
+
+    def arrange(self, node: fx.Node, source: Axes, target: Axes) -> fx.Node:
+        """Lay a tensor along other axes by its factors.
+
+        A target axis that shares no factor with the source becomes 1; one that shares some is filled by broadcasting. Every factor of
+        the source has to appear in the target.
+
+            [b·t, h·w] along (b, h·w·t, 64)   ->   [b, h·w·t, 1]
+        """
+        have: list[Factor] = [factor for axis in source for factor in axis.factors]
+        wanted = [list(axis.factors) if any(f in have for f in axis.factors) else [] for axis in target]
+        order = [factor for factors in wanted for factor in factors]
+        kept = [factor for factor in order if factor in have]
+        if kept != have:
+            node = self.reshape(node, source, tuple(product([f]) for f in have))
+            node = self.call(aten.permute.default, node, [have.index(f) for f in kept])
+            source = tuple(product([f]) for f in kept)
+        if len(kept) != len(order):
+            spread = tuple(product([f]) if f in have else UNIT for f in order)
+            node = self.reshape(node, source, spread)
+            source = tuple(product([f]) for f in order)
+            node = self.call(aten.expand.default, node, self.lengths(source))
+        return self.reshape(node, source, tuple(product(factors) for factors in wanted))
+
+    def narrow(self, node: fx.Node, dim: int, first: Size, last: Size, whole: Size) -> fx.Node:
+        """Entries `[first, last)` of a dimension of size `whole`."""
+        if first == 0 and last == whole:
+            return node
+        return self.call(aten.slice.Tensor, node, dim, self.length(first), self.length(last))
+
+    def segments(self, node: fx.Node, axes: Axes, dim: int, place: tuple[int, int]) -> fx.Node:
+        """Segments `[first, last)` of a dimension."""
+        first, last = (_offset(axes[dim], border) for border in place)
+        return self.narrow(node, dim, first, last, axes[dim].size)
+
+    def along(
+        self, node: fx.Node, axes: Axes, dim: int, old: Axis, new: Axis, apply: Callable[[fx.Node, Axes, int], fx.Node]
+    ) -> tuple[fx.Node, Axes]:
+        """Apply a function to the part `old` of a dimension, which turns it into `new`; what stands around it stays.
+
+        `apply(part, axes, dim)` sees `old` as a dimension of its own.
+        """
+        axis = axes[dim]
+        place = find(axis, old)
+        if place is None:
+            return self._inside_product(node, axes, dim, old, new, apply)
+        part = self.segments(node, axes, dim, place)
+        part = apply(part, (*axes[:dim], old, *axes[dim + 1 :]), dim)
+        before, after = (0, place[0]), (place[1], len(axis.segments))
+        parts = [self.segments(node, axes, dim, before)] if place[0] else []
+        parts += [part]
+        parts += [self.segments(node, axes, dim, after)] if after[0] < after[1] else []
+        segments = (*axis.segments[: place[0]], *new.segments, *axis.segments[place[1] :])
+        result = (*axes[:dim], subaxis(segments), *axes[dim + 1 :])
+        return (part if len(parts) == 1 else self.call(aten.cat.default, parts, dim)), result
+
+    def _inside_product(
+        self, node: fx.Node, axes: Axes, dim: int, old: Axis, new: Axis, apply: Callable[[fx.Node, Axes, int], fx.Node]
+    ) -> tuple[fx.Node, Axes]:
+        factors = axes[dim].factors
+        first, last = _factor_span(factors, old)
+        pieces = (product(factors[:first]), product(factors[first:last]), product(factors[last:]))
+        apart = (*axes[:dim], *pieces, *axes[dim + 1 :])
+        node, changed = self.along(self.reshape(node, axes, apart), apart, dim + 1, old, new, apply)
+        together = (*axes[:dim], product((pieces[0], changed[dim + 1], pieces[2])), *axes[dim + 1 :])
+        return self.reshape(node, changed, together), together
+
+
+def _offset(axis: Axis, border: int) -> Size:
+    return simplify(sum((subaxis([segment]).size for segment in axis.segments[:border]), 0))
+
+
+def _factor_span(factors: Sequence[Factor], old: Axis) -> tuple[int, int]:
+    """Where `old` stands in a product: as consecutive factors, or inside one factor that is a sum."""
+    inner = old.factors
+    for first in range(len(factors)):
+        if tuple(factors[first : first + len(inner)]) == tuple(inner):
+            return first, first + len(inner)
+        factor = factors[first]
+        if isinstance(factor, Axis) and find(factor, old) is not None:
+            return first, first + 1
+    raise ValueError(f"{old!r} does not stand in {product(factors)!r}")

@@ -1,0 +1,398 @@
+"""Schedule x sites x types -> what to do at every node, as plain data.
+
+A merge replaces a run of clip segments by one new atom, a *resolution* of that run. The plan walks the graph once and decides for
+every call at which resolution it is done: operands are brought there (`Conversion`), sums over tokens are weighed (`Weighing`), and
+where an operator does not commute with merging the operands are restored first and the operator is named (`Barrier`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+from typing import TypeAlias
+
+import sympy
+from torch import fx
+from torch.utils._sympy.functions import FloorDiv
+
+from passes.axes import Atom, Axes, Axis, Size, axis, replace, simplify
+from passes.errors import NothingToMerge, ScheduleError
+from passes.rules import Kind, Typed, Use
+from passes.sites import Site
+from passes.typing import TypedGraph
+
+Entry: TypeAlias = int | float
+
+
+@dataclass(frozen=True, eq=False)
+class Resolution:
+    """One grouping of a run: its tokens are the new atom `groups`, found separately for each entry of `batch`.
+
+    `gone` are the tokens of the parent that no longer stand for themselves.
+    """
+
+    index: int
+    run: Axis
+    batch: Axis
+    groups: Atom
+    gone: Atom
+    parent: Resolution | None
+
+    @property
+    def chain(self) -> tuple[Resolution, ...]:
+        """This resolution and those it was made from, the coarsest first."""
+        return (self, *(self.parent.chain if self.parent else ()))
+
+    @property
+    def axis(self) -> Axis:
+        return axis(self.groups)
+
+    def __repr__(self) -> str:
+        return f"n{self.index}"
+
+
+def tokens_at(run: Axis, resolution: Resolution | None) -> Axis:
+    """The run as an axis at a resolution; None is the full one."""
+    return resolution.axis if resolution else run
+
+
+def at(axes: Axes, resolutions: Iterable[Resolution]) -> Axes:
+    """Axes of the original graph as they are held at some resolutions."""
+    for resolution in resolutions:
+        axes = tuple(replace(each, resolution.run, resolution.groups) for each in axes)
+    return axes
+
+
+def meet(one: Resolution | None, two: Resolution | None) -> Resolution | None:
+    """Where two values of one run meet: the coarser of a chain, else their last common resolution."""
+    if one is None or two is None:
+        return one or two
+    if one in two.chain:
+        return two
+    return next((each for each in one.chain if each in two.chain or two is each), None)
+
+
+class How(Enum):
+    """How an operand comes to another resolution."""
+
+    MERGE = "merge"
+    PICK = "pick"
+    RESTORE = "restore"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Operand number `operand` of a call goes from one resolution of `run` to another before the call reads it."""
+
+    operand: int
+    run: Axis
+    source: Resolution | None
+    target: Resolution | None
+    how: How
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """A sum over tokens of `resolution`; `held` says whether it runs over the groups or over restored tokens."""
+
+    use: Use
+    resolution: Resolution
+    held: bool
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Why a call is done at full length."""
+
+    run: Axis
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens at one call. `held` are the resolutions at which it is done."""
+
+    held: tuple[Resolution, ...] = ()
+    conversions: tuple[Conversion, ...] = ()
+    weighings: tuple[Weighing, ...] = ()
+    barriers: tuple[Barrier, ...] = ()
+
+
+@dataclass(frozen=True)
+class Merge:
+    """After `site.stream.node`, `count` tokens of the run go; `source` is the resolution it starts from."""
+
+    site: Site
+    count: Size
+    source: Resolution | None
+    target: Resolution
+
+    @property
+    def node(self) -> fx.Node:
+        assert self.site.stream is not None
+        return self.site.stream.node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the rewriter does and that the report prints."""
+
+    typed: TypedGraph
+    sites: tuple[Site, ...]
+    misses: tuple[tuple[fx.Node, str], ...]
+    schedule: tuple[Entry, ...]
+    merges: tuple[Merge, ...]
+    steps: Mapping[fx.Node, Step]
+
+    def merge_after(self, node: fx.Node) -> Merge | None:
+        return next((merge for merge in self.merges if merge.node is node), None)
+
+    def merge_of(self, attention: fx.Node) -> Merge | None:
+        return next((merge for merge in self.merges if merge.site.attention.node is attention), None)
+
+
+def bind_schedule(schedule: Sequence[Entry] | Entry, sites: Sequence[Site], *, default: bool = False) -> tuple[Entry, ...]:
+    """One entry for every site.
+
+    A sequence is bound in execution order and missing entries are 0; one fraction, and the default sequence, go to the sites
+    that can merge.
+
+    Raises:
+        ScheduleError: more entries than sites, or a positive entry at a site that cannot merge.
+    """
+    able = [site for site in sites if site.reason is None]
+    if isinstance(schedule, (int, float)):
+        return tuple(0 if site.reason else schedule for site in sites)
+    if default:
+        given = {site.index: entry for site, entry in zip(able, schedule, strict=False)}
+        return tuple(given.get(site.index, 0) for site in sites)
+    if len(schedule) > len(sites):
+        raise ScheduleError(
+            f"the schedule {list(schedule)} has {len(schedule)} entries, but the graph has {len(sites)} attention sites over "
+            f"clip tokens. Give at most {len(sites)}, or one fraction for all of them."
+        )
+    for site, entry in zip(sites, schedule, strict=False):
+        if entry and site.reason:
+            raise ScheduleError(
+                f"schedule[{site.index}] = {entry}, but site {site.index} ({site.attention.node.name}, tokens {site.tokens!r}) cannot "
+                f"merge: {site.reason}. Give it 0; sites that can: {[each.index for each in able]}."
+            )
+    return tuple(schedule) + (0,) * (len(sites) - len(schedule))
+
+
+def removed(entry: Entry, tokens: Size) -> Size:
+    """How many tokens a schedule's entry removes: a number, or a fraction rounded down; never more than half."""
+    half = tokens // 2 if isinstance(tokens, int) else FloorDiv(tokens, 2)
+    if isinstance(entry, int):
+        wanted: Size = entry
+    else:
+        part = Fraction(str(entry))
+        top = tokens * part.numerator
+        wanted = top // part.denominator if isinstance(top, int) else FloorDiv(top, part.denominator)
+    if isinstance(wanted, int) and isinstance(half, int):
+        return min(wanted, half)
+    return simplify(sympy.Min(wanted, half)) if isinstance(entry, int) else (wanted if entry <= 0.5 else half)
+
+
+def make_plan(
+    typed: TypedGraph,
+    sites: tuple[Site, ...],
+    misses: tuple[tuple[fx.Node, str], ...],
+    schedule: Sequence[Entry] | Entry,
+    *,
+    default: bool = False,
+    merged_outputs: bool = False,
+) -> Plan:
+    """Decide everything. Raises `ScheduleError`, or `NothingToMerge` if a positive schedule would remove nothing."""
+    entries = bind_schedule(schedule, sites, default=default)
+    positive = any(entries) or (default or (isinstance(schedule, float) and bool(schedule)))
+    if positive and not any(site.reason is None for site in sites):
+        raise NothingToMerge(_nothing(sites, misses))
+    walk = _Walk(typed, {s.stream.node: (s, e) for s, e in zip(sites, entries, strict=True) if e and s.stream}, merged_outputs)
+    for node in typed.captured.graph.graph.nodes:
+        walk.visit(node)
+    if positive and not walk.merges:
+        raise NothingToMerge(
+            f"the schedule {list(entries)} removes no token: at every site the fraction of its tokens rounds down to 0. "
+            "Give larger entries, or a schedule of zeros to leave the model as it is."
+        )
+    return Plan(typed, sites, misses, entries, tuple(walk.merges), walk.steps)
+
+
+def _nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]]) -> str:
+    searched = "searched for scaled_dot_product_attention and for product - softmax - product over the tokens of a clip"
+    if sites:
+        near = "; ".join(f"site {s.index} ({s.attention.node.name}, tokens {s.tokens!r}): {s.reason}" for s in sites[:3])
+        return f"no attention site of this graph can merge tokens ({searched}). Nearest: {near}."
+    if misses:
+        node, reason = misses[0]
+        return f"this graph has no attention site ({searched}). Nearest miss: {node.target} ({node.name}): {reason}."
+    return (
+        f"this graph has no attention site ({searched}; it has no softmax over tokens either). "
+        "Is this the part of the model that holds the transformer? on_nothing='warn' compiles it as it is."
+    )
+
+
+class _Walk:
+    """One pass over the graph; `held` and `weighed` say at which resolutions a value is, and by which its sums are weighed."""
+
+    def __init__(self, typed: TypedGraph, scheduled: Mapping[fx.Node, tuple[Site, Entry]], merged_outputs: bool) -> None:
+        self.typed, self.scheduled, self.merged_outputs = typed, scheduled, merged_outputs
+        self.held: dict[fx.Node, tuple[Resolution, ...]] = {}
+        self.weighed: dict[fx.Node, tuple[Resolution, ...]] = {}
+        self.steps: dict[fx.Node, Step] = {}
+        self.merges: list[Merge] = []
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "output":
+            self.steps[node] = self._output(node)
+            return
+        if node in self.typed.calls:
+            step = self._step(node, self.typed.calls[node])
+            self.steps[node] = step
+            weighed = self._weighed(node)
+            self.held[node] = step.held
+            self.weighed[node] = tuple({**{r.run: r for r in weighed}, **{r.run: r for r in step.held}}.values())
+        elif node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+            self.held[node] = self.held.get(node.args[0], ())
+            self.weighed[node] = self.weighed.get(node.args[0], ())
+        if node in self.scheduled:
+            self._merge(node, *self.scheduled[node])
+
+    def _merge(self, node: fx.Node, site: Site, entry: Entry) -> None:
+        assert site.stream is not None
+        run = site.stream.run
+        source = _of(self.weighed[node], run)
+        count = removed(entry, tokens_at(run, source).size)
+        if count == 0:
+            return
+        groups = Atom(simplify(tokens_at(run, source).size - count), f"n{len(self.merges) + 1}", clip=True)
+        target = Resolution(len(self.merges) + 1, run, site.stream.batch, groups, Atom(count), source)
+        self.merges.append(Merge(site, count, source, target))
+        for state in (self.held, self.weighed):
+            state[node] = (*(r for r in state[node] if r.run != run), target)
+
+    def _step(self, node: fx.Node, typed: Typed) -> Step:
+        operands = self.typed.operands(node)
+        runs = {r.run: None for operand in operands for r in (*self.held.get(operand, ()), *self.weighed.get(operand, ()))}
+        held: list[Resolution] = []
+        conversions: list[Conversion] = []
+        weighings: list[Weighing] = []
+        barriers: list[Barrier] = []
+        for run in runs:
+            present = [_of(self.held.get(o, ()), run) for o in operands if _holds(self.typed.value(o).axes, run)]
+            target = None
+            for resolution in present:
+                target = meet(target, resolution)
+            if target is not None:
+                reason = self._obstacle(node, typed, run, target)
+                if reason is not None:
+                    barriers.append(Barrier(run, reason))
+                    target = None
+            if target is not None:
+                held.append(target)
+            conversions.extend(self._conversions(operands, run, target))
+            weighings.extend(self._weighings(operands, typed, run, target))
+        return Step(tuple(held), tuple(conversions), tuple(weighings), tuple(barriers))
+
+    def _conversions(self, operands: Sequence[fx.Node], run: Axis, target: Resolution | None) -> Iterator[Conversion]:
+        for number, operand in enumerate(operands):
+            value = self.typed.value(operand)
+            source = _of(self.held.get(operand, ()), run)
+            if source is target or not _holds(value.axes, run):
+                continue
+            if target is None or (source is not None and source not in target.chain):
+                yield Conversion(number, run, source, None, How.RESTORE)
+                source = None
+            if target is not None:
+                how = How.MERGE if value.floating and value.clip else How.PICK
+                yield Conversion(number, run, source, target, how)
+
+    def _weighings(
+        self, operands: Sequence[fx.Node], typed: Typed, run: Axis, target: Resolution | None
+    ) -> Iterator[Weighing]:
+        for use in typed.uses:
+            if use.kind in (Kind.MIX, Kind.INVARIANT):
+                continue
+            axes = typed.reads[use.operand]
+            resolution = target or _of(self.weighed.get(operands[use.operand], ()), run)
+            touches = any(axes[dim].atoms & run.atoms for dim in use.dims)
+            indexed = run.atoms <= frozenset().union(*(each.atoms for each in axes)) if axes else False
+            if resolution is not None and touches and indexed:
+                yield Weighing(use, resolution, target is not None)
+
+    def _obstacle(self, node: fx.Node, typed: Typed, run: Axis, target: Resolution) -> str | None:
+        """Why a call cannot be done on groups; None if it can."""
+        if not typed.known:
+            conflict = self.typed.conflicts.get(node)
+            return f"its axes conflict: {conflict}" if conflict else "it has no rule"
+        for axes in (*typed.reads, *typed.outputs):
+            if not _holds(axes, run):
+                if any(each.atoms & run.atoms for each in axes):
+                    return f"it holds a part of {run!r}: {_text(axes)}"
+                continue
+            merged = at(axes, [target])
+            if any(each.atoms & run.atoms for each in merged):
+                return f"it holds a part of {run!r} beside the whole: {_text(axes)}"
+            lost = target.batch.atoms - _free_atoms(merged)
+            if lost:
+                return f"it takes apart {', '.join(map(repr, sorted(lost, key=repr)))}, over which {target!r} was grouped"
+            if any(not _reachable(each, target.groups) for each in merged):
+                return f"it nests {run!r} too deeply: {_text(axes)}"
+        for use in typed.uses:
+            touched = at(typed.reads[use.operand], [target])
+            for dim in use.dims:
+                if touched[dim].atoms & target.batch.atoms:
+                    return f"it meets entries along {touched[dim]!r}, over which {target!r} was grouped"
+                if use.kind is Kind.MIX and target.groups in touched[dim].atoms:
+                    return f"it mixes the tokens along {run!r}"
+        return None
+
+    def _weighed(self, node: fx.Node) -> tuple[Resolution, ...]:
+        """Sums over a value weigh by what its operands descend from, as long as every entry is one token."""
+        found: dict[Axis, Resolution | None] = {}
+        for operand in self.typed.operands(node):
+            for resolution in self.weighed.get(operand, ()):
+                found[resolution.run] = meet(found.get(resolution.run), resolution)
+        atoms = [a for axes in self.typed.calls[node].outputs for each in axes for a in each.atoms]
+        return tuple(r for r in found.values() if r is not None and r.run.atoms <= set(atoms))
+
+    def _output(self, node: fx.Node) -> Step:
+        results = self.typed.operands(node)
+        writes = len(self.typed.captured.mutated)
+        keep = self.merged_outputs
+        return Step(
+            conversions=tuple(
+                Conversion(number, resolution.run, resolution, None, How.RESTORE)
+                for number, result in enumerate(results)
+                for resolution in self.held.get(result, ())
+                if _holds(self.typed.value(result).axes, resolution.run) and not (keep and number >= writes)
+            )
+        )
+
+
+def _of(resolutions: Iterable[Resolution], run: Axis) -> Resolution | None:
+    return next((r for r in resolutions if r.run == run), None)
+
+
+def _holds(axes: Axes, run: Axis) -> bool:
+    """Whether some axis holds the whole run."""
+    probe = Atom(run.size)
+    return any(probe in replace(each, run, probe).atoms for each in axes)
+
+
+def _free_atoms(axes: Axes) -> set[Atom]:
+    return {factor for each in axes for factor in each.factors if isinstance(factor, Atom)}
+
+
+def _reachable(axis: Axis, atom: Atom) -> bool:
+    """Whether an atom stands alone in a segment, or is a factor of the axis or of a sum that is one."""
+    return atom not in axis.atoms or any(
+        atom is factor or (isinstance(factor, Axis) and (atom,) in factor.segments) for factor in axis.factors
+    )
+
+
+def _text(axes: Axes) -> str:
+    return " x ".join(map(repr, axes))

@@ -1,0 +1,507 @@
+"""MergePlan -> new graph: the only step that edits, and it edits a copy. Sizes come from types.
+
+    q k v                              q k v
+     |                                  |
+    attention                          attend_and_sharpness -----------.
+     |                                  |                          saliency
+    add <- residual           ->       add <- residual                 |
+     |                                  |------------------ metric -> group
+    norm, mlp, ...                     down <--------------------------'
+     |                                  |
+    attention                          norm, mlp, ...
+     |                                  |
+    output                             attend (+ log mass)  ...  up -> output
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from passes.attention import SDPA, Attention, named_arguments
+from passes.axes import UNIT, Atom, Axes, Axis, Factor, find, product, replace
+from passes.axes import axis as atom_axis
+from passes.layout import Layout
+from passes.plan import Conversion, How, Merge, Plan, Resolution, Step, Weighing, at, tokens_at
+from passes.rules import RESIZE, Held, Kind
+from passes.sites import maximal_runs
+from passes.typing import size
+
+aten = torch.ops.aten
+
+
+class Policy(Protocol):
+    """The options that change what is inserted; `tldr_compile.TokenMerging` is one."""
+
+    saliency: str
+    metric: str
+    reduction: str
+    pooling: str
+    proportional: bool
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The new graph, and for each resolution the nodes of its grouping by field name."""
+
+    graph: fx.GraphModule
+    groupings: dict[int, dict[str, fx.Node]]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A node of the new graph and the axes it is held along."""
+
+    node: fx.Node
+    axes: Axes
+
+
+def rewrite(plan: Plan, operators: ModuleType, policy: Policy) -> Rewritten:
+    """A copy of the plan's graph with its merges done; same placeholders, same outputs."""
+    return _Rewriter(plan, operators, policy).run()
+
+
+class _Rewriter:
+    def __init__(self, plan: Plan, operators: ModuleType, policy: Policy) -> None:
+        self.plan, self.typed, self.operators, self.policy = plan, plan.typed, operators, policy
+        self.graph = fx.Graph()
+        self.layout = Layout(self.graph)
+        self.env: dict[fx.Node, Any] = {}
+        self.axes: dict[fx.Node, tuple[Axes, ...]] = {}
+        self.groupings: dict[int, dict[str, fx.Node]] = {}
+        self.sharpness: dict[fx.Node, Laid] = {}
+        self.keys: dict[fx.Node, Laid] = {}
+        self._indices: dict[tuple[Resolution, str], fx.Node] = {}
+        self._restored: dict[tuple[fx.Node, Resolution], Laid] = {}
+
+    def run(self) -> Rewritten:
+        old = self.typed.captured.graph
+        inputs = old.graph.find_nodes(op="placeholder")
+        for node in inputs:
+            self.env[node] = self.graph.node_copy(node)
+            self.axes[node] = tuple(each.axes for each in self.typed.values.get(node, ()))
+        for node in inputs:
+            self.layout.learn(self.env[node])
+        for node in old.graph.nodes:
+            if node.op != "placeholder":
+                self.env[node] = self._emit(node)
+                if (merge := self.plan.merge_after(node)) is not None:
+                    self._merge(merge)
+        self.graph.eliminate_dead_code()
+        module = fx.GraphModule(old, self.graph)
+        module.meta.update(old.meta)
+        return Rewritten(module, self.groupings)
+
+    # --- one node ---
+
+    def _emit(self, node: fx.Node) -> Any:
+        if isinstance(node.meta.get("val"), (torch.SymInt, int)) and self._follows_from_inputs(node):
+            return self.layout.length(size(node.meta["val"]))
+        if node in self.typed.values:
+            self.axes[node] = tuple(each.axes for each in self.typed.values[node])
+        step = self.plan.steps.get(node)
+        if step is None or not (step.held or step.conversions or step.weighings or self._scores(node)):
+            if step is None and node.op == "call_function" and node.args and node.args[0] in self.axes:
+                self._inherit(node)
+            return self.graph.node_copy(node, lambda n: self.env[n])
+        if node in self.axes:
+            self.axes[node] = tuple(at(axes, step.held) for axes in self.axes[node])
+        operands = self._operands(node, step)
+        new = self._call(node, step, operands)
+        if node.target is not SDPA and (merge := self.plan.merge_of(node)) is not None:
+            self.env[node] = new
+            self._spelled_out(merge)
+        if isinstance(new, fx.Node):
+            new.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        return new
+
+    def _follows_from_inputs(self, node: fx.Node) -> bool:
+        value = node.meta["val"]
+        return isinstance(value, torch.SymInt) and all(s in self.layout.symbols for s in value.node.expr.free_symbols)
+
+    def _inherit(self, node: fx.Node) -> None:
+        """An element of a tuple is held as the tuple is."""
+        source, index = node.args[0], node.args[1]
+        self.axes[node] = (self.axes[source][index],)  # type: ignore[index]
+
+    def _operands(self, node: fx.Node, step: Step) -> list[Laid]:
+        reads = self.typed.calls[node].reads if node in self.typed.calls else None
+        laid = [Laid(self.env[o], self.axes[o][0]) for o in self.typed.operands(node)]
+        for conversion in step.conversions:
+            number = conversion.operand
+            laid[number] = self._convert(laid[number], conversion, reads[number] if reads else None)
+        return laid
+
+    def _call(self, node: fx.Node, step: Step, operands: Sequence[Laid]) -> Any:
+        if node.target is SDPA:
+            return self._attention(node, step, operands)
+        operands = list(operands)
+        for weighing in step.weighings:
+            weight = self._weight(weighing, node, operands)
+            if weight is None:
+                continue
+            if weighing.use.kind is Kind.CONTRACT:
+                operands[weighing.use.operand] = self._multiplied(operands[weighing.use.operand], weight, node)
+            else:
+                return self._sum(node, weighing.use.kind, operands, weight)
+        feed = iter(operands)
+        args, kwargs = self._arguments(node, feed)
+        name = node.target._schema.name if node.op == "call_function" else ""  # type: ignore[union-attr]
+        if name in RESIZE and step.held:
+            names = (each.name for each in node.target._schema.arguments)  # type: ignore[union-attr]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            held = Held(given, self.typed.calls[node], operands[0].axes, self.axes[node], self.layout.length)
+            target, args = RESIZE[name](held)
+            return self.layout.call(target, *args)
+        return self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+
+    def _arguments(self, node: fx.Node, feed: Iterator[Laid]) -> tuple[Any, Any]:
+        """A call's arguments with its tensor operands, in order, from `feed`."""
+
+        def new(each: fx.Node) -> Any:
+            return next(feed).node if isinstance(each.meta.get("val"), torch.Tensor) else self.env[each]
+
+        return fx.node.map_arg((node.args, dict(node.kwargs)), new)
+
+    # --- sums over tokens ---
+
+    def _weight(self, weighing: Weighing, node: fx.Node, operands: Sequence[Laid]) -> fx.Node | None:
+        """The weight of each entry of an operand, laid along it; None where entries count alike."""
+        pooled = weighing.use.kind in (Kind.MEAN, Kind.SUM)
+        mass = self.policy.pooling == "mass" if pooled else self.policy.proportional
+        if weighing.held and not mass:
+            return None
+        resolution = weighing.resolution
+        grouping = self.groupings[resolution.index]
+        source: Axes
+        if weighing.held:
+            weight, source = grouping["mass"], (resolution.batch, resolution.axis)
+        else:
+            weight, source = self._share(resolution, mass), (resolution.batch, resolution.run)
+        axes, dims = operands[weighing.use.operand].axes, weighing.use.dims
+        if weighing.use.kind is Kind.KEYS:
+            axes, dims = (*axes[:-2], UNIT, axes[-2]), (len(axes) - 1,)
+        return self._spread(weight, source, axes, dims)
+
+    def _share(self, resolution: Resolution, mass: bool) -> fx.Node:
+        """What each restored token weighs: its part of the group's mass, or of one. `[B, N]`."""
+        key = (resolution, f"share {mass}")
+        if key not in self._indices:
+            grouping = self.groupings[resolution.index]
+            call = self.layout.call
+            part = call(aten.reciprocal.default, grouping["size"])
+            part = call(aten.mul.Tensor, part, grouping["mass"]) if mass else part
+            self._indices[key] = call(self.operators.up, part, self._assign(resolution), dim=1)
+        return self._indices[key]
+
+    def _spread(self, weight: fx.Node, source: Axes, axes: Axes, dims: Sequence[int]) -> fx.Node:
+        """Lay weights along axes, for a sum over `dims`. What stands beside the tokens on an axis weighs one."""
+        atoms = {factor for axis in source for factor in axis.factors}
+        summed = {factor for dim in dims for segment in axes[dim].segments for factor in segment} | {axes[d] for d in dims}
+        beside = atoms - summed
+        target = [
+            axis if dim in dims and _shares(axis, atoms) or _shares(axis, beside) else UNIT for dim, axis in enumerate(axes)
+        ]
+        mixed = [dim for dim, axis in enumerate(target) if len(axis.segments) > 1 and axis not in atoms]
+        if not mixed:
+            return self.layout.arrange(weight, source, tuple(target))
+        (dim,) = mixed
+        pieces = []
+        for segment in target[dim].segments:
+            laid = (*target[:dim], product([Axis((segment,))]), *target[dim + 1 :])
+            if set(segment) & atoms:
+                pieces.append(self.layout.arrange(weight, source, laid))
+            else:
+                pieces.append(self.layout.call(aten.new_ones.default, weight, self.layout.lengths(laid)))
+        return self.layout.call(aten.cat.default, pieces, dim)
+
+    def _multiplied(self, operand: Laid, weight: fx.Node, node: fx.Node) -> Laid:
+        dtype = node.meta["val"].dtype
+        weight = self.layout.call(aten.to.dtype, weight, dtype)
+        return Laid(self.layout.call(aten.mul.Tensor, operand.node, weight), operand.axes)
+
+    def _sum(self, node: fx.Node, kind: Kind, operands: Sequence[Laid], weight: fx.Node) -> fx.Node:
+        given = named_arguments(node)
+        dtype = given.get("dtype")
+        if kind is Kind.SOFTMAX:
+            return self.layout.call(self.operators.softmax, operands[0].node, weight, dim=given["dim"], dtype=dtype)
+        function = self.operators.mean if kind is Kind.MEAN else self.operators.sum
+        (use,) = self.typed.calls[node].uses
+        return self.layout.call(
+            function, operands[0].node, weight, dims=list(use.dims), keepdim=bool(given.get("keepdim", False)), dtype=dtype
+        )
+
+    # --- attention ---
+
+    def _scores(self, node: fx.Node) -> bool:
+        """Whether the saliency of a merge is computed at this node."""
+        merge = self.plan.merge_of(node)
+        return merge is not None and (self._salient or self.policy.metric == "keys")
+
+    @property
+    def _salient(self) -> bool:
+        return self.policy.saliency == "attention" and self.policy.reduction in ("merge", "drop")
+
+    def _attention(self, node: fx.Node, step: Step, operands: Sequence[Laid]) -> Any:
+        given = named_arguments(node)
+        log_mass = None
+        for weighing in step.weighings:
+            if (weight := self._weight(weighing, node, operands)) is not None:
+                log_mass = self.layout.call(aten.log.default, weight)
+        mask = operands[3].node if len(operands) > 3 else None
+        query, key, value = (each.node for each in operands[:3])
+        merge = self.plan.merge_of(node)
+        options: dict[str, Any] = {"scale": given.get("scale"), "mask": mask, "enable_gqa": given.get("enable_gqa", False)}
+        dropout, causal = given.get("dropout_p", 0.0), given.get("is_causal", False)
+        if merge is None or not self._salient or dropout:
+            if merge is not None:
+                beside = self._sharpness(merge, operands, mask, given.get("scale")) if self._salient else None
+                self._note(merge, operands[1], beside)
+            return self.layout.call(
+                self.operators.attend, query, key, value, log_mass=log_mass, dropout_p=dropout, is_causal=causal, **options
+            )
+        canonical = self._canonical(merge, operands)
+        pair = self.layout.call(
+            self.operators.attend_and_sharpness,
+            *(each.node for each in canonical),
+            **{**options, "mask": self._canonical_scores(merge, operands, mask)},
+            log_mass=self._canonical_scores(merge, operands, log_mass),
+        )
+        attended, sharpness = (self.layout.call(getitem, pair, k) for k in range(2))
+        self._note(merge, operands[1], sharpness)
+        axes = canonical[0].axes[:-1] + canonical[2].axes[-1:]
+        return self.layout.reshape(attended, axes, self.axes[node][0])
+
+    def _canonical(self, merge: Merge, operands: Sequence[Laid]) -> list[Laid]:
+        """Queries, keys and values as `[batch, heads, tokens, d]`; heads follow the batch, so this is a view."""
+        batch = set(merge.site.clip_batch.factors)
+        result = []
+        for each in operands[:3]:
+            factors = [f for axis in each.axes[:-2] for f in axis.factors]
+            heads = product(f for f in factors if f not in batch)
+            axes = (product(f for f in factors if f in batch), heads, *each.axes[-2:])
+            result.append(Laid(self.layout.reshape(each.node, each.axes, axes), axes))
+        return result
+
+    def _canonical_scores(self, merge: Merge, operands: Sequence[Laid], mask: fx.Node | None) -> fx.Node | None:
+        """An addend of the scores in the same form; broadcast first where batch and heads share or split dimensions."""
+        query, key = operands[0].axes, operands[1].axes
+        batch, heads = merge.site.clip_batch, merge.site.heads
+        if mask is None or query[:-2] == (batch, heads):
+            return mask
+        mask = self.layout.call(aten.expand.default, mask, self.layout.lengths((*query[:-1], key[-2])))
+        return self.layout.call(aten.reshape.default, mask, self.layout.lengths((batch, heads, query[-2], key[-2])))
+
+    def _sharpness(self, merge: Merge, operands: Sequence[Laid], mask: fx.Node | None, scale: float | None) -> fx.Node:
+        query, key, _ = self._canonical(merge, operands)
+        mask = self._canonical_scores(merge, operands, mask)
+        grouped = merge.site.attention.grouped
+        return self.layout.call(
+            self.operators.sharpness, query.node, key.node, scale=scale, mask=mask, enable_gqa=grouped
+        )
+
+    def _note(self, merge: Merge, key: Laid, sharpness: fx.Node | None) -> None:
+        """Keep what the merge of this site will ask for."""
+        site = merge.site
+        self.keys[site.attention.node] = key
+        if sharpness is not None:
+            self.sharpness[site.attention.node] = Laid(sharpness, (site.clip_batch, self._site_tokens(merge)))
+
+    def _site_tokens(self, merge: Merge) -> Axis:
+        """The token axis of a site as its attention is computed."""
+        site = merge.site
+        return at((site.tokens,), self.plan.steps[site.attention.node].held)[0]
+
+    def _spelled_out(self, merge: Merge) -> None:
+        """At an attention whose probabilities something else reads, the saliency is computed beside it."""
+        attention = merge.site.attention
+        held = self.plan.steps[attention.node].held
+        query, key, value = (self._brought(each, held) for each in (attention.q, attention.k, attention.v))
+        mask = None
+        for each in attention.masks:
+            laid = self._brought(each, held).node
+            mask = laid if mask is None else self.layout.call(aten.add.Tensor, mask, laid)
+        sharpness = self._sharpness(merge, (query, key, value), mask, attention.scale) if self._salient else None
+        self._note(merge, key, sharpness)
+
+    def _brought(self, node: fx.Node, wanted: Sequence[Resolution]) -> Laid:
+        """A value of the original graph at the wanted resolutions."""
+        laid, have = Laid(self.env[node], self.axes[node][0]), self.plan.steps[node].held if node in self.plan.steps else ()
+        for resolution in have:
+            if resolution not in wanted:
+                laid = self._up(laid, resolution)
+        value = self.typed.value(node)
+        for resolution in wanted:
+            if resolution not in have:
+                how = How.MERGE if value.floating and value.clip else How.PICK
+                laid = self._convert(laid, Conversion(0, resolution.run, None, resolution, how), None)
+        return laid
+
+    # --- merging ---
+
+    def _merge(self, merge: Merge) -> None:
+        stream, target, source = merge.site.stream, merge.target, merge.source
+        assert stream is not None
+        laid = Laid(self.env[merge.node], self.axes[merge.node][0])
+        held = next((r for r in self.plan.steps[merge.node].held if r.run == stream.run), None)
+        if held is not source:
+            laid = self._convert(laid, Conversion(0, stream.run, held, source, How.MERGE), None)
+        tokens = tokens_at(stream.run, source)
+        metric = self._metric(merge, laid, tokens)
+        sharpness = self._laid_along_stream(merge, self.sharpness[merge.site.attention.node]) if self._salient else None
+        saliency = self.layout.call(self.operators.saliency, sharpness) if sharpness is not None else None
+        mass, sizes = self._counts(source, metric, stream.batch, tokens)
+        grouping = self.layout.call(
+            self.operators.group, metric, saliency, mass, sizes, self.layout.length(merge.count),
+            reduction=self.policy.reduction, seed=target.index,
+        )  # fmt: skip
+        fields = self.operators.Grouping._fields
+        self.groupings[target.index] = {name: self.layout.call(getitem, grouping, k) for k, name in enumerate(fields)}
+        merged = self._down(laid, target, How.MERGE)
+        self.env[merge.node], self.axes[merge.node] = merged.node, (merged.axes,)
+
+    def _counts(self, source: Resolution | None, like: fx.Node, batch: Axis, tokens: Axis) -> tuple[fx.Node, fx.Node]:
+        """Mass and size of every token so far, `[B, N]` float32."""
+        if source is not None:
+            return self.groupings[source.index]["mass"], self.groupings[source.index]["size"]
+        ones = self.graph.call_function(
+            aten.new_ones.default, (like, self.layout.lengths((batch, tokens))), {"dtype": torch.float32}
+        )
+        return ones, ones
+
+    def _metric(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node:
+        """What matching compares, `[B, N, C]`."""
+        site = merge.site
+        assert site.stream is not None
+        if self.policy.metric == "keys":
+            return self._key_metric(merge)
+        dim, batch = site.stream.dim, site.stream.batch
+        place = find(stream.axes[dim], tokens)
+        assert place is not None
+        part = self.layout.segments(stream.node, stream.axes, dim, place)
+        axes = (*stream.axes[:dim], tokens, *stream.axes[dim + 1 :])
+        rest = product(f for d, axis in enumerate(axes) if d != dim for f in axis.factors if f not in batch.factors)
+        return self.layout.arrange(part, axes, (batch, tokens, rest))
+
+    def _key_metric(self, merge: Merge) -> fx.Node:
+        key = self.keys[merge.site.attention.node]
+        batch = set(merge.site.clip_batch.factors)
+        factors = [f for axis in key.axes[:-2] for f in axis.factors]
+        axes = (merge.site.clip_batch, product(f for f in factors if f not in batch), *key.axes[-2:])
+        node = self.layout.reshape(key.node, key.axes, axes)
+        node = self.layout.call(aten.mean.dim, node, [1])
+        return self._laid_along_stream(merge, Laid(node, (axes[0], axes[2], axes[3])))
+
+    def _laid_along_stream(self, merge: Merge, laid: Laid) -> fx.Node:
+        """What a site says of its clip tokens, `[batch, tokens, ...]`, by atom along the stream `[B, N, ...]`."""
+        stream = merge.site.stream
+        assert stream is not None
+        (run,) = maximal_runs(merge.site.tokens)
+        whole = run == stream.run
+        held = next((r for r in self.plan.steps[merge.site.attention.node].held if r.run == stream.run), None)
+        piece = tokens_at(run, held) if whole else run
+        place = find(laid.axes[1], piece)
+        assert place is not None
+        node = self.layout.segments(laid.node, laid.axes, 1, place)
+        along = tokens_at(stream.run, held) if whole else stream.run
+        source, target = (laid.axes[0], piece, *laid.axes[2:]), (stream.batch, along, *laid.axes[2:])
+        result = Laid(self.layout.arrange(node, source, target), target)
+        at_site = held if whole else None
+        if at_site is not merge.source:
+            result = self._convert(result, Conversion(0, stream.run, at_site, merge.source, How.MERGE), None)
+        return result.node
+
+    # --- conversions ---
+
+    def _convert(self, laid: Laid, conversion: Conversion, reads: Axes | None) -> Laid:
+        if conversion.how is How.RESTORE:
+            assert conversion.source is not None
+            return self._up(laid, conversion.source)
+        assert conversion.target is not None
+        laid = self._with_batch(laid, reads, conversion.target)
+        below = conversion.source.chain if conversion.source else ()
+        for resolution in reversed([r for r in conversion.target.chain if r not in below]):
+            laid = self._down(laid, resolution, conversion.how)
+        return laid
+
+    def _with_batch(self, laid: Laid, reads: Axes | None, target: Resolution) -> Laid:
+        """A table that is the same for every sample, repeated for those over which the grouping differs."""
+        if reads is None:
+            return laid
+        axes = (UNIT,) * (len(reads) - len(laid.axes)) + laid.axes
+        wide = tuple(
+            read if axis == UNIT and read.atoms & target.batch.atoms else axis for axis, read in zip(axes, reads, strict=True)
+        )
+        if wide == axes:
+            return Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
+        node = self.layout.reshape(laid.node, laid.axes, axes)
+        return Laid(self.layout.call(aten.expand.default, node, self.layout.lengths(wide)), wide)
+
+    def _up(self, laid: Laid, source: Resolution) -> Laid:
+        """From a resolution to full length: every token gets its group's value."""
+        key = (laid.node, source)
+        if key not in self._restored:
+
+            def apply(part: fx.Node, axes: Axes, dim: int) -> fx.Node:
+                index = self._laid(self._assign(source), source.batch, source.run, axes, dim)
+                return self.layout.call(self.operators.up, part, index, dim=dim)
+
+            node, axes = laid.node, laid.axes
+            for dim in _holding(axes, source.axis):
+                node, axes = self.layout.along(node, axes, dim, source.axis, source.run, apply)
+            self._restored[key] = Laid(node, axes)
+        return self._restored[key]
+
+    def _down(self, laid: Laid, target: Resolution, how: How) -> Laid:
+        """One step from a resolution's parent to it."""
+        tokens, grouping = tokens_at(target.run, target.parent), self.groupings[target.index]
+
+        def apply(part: fx.Node, axes: Axes, dim: int) -> fx.Node:
+            def along(field: str) -> fx.Node:
+                tokens = target.axis if field.startswith("kept") else atom_axis(target.gone)
+                return self._laid(grouping[field], target.batch, tokens, axes, dim)
+
+            if how is How.PICK:
+                return self.layout.call(self.operators.pick, part, along("kept"), dim=dim)
+            fields = ("kept", "source", "target", "kept_weight", "source_weight")
+            return self.layout.call(self.operators.down, part, *map(along, fields), dim=dim)
+
+        node, axes = laid.node, laid.axes
+        for dim in _holding(axes, tokens):
+            node, axes = self.layout.along(node, axes, dim, tokens, target.axis, apply)
+        return Laid(node, axes)
+
+    def _assign(self, resolution: Resolution) -> fx.Node:
+        """The group of every token of the run at full length, `[B, N]`."""
+        key = (resolution, "assign")
+        if key not in self._indices:
+            assign = self.groupings[resolution.index]["assign"]
+            if resolution.parent is not None:
+                assign = self.layout.call(aten.gather.default, assign, 1, self._assign(resolution.parent))
+            self._indices[key] = assign
+        return self._indices[key]
+
+    def _laid(self, node: fx.Node, batch: Axis, tokens: Axis, axes: Axes, dim: int) -> fx.Node:
+        """A tensor `[batch, tokens]` laid along axes whose dimension `dim` stands for the tokens."""
+        atoms = set(batch.factors)
+        target = tuple(
+            tokens if d == dim else axis if set(axis.factors) & atoms else UNIT for d, axis in enumerate(axes)
+        )
+        return self.layout.arrange(node, (batch, tokens), target)
+
+
+def _shares(axis: Axis, atoms: Collection[Factor]) -> bool:
+    """Whether an axis has one of the factors, in one product or in a segment of a sum."""
+    return axis in atoms or any(factor in atoms for segment in axis.segments for factor in segment)
+
+
+def _holding(axes: Axes, tokens: Axis) -> list[int]:
+    """The dimensions that hold the tokens whole, from the last to the first so that places stay."""
+    probe = Atom(tokens.size)
+    return [dim for dim in reversed(range(len(axes))) if probe in replace(axes[dim], tokens, probe).atoms]

@@ -1,0 +1,7 @@
+"""The rule table of the axis types, one rule per operator; families are one line each."""
+
+from passes.rules import pointwise, products, reductions, views  # noqa: F401  (importing registers the rules)
+from passes.rules.resize import RESIZE, Held, resize
+from passes.rules.table import TABLE, Call, Kind, Operand, Rule, Typed, Use, rule, unknown
+
+__all__ = ["RESIZE", "TABLE", "Call", "Held", "Kind", "Operand", "Rule", "Typed", "Use", "resize", "rule", "unknown"]

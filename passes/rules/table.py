@@ -1,0 +1,157 @@
+"""The rule table: what one call of an operator says about the axes it reads and writes.
+
+A rule is a function from a `Call` to a `Typed`. It sees types, never tensors, and it poses equations by calling `same` and
+`absorb`; it does not solve them. Register one with `@rule("add", "mul")` for ATen, or with a qualified name ("my::op").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeAlias
+
+from passes.axes import CONSTANT, UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Size, Substitution, axis
+
+
+class Kind(Enum):
+    """What an operator does along an axis that it does not simply map, entry by entry."""
+
+    MEAN = "mean"
+    SUM = "sum"
+    SOFTMAX = "softmax"
+    KEYS = "keys"  # attended over: a softmax and the sum it weighs
+    CONTRACT = "contract"  # summed in a product of two activations
+    INVARIANT = "invariant"  # the same over groups as over tokens: min, max, the second factor of a weighed sum
+    MIX = "mix"  # anything else: entries meet in a way that merging does not commute with
+
+
+@dataclass(frozen=True)
+class Use:
+    """An operand's dimensions that the operator does not map."""
+
+    kind: Kind
+    operand: int
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Typed:
+    """One call, typed: `reads` are the operands' axes as broadcast for this call (`[operand][dim]`).
+
+    `place` is where a slice, selection or split took its pieces: segments `[first, last)` of the axis that was cut.
+    """
+
+    outputs: tuple[Axes, ...]
+    reads: tuple[Axes, ...]
+    uses: tuple[Use, ...] = ()
+    cut: int | None = None
+    places: tuple[tuple[int, int], ...] = ()
+    known: bool = True
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor argument: its axes, whether it varies with the inputs and whether it descends from the clip."""
+
+    index: int
+    axes: Axes
+    varies: bool
+    clip: bool
+
+
+@dataclass
+class Call:
+    """One operator call in types. `given` maps the schema's argument names to values, with `Operand`s for tensors."""
+
+    name: str
+    given: Mapping[str, Any]
+    operands: tuple[Operand, ...]
+    sizes: tuple[tuple[Size, ...], ...]
+    solved: Substitution
+    uses: list[Use] = field(default_factory=list)
+
+    @property
+    def clip(self) -> bool:
+        return any(operand.clip for operand in self.operands)
+
+    def axes(self, operand: Operand) -> Axes:
+        return tuple(self.solved.resolve(each) for each in operand.axes)
+
+    def fresh(self, size: Size, *, label: str = "", strength: int = UNKNOWN, clip: bool | None = None) -> Axis:
+        """A newly born dimension; a dimension of size 1 carries no atom."""
+        return UNIT if size == 1 else axis(Atom(size, label, self.clip if clip is None else clip, strength))
+
+    def same(self, *axes: Axis) -> Axis:
+        """All axes are one, up to broadcasting. Axes that have nothing of the clip may disagree: nothing rests on them."""
+        result = UNIT
+        for each in axes:
+            if result == UNIT:
+                result = each
+            elif each != UNIT:
+                try:
+                    self.solved = self.solved.identify(result, each)
+                except Conflict:
+                    if self.solved.resolve(result).clip or self.solved.resolve(each).clip:
+                        raise
+        return self.solved.resolve(result)
+
+    def absorb(self, weight: Axis, activation: Axis) -> None:
+        """A contraction of an activation with a parameter: the parameter names the dimension, which is then a channel."""
+        weight, activation = self.solved.resolve(weight), self.solved.resolve(activation)
+        if weight != activation and weight.lone and activation.lone and weight.size == activation.size:
+            self.solved = self.solved.bind(activation.lone, weight)
+        else:
+            self.same(weight, activation)
+
+    def use(self, kind: Kind, operand: Operand, *dims: int) -> None:
+        rank = len(operand.axes)
+        self.uses.append(Use(kind, operand.index, tuple(dim % rank for dim in dims) if rank else ()))
+
+    def typed(self, *outputs: Axes, reads: Mapping[int, Axes] | None = None, **more: Any) -> Typed:
+        """The result; operands that `reads` does not mention are read as they are."""
+        reads = reads or {}
+        return Typed(
+            outputs=outputs,
+            reads=tuple(reads.get(operand.index, operand.axes) for operand in self.operands),
+            uses=tuple(self.uses),
+            **more,
+        )
+
+
+Rule: TypeAlias = Callable[[Call], Typed]
+TABLE: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule under operator names; a plain name is ATen's."""
+
+    def register(function: Rule) -> Rule:
+        TABLE.update({name if "::" in name else f"aten::{name}": function for name in names})
+        return function
+
+    return register
+
+
+def unknown(call: Call) -> Typed:
+    """No rule: every output dimension is new, and every operand's dimension may have gone anywhere."""
+    for operand in call.operands:
+        call.use(Kind.MIX, operand, *range(len(operand.axes)))
+    outputs = tuple(tuple(call.fresh(size) for size in sizes) for sizes in call.sizes)
+    return call.typed(*outputs, known=False)
+
+
+def aligned(axes: Axes, rank: int) -> Axes:
+    """Axes padded with units on the left, as broadcasting does."""
+    return (UNIT,) * (rank - len(axes)) + axes
+
+
+def broadcast(call: Call, all_axes: Sequence[Axes]) -> Axes:
+    """The axes of a pointwise result."""
+    rank = max(map(len, all_axes), default=0)
+    return tuple(call.same(*column) for column in zip(*(aligned(axes, rank) for axes in all_axes), strict=True))
+
+
+def parameter_axes(sizes: Iterable[Size]) -> Axes:
+    """The axes of a constant: every dimension is born there and has nothing of the clip."""
+    return tuple(UNIT if size == 1 else axis(Atom(size, strength=CONSTANT)) for size in sizes)

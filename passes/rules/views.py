@@ -1,0 +1,232 @@
+"""Operators that only move entries: views multiply and split products, `cat` and slices work on segments."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from passes.axes import UNIT, Axes, Axis, Conflict, Size, concat, product, simplify, subaxis
+from passes.rules.table import Call, Kind, Operand, Typed, rule
+
+
+@rule("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+def view(call: Call) -> Typed:
+    """Regroup: dimensions whose sizes have equal products on both sides exchange factors."""
+    (operand, *_) = call.operands
+    axes, sizes = list(call.axes(operand)), list(call.sizes[0])
+    outputs: list[Axis] = []
+    start = 0
+    while axes or sizes:
+        group, wanted = _group(axes, sizes)
+        dims = range(start, start + len(group))
+        start += len(group)
+        outputs.extend(_regroup(call, operand, group, wanted, dims))
+    return call.typed(tuple(outputs))
+
+
+def _group(axes: list[Axis], sizes: list[Size]) -> tuple[list[Axis], list[Size]]:
+    """The shortest prefixes of both with equal products, taken off."""
+    group, wanted = ([axes.pop(0)] if axes else []), ([sizes.pop(0)] if sizes else [])
+    have, want = product(group).size, simplify(_product(wanted))
+    while have != want:
+        if axes and (not sizes or _behind(have, want)):
+            group.append(axes.pop(0))
+            have = product(group).size
+        elif sizes:
+            wanted.append(sizes.pop(0))
+            want = simplify(_product(wanted))
+        else:
+            raise Conflict(f"{have} entries cannot be viewed as {want}")
+    return group, wanted
+
+
+def _behind(have: Size, want: Size) -> bool:
+    if isinstance(have, int) and isinstance(want, int):
+        return have < want
+    quotient = want / have  # type: ignore[operator]
+    return not (hasattr(quotient, "is_number") and quotient.is_number) and quotient.as_numer_denom()[1] == 1
+
+
+def _product(sizes: list[Size]) -> Size:
+    result: Size = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def _regroup(call: Call, operand: Operand, group: list[Axis], wanted: list[Size], dims: range) -> list[Axis]:
+    rest = product(group).factors
+    pieces: list[Axis] = []
+    solved = call.solved
+    try:
+        for size in wanted:
+            solved, piece, rest = solved.take(rest, size)
+            pieces.append(piece)
+    except Conflict:
+        if any(axis.clip for axis in group):
+            raise
+        call.use(Kind.MIX, operand, *dims)
+        return [call.fresh(size, clip=False) for size in wanted]
+    call.solved = solved
+    return [solved.resolve(piece) for piece in pieces]
+
+
+@rule("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T", "adjoint", "mT")
+def permute(call: Call) -> Typed:
+    (operand,) = call.operands
+    axes = call.axes(operand)
+    rank = len(axes)
+    if "dims" in call.given:
+        order = [dim % rank for dim in call.given["dims"]]
+    else:
+        one, two = (call.given.get("dim0", 0) % rank, call.given.get("dim1", 1) % rank) if rank > 1 else (0, 0)
+        order = list(range(rank))
+        if rank > 1:
+            order[one], order[two] = order[two], order[one]
+    return call.typed(tuple(axes[dim] for dim in order))
+
+
+@rule("expand", "broadcast_to", "expand_as")
+def expand(call: Call) -> Typed:
+    """A dimension of size 1 that grows is born anew; nothing distinguishes its entries."""
+    operand = call.operands[0]
+    axes, sizes = call.axes(operand), call.sizes[0]
+    axes = (UNIT,) * (len(sizes) - len(axes)) + axes
+    outputs = tuple(
+        call.fresh(size, clip=False) if axis == UNIT and size != 1 else axis for axis, size in zip(axes, sizes, strict=True)
+    )
+    return call.typed(outputs)
+
+
+@rule("repeat", "tile")
+def repeat(call: Call) -> Typed:
+    (operand,) = call.operands
+    axes, sizes = call.axes(operand), call.sizes[0]
+    axes = (UNIT,) * (len(sizes) - len(axes)) + axes
+    repeats = call.given.get("repeats", call.given.get("dims"))
+    repeats = [1] * (len(axes) - len(repeats)) + list(repeats)
+    outputs = []
+    for axis, times, size in zip(axes, repeats, sizes, strict=True):
+        if axis.size == size:
+            outputs.append(axis)
+        elif axis == UNIT:
+            outputs.append(call.fresh(size, clip=False))
+        else:
+            outputs.append(product([call.fresh(times, clip=False), axis]))
+    return call.typed(tuple(outputs))
+
+
+@rule("cat", "concat", "concatenate")
+def cat(call: Call) -> Typed:
+    operands = [o for o in call.operands if o.axes and not (len(o.axes) == 1 and o.axes[0].size == 0)]
+    rank = len(operands[0].axes)
+    dim = call.given.get("dim", 0) % rank
+    columns = [
+        concat(call.axes(o)[d] for o in operands) if d == dim else call.same(*(o.axes[d] for o in operands))
+        for d in range(rank)
+    ]
+    reads = {o.index: tuple(o.axes[d] if d == dim else columns[d] for d in range(rank)) for o in operands}
+    return call.typed(tuple(columns), reads=reads)
+
+
+@rule("stack")
+def stack(call: Call) -> Typed:
+    rank = len(call.operands[0].axes)
+    axes = tuple(call.same(*(o.axes[d] for o in call.operands)) for d in range(rank))
+    dim = call.given.get("dim", 0) % (rank + 1)
+    outputs = (*axes[:dim], call.fresh(len(call.operands), clip=False), *axes[dim:])
+    return call.typed(outputs, reads={o.index: axes for o in call.operands})
+
+
+@rule("slice")
+def slice_(call: Call) -> Typed:
+    (operand,) = call.operands
+    axes = call.axes(operand)
+    dim = call.given.get("dim", 0) % len(axes)
+    start, end, step = call.given.get("start"), call.given.get("end"), call.given.get("step", 1)
+    if step != 1:
+        return _cut(call, operand, axes, dim, [None])
+    length = axes[dim].size
+    first = _offset(0 if start is None else start, length)
+    last = _offset(length if end is None else end, length)
+    return _cut(call, operand, axes, dim, [(first, last)])
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+def split(call: Call) -> Typed:
+    (operand,) = call.operands
+    axes = call.axes(operand)
+    dim = call.given.get("dim", 0) % len(axes)
+    spans: list[tuple[Size, Size] | None] = []
+    at: Size = 0
+    for sizes in call.sizes:
+        spans.append((at, simplify(at + sizes[dim])))
+        at = simplify(at + sizes[dim])
+    return _cut(call, operand, axes, dim, spans)
+
+
+@rule("select")
+def select(call: Call) -> Typed:
+    (operand,) = call.operands
+    axes = call.axes(operand)
+    dim, index = call.given.get("dim", 0) % len(axes), call.given["index"]
+    at = _offset(index, axes[dim].size) if isinstance(index, int) else None
+    typed = _cut(call, operand, axes, dim, [None if at is None else (at, simplify(at + 1))], keep=False)
+    return typed
+
+
+@rule("unbind")
+def unbind(call: Call) -> Typed:
+    (operand,) = call.operands
+    axes = call.axes(operand)
+    dim = call.given.get("dim", 0) % len(axes)
+    spans: list[tuple[Size, Size] | None] = [(k, k + 1) for k in range(len(call.sizes))]
+    return _cut(call, operand, axes, dim, spans, keep=False)
+
+
+def _offset(index: Any, length: Size) -> Size:
+    """Where an index of a slice points, counted from the front."""
+    if index == sys.maxsize:
+        return length
+    if isinstance(index, int) and index < 0:
+        return simplify(length + index)
+    if isinstance(index, int) and isinstance(length, int):
+        return min(index, length)
+    return simplify(index)
+
+
+def _cut(
+    call: Call, operand: Operand, axes: Axes, dim: int, spans: list[tuple[Size, Size] | None], keep: bool = True
+) -> Typed:
+    """Pieces of one dimension. A piece that is whole segments keeps them; any other is born anew."""
+    places: list[tuple[int, int]] = []
+    outputs: list[Axes] = []
+    mixed = False
+    for span, sizes in zip(spans, call.sizes, strict=True):
+        place = None if span is None else _segments(axes[dim], *span)
+        if place is None:
+            mixed = True
+            place = (-1, -1)
+            piece = call.fresh(sizes[dim], clip=axes[dim].clip) if keep else UNIT
+        else:
+            piece = subaxis(axes[dim].segments[slice(*place)])
+        places.append(place)
+        outputs.append((*axes[:dim], *([piece] if keep else []), *axes[dim + 1 :]))
+    if mixed:
+        call.use(Kind.MIX, operand, dim)
+    return call.typed(*outputs, cut=dim, places=tuple(places))
+
+
+def _segments(axis: Axis, first: Size, last: Size) -> tuple[int, int] | None:
+    """The segments between two offsets, if the offsets fall on their borders."""
+    borders: list[Size] = [0]
+    for segment in axis.segments:
+        borders.append(simplify(borders[-1] + subaxis([segment]).size))
+    return (borders.index(first), borders.index(last)) if first in borders and last in borders else None
+
+
+
+@rule("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")
+def size(call: Call) -> Typed:
+    """A number that follows from the inputs' shapes, whatever the operand is merged to."""
+    return call.typed()

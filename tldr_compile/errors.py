@@ -1,0 +1,25 @@
+"""The exceptions that users catch; they are born in `passes.errors`."""
+
+from passes.errors import (
+    CaptureError,
+    GraphBreakError,
+    NothingToMerge,
+    OptionError,
+    RuleError,
+    ScheduleError,
+    ShapeError,
+    TldrError,
+    VerificationError,
+)
+
+__all__ = [
+    "CaptureError",
+    "GraphBreakError",
+    "NothingToMerge",
+    "OptionError",
+    "RuleError",
+    "ScheduleError",
+    "ShapeError",
+    "TldrError",
+    "VerificationError",
+]

@@ -1,0 +1,22 @@
+"""The operators that a merged graph calls: plain ATen where Inductor can fuse it, one registered operator where not."""
+
+from .attention import attend, attend_and_sharpness, sharpness
+from .grouping import Grouping, down, group, pick, up
+from .reference import match, saliency
+from .sums import mean, softmax, sum  # noqa: A004
+
+__all__ = [
+    "Grouping",
+    "attend",
+    "attend_and_sharpness",
+    "down",
+    "group",
+    "match",
+    "mean",
+    "pick",
+    "saliency",
+    "sharpness",
+    "softmax",
+    "sum",
+    "up",
+]

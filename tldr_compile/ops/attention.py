@@ -1,0 +1,172 @@
+"""Attention, and attention that also tells how sharp each token's attention is, without a matrix of all pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import blocked
+from .reference import masked
+
+Shape = Sequence[int]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    log_mass: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Step 7, attention whose keys count with their mass: `softmax(scale q k' + mask + log_mass) v`.
+
+    `q [..., H, Nq, d]`, `k [..., H, Nk, d]`, `v [..., H, Nk, c]`; `mask` (bool, True keeps, or additive) and `log_mass`
+    broadcast to `[..., H, Nq, Nk]`. The rest is that of `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    if log_mass is not None:
+        bias = torch.atleast_2d(log_mass.to(q.dtype))
+        if is_causal:
+            bias = masked(bias, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril())
+        mask, is_causal = masked(bias, mask), False
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def attend_and_sharpness(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    log_mass: Tensor | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The output of `attend`, and the sharpness of its rows: steps 1, 2 and 7 of vid-TLDR in one pass.
+
+    Shapes as in `attend`; the sharpness is `[..., Nq]`, float32 (float64 of float64). `mask` enters both, `log_mass`
+    only the output. `reference.attention_with_sharpness` is the specification.
+    """
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    lead = q.shape[:-3]
+    q, k, v = (t.reshape(math.prod(lead), *t.shape[-3:]) for t in (q, k, v))
+    mask, log_mass = (None if bias is None else _batched(bias, lead) for bias in (mask, log_mass))
+    out, sharpness = torch.ops.tldr.attend_and_sharpness(q, k, v, scale, mask, log_mass)
+    return out.reshape(*lead, *out.shape[1:]), sharpness.reshape(*lead, *sharpness.shape[1:])
+
+
+def sharpness(
+    q: Tensor, k: Tensor, *, scale: float | None = None, mask: Tensor | None = None, enable_gqa: bool = False
+) -> Tensor:
+    """The sharpness alone, `[..., Nq]`: attention to values without channels."""
+    return attend_and_sharpness(q, k, k[..., :0], scale=scale, mask=mask, enable_gqa=enable_gqa)[1]
+
+
+def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:
+    """A bias that broadcasts to `[*lead, H, Nq, Nk]` as one that broadcasts to `[B, H, Nq, Nk]`."""
+    bias = bias.reshape((1,) * (len(lead) + 3 - bias.dim()) + bias.shape)
+    if len(lead) == 1:
+        return bias
+    return bias.expand(*lead, *bias.shape[-3:]).reshape(math.prod(lead), *bias.shape[-3:])
+
+
+# --- the registered operator, on [B, H, N, d] -------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tldr::attend_and_sharpness", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return blocked.forward(q, k, v, scale, mask, log_mass)
+
+
+@_forward.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return blocked.empty_results(q, v)
+
+
+@torch.library.custom_op("tldr::attend_and_sharpness_backward", mutates_args=())
+def _backward(
+    grad_out: Tensor,
+    grad_sharpness: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    log_mass: Tensor | None,
+    mask_grad: bool,
+    log_mass_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, mask and log_mass; empty tensors for the last two where nobody asks for them."""
+    results = blocked.empty_gradients(q, k, v, mask if mask_grad else None, log_mass if log_mass_grad else None)
+    blocked.backward(results, grad_out, grad_sharpness, q, k, v, scale, mask, log_mass)
+    return results
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad_out: Tensor,
+    grad_sharpness: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    log_mass: Tensor | None,
+    mask_grad: bool,
+    log_mass_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return blocked.empty_gradients(q, k, v, mask if mask_grad else None, log_mass if log_mass_grad else None)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale, mask, log_mass = inputs
+    ctx.save_for_backward(q, k, v, mask, log_mass)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_sharpness: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, mask, log_mass = ctx.saved_tensors
+    mask_grad, log_mass_grad = ctx.needs_input_grad[4:6]
+    d_q, d_k, d_v, d_mask, d_log_mass = torch.ops.tldr.attend_and_sharpness_backward(
+        grad_out, grad_sharpness, q, k, v, ctx.scale, mask, log_mass, mask_grad, log_mass_grad
+    )
+    return d_q, d_k, d_v, None, d_mask if mask_grad else None, d_log_mass if log_mass_grad else None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.tldr.attend_and_sharpness)
+def _forward_flop(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
+    batch, heads, rows, channels = q_shape
+    return 2 * batch * heads * rows * k_shape[-2] * (channels + v_shape[-1])
+
+
+@register_flop_formula(torch.ops.tldr.attend_and_sharpness_backward)
+def _backward_flop(
+    out_shape: Shape,
+    sharpness_shape: Shape,
+    q_shape: Shape,
+    k_shape: Shape,
+    v_shape: Shape,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """The scores again; then two products each for the output and for the scores."""
+    batch, heads, rows, channels = q_shape
+    return 2 * batch * heads * rows * k_shape[-2] * (3 * channels + 2 * v_shape[-1])

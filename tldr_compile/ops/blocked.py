@@ -1,0 +1,150 @@
+"""The provider that never holds a matrix of all pairs: row block by row block, one exponential for both softmaxes.
+
+With `A = softmax(scores)`, the proportional output is `A (m * v) / (A m)`: the masses need no second softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .reference import masked, row_sharpness, wide
+
+# Bytes of one block of scores: small enough for the cache of a CPU, large enough to fill a GPU.
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+
+Block = tuple[slice, slice, slice]
+"""Samples, all heads, rows: an index into what is laid like the scores `[B, H, Nq, Nk]`."""
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of q, k, v, mask and log_mass."""
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`reference.attention_with_sharpness` for `q [B, H, Nq, d]`, `k [B, H, Nk, d]`, `v [B, H, Nk, c]`."""
+    out, sharpness = empty_results(q, v)
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys, values = _widened(q, k, v, scale)
+        mass = _relative_mass(log_mass, queries.dtype)
+        for block in _blocks(queries, keys):
+            samples, _, rows = block
+            attention = _probabilities(queries, keys, mask, block)
+            sharpness[samples, rows] = row_sharpness(attention.mean(1))
+            out[block] = _proportional(attention, mass, block) @ values[samples]
+    return out, sharpness
+
+
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads lie next to channels in memory, as the fused operator leaves them: models join the two next."""
+    batch, heads, rows, _ = q.shape
+    out = q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(batch, rows, dtype=wide(q.dtype))
+
+
+def backward(
+    results: Gradients,
+    grad_out: Tensor,
+    grad_sharpness: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    log_mass: Tensor | None,
+) -> None:
+    """Fill `results`, computing each block of scores anew; a bias whose result is empty gets none."""
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys, values = _widened(q, k, v, scale)
+        mass = _relative_mass(log_mass, queries.dtype)
+        d_queries, d_keys, d_values, d_mask, d_log_mass = (torch.zeros_like(r, dtype=queries.dtype) for r in results)
+        for block in _blocks(queries, keys):
+            samples, _, rows = block
+            attention = _probabilities(queries, keys, mask, block)
+            proportional = _proportional(attention, mass, block)
+            d_out = grad_out[block].to(queries.dtype)
+            d_values[samples] += proportional.mT @ d_out
+            d_scores = _softmax_backward(proportional, d_out @ values[samples].mT)
+            _accumulate(d_log_mass, block, d_scores)
+            mean = attention.mean(1, keepdim=True)
+            d_mean = grad_sharpness[samples, None, rows, None] * _row_sharpness_slope(mean)
+            d_scores += _softmax_backward(attention, d_mean / attention.shape[1])
+            _accumulate(d_mask, block, d_scores)
+            d_queries[block] = d_scores @ keys[samples] * scale
+            d_keys[samples] += d_scores.mT @ queries[block]
+    for result, gradient in zip(results, (d_queries, d_keys, d_values, d_mask, d_log_mass), strict=True):
+        result.copy_(gradient)
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> Gradients:
+    """Contiguous gradients in the inputs' dtypes; for a bias that is None, a tensor without elements."""
+    d_mask, d_log_mass = (q.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in (mask, log_mass))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_mask, d_log_mass
+
+
+def _blocks(queries: Tensor, keys: Tensor) -> Iterator[Block]:
+    """Some rows of one sample where its scores exceed a block, otherwise as many whole samples as fit."""
+    batch, heads, rows, _ = queries.shape
+    budget = BLOCK_BYTES.get(queries.device.type, BLOCK_BYTES["cuda"])
+    row_bytes = max(1, heads * keys.shape[-2] * queries.element_size())
+    height = max(1, min(rows, budget // row_bytes))
+    depth = max(1, budget // (row_bytes * height)) if height == rows else 1
+    for first in range(0, batch, depth):
+        for top in range(0, rows, height):
+            yield slice(first, first + depth), slice(None), slice(top, top + height)
+
+
+def _cut(bias: Tensor, block: Block) -> Tensor:
+    """The part (a view) of what broadcasts to the scores that broadcasts to this block of them."""
+    whole = slice(None)
+    return bias[tuple(whole if length == 1 else part for length, part in zip(bias.shape, block, strict=False))]
+
+
+def _accumulate(gradient: Tensor, block: Block, d_scores: Tensor) -> None:
+    if gradient.numel() > 0:
+        part = _cut(gradient, block)
+        part += d_scores.sum_to_size(part.shape)
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = wide(q.dtype)
+    return q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+
+
+def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor | None, block: Block) -> Tensor:
+    """`reference.safe_softmax` of the masked scores, with as few passes over memory as no gradients allow."""
+    scores = queries[block] @ keys[block[0]].mT
+    if mask is None:
+        return scores.softmax(-1)
+    scores = masked(scores, _cut(mask, block))
+    dead = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.softmax(-1)
+
+
+def _relative_mass(log_mass: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Masses up to one factor per row, which cancels: the largest is 1, so that none overflows."""
+    if log_mass is None:
+        return None
+    log_mass = log_mass.to(dtype)
+    return (log_mass - log_mass.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)).exp()
+
+
+def _proportional(attention: Tensor, mass: Tensor | None, block: Block) -> Tensor:
+    """`softmax(scores + log mass)` out of `softmax(scores)`, which is left as it is."""
+    if mass is None:
+        return attention
+    weighted = attention * _cut(mass, block)
+    total = weighted.sum(-1, keepdim=True)
+    return weighted.div_(total.masked_fill_(total == 0, 1))
+
+
+def _softmax_backward(probabilities: Tensor, gradient: Tensor) -> Tensor:
+    weighted = probabilities * gradient
+    return weighted - probabilities * weighted.sum(-1, keepdim=True)
+
+
+def _row_sharpness_slope(attention: Tensor) -> Tensor:
+    return attention.clamp_min(torch.finfo(attention.dtype).tiny).log() + 1
