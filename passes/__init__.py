@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import fx
 
@@ -21,8 +21,9 @@ from passes.plan import Entry, Plan, make_plan
 from passes.rewrite import Policy, rewrite
 from passes.sites import sites
 from passes.typing import infer
+from passes.verify import verify as _verify
 
-__all__ = ["Captured", "Merged", "Options", "Plan", "from_dynamo", "from_export", "merge", "plan"]
+__all__ = ["Captured", "Merged", "Options", "Plan", "from_dynamo", "from_export", "merge", "plan", "verify"]
 
 
 class Options(Policy, Protocol):
@@ -40,11 +41,13 @@ class Options(Policy, Protocol):
 
 @dataclass(frozen=True)
 class Merged:
-    """A rewritten graph and the plan it was made from; `groupings` names each resolution's nodes by field."""
+    """A rewritten graph and the plan it was made from; `groupings` are the nodes that find each
+    resolution, `options` what it was made with."""
 
     graph: fx.GraphModule
     plan: Plan
-    groupings: dict[int, dict[str, fx.Node]]
+    groupings: dict[int, fx.Node]
+    options: Options
 
 
 def plan(captured: Captured, options: Options) -> Plan:
@@ -72,6 +75,12 @@ def merge(captured: Captured, options: Options, operators: ModuleType) -> Merged
     """
     planned = plan(captured, options)
     if not planned.merges:
-        return Merged(captured.graph, planned, {})
+        return Merged(captured.graph, planned, {}, options)
     new = rewrite(planned, operators, options)
-    return Merged(new.graph, planned, new.groupings)
+    return Merged(new.graph, planned, new.groupings, options)
+
+
+def verify(merged: Merged, inputs: Sequence[Any]) -> None:
+    """Check a merged graph against the projection law on real inputs, parameters included. Raises `VerificationError`."""
+    if merged.plan.merges:
+        _verify(merged.plan, merged.graph, merged.groupings, merged.options, inputs)

@@ -87,6 +87,9 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tup
     module.meta.update(captured.graph.meta)
     for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)  # facts of the capture, which hold; they would keep what is fused alive
+    for target in (aten.view.default, aten._unsafe_view.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.target = aten.reshape.default  # another attention kernel may lay its result out in another order
     search = _search(graph)
     for match in search.found:
         if not match.escapes:

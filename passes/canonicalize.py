@@ -94,7 +94,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     constants = frozenset(name for name, source in sources.items() if source is not None and _is_of_module(source))
     paths = {
         node.name: _source_path(sources[node.name], node.name)
-        for node, value in zip(placeholders, values)
+        for node, value in zip(placeholders, values, strict=True)
         if node.name not in constants and isinstance(value, torch.Tensor)
     }
     return Captured(graph=graph, constants=constants, names=_shortest_names(paths), mutated=mutated)
@@ -135,7 +135,7 @@ def with_writes(graph: fx.GraphModule, mutated: Sequence[str]) -> fx.GraphModule
     values = list(output.args[0])  # type: ignore[arg-type]
     placeholders = {node.name: node for node in _placeholders(result)}
     with result.graph.inserting_before(output):
-        for name, value in zip(mutated, values):
+        for name, value in zip(mutated, values, strict=False):
             target = placeholders[name]
             if target.meta["val"].requires_grad:  # a leaf cannot be written in place under autograd
                 target = result.graph.call_function(torch.ops.aten.detach.default, (target,))
@@ -173,7 +173,7 @@ def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) ->
 
     def run(*args: Any) -> tuple[Any, ...]:
         inputs, lifted = args[: len(values)], args[len(values) :]
-        outputs = _Retracer(gm, dict(zip(attributes, lifted))).run(*inputs)
+        outputs = _Retracer(gm, dict(zip(attributes, lifted, strict=True))).run(*inputs)
         # Under functionalization an input that was written to now holds its new value.
         return (*args, *_flat(outputs))
 
@@ -214,7 +214,8 @@ def _split_outputs(graph: fx.GraphModule, count: int) -> list[fx.Node]:
 
 def _restore_attributes(graph: fx.GraphModule, attributes: Mapping[str, Any], written: Sequence[fx.Node]) -> None:
     placeholders = _placeholders(graph)
-    for node, (target, value) in zip(placeholders[len(placeholders) - len(attributes) :], attributes.items()):
+    lifted = placeholders[len(placeholders) - len(attributes) :]
+    for node, (target, value) in zip(lifted, attributes.items(), strict=True):
         if node in written:
             raise CaptureError(f"the module's attribute {target!r} is written to; make it a buffer")
         _set_attribute(graph, target, value)
@@ -238,8 +239,8 @@ def _refuse_higher_order(gm: fx.GraphModule) -> None:
     for node in (node for graph in graphs for node in graph.nodes):
         if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target not in _ENTERED:
             raise CaptureError(
-                f"{_where(node)} is the higher-order operator {node.target.name()!r}, which tldr-compile does not enter; "
-                "call the model without it, or keep that part out of the graph with torch.compiler.disable"
+                f"{_where(node)} is the higher-order operator {node.target.name()!r}, which tldr-compile does not "
+                "enter; call the model without it, or keep that part out of the graph with torch.compiler.disable"
             )
 
 

@@ -146,6 +146,12 @@ class Plan:
     merges: tuple[Merge, ...]
     steps: Mapping[fx.Node, Step]
 
+    def held(self, node: fx.Node) -> tuple[Resolution, ...]:
+        """At which resolutions a value is held, merge after it included."""
+        merge, step = self.merge_after(node), self.steps.get(node, Step())
+        kept = tuple(r for r in step.held if merge is None or r.run != merge.target.run)
+        return (*kept, merge.target) if merge else kept
+
     def merge_after(self, node: fx.Node) -> Merge | None:
         return next((merge for merge in self.merges if merge.node is node), None)
 

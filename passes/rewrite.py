@@ -48,10 +48,10 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The new graph, and for each resolution the nodes of its grouping by field name."""
+    """The new graph, and for each resolution the node that finds its grouping."""
 
     graph: fx.GraphModule
-    groupings: dict[int, dict[str, fx.Node]]
+    groupings: dict[int, fx.Node]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class _Rewriter:
         self.graph.eliminate_dead_code()
         module = fx.GraphModule(old, self.graph)
         module.meta.update(old.meta)
-        return Rewritten(module, self.groupings)
+        return Rewritten(module, {index: fields["kept"].args[0] for index, fields in self.groupings.items()})  # type: ignore[misc]
 
     # --- one node ---
 

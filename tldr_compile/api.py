@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -73,9 +73,9 @@ def explain(
     config = _config(config, options)
     captured = from_export(_export(model, args, kwargs, dynamic_shapes))
     try:
-        return Report(passes.merge(captured, config, ops).plan)
+        return Report(passes.merge(captured, config, ops), default=config.is_default_schedule)
     except NothingToMerge as nothing:
-        return Report(nothing.plan)
+        return Report(passes.merge(captured, nothing_of(config), ops), nothing=str(nothing))
 
 
 def merge(captured: Captured, config: TokenMerging) -> passes.Merged:
@@ -88,7 +88,12 @@ def merge(captured: Captured, config: TokenMerging) -> passes.Merged:
         if config.on_nothing == "raise":
             raise
         warnings.warn(f"tldr: {nothing}; the model runs as it is", stacklevel=2)
-        return passes.Merged(graph=captured.graph, plan=nothing.plan)
+        return passes.merge(captured, nothing_of(config), ops)
+
+
+def nothing_of(config: TokenMerging) -> TokenMerging:
+    """`config` with a schedule of zeros: the sites and the types, and no merge."""
+    return replace(config, schedule=())
 
 
 class MergedModule(nn.Module):
@@ -106,7 +111,7 @@ class MergedModule(nn.Module):
 
     def __init__(self, program: ExportedProgram, captured: Captured, merged: passes.Merged) -> None:
         super().__init__()
-        self.report = Report(merged.plan)
+        self.report = Report(merged, default=merged.options.is_default_schedule)
         self._captured = captured
         self._merged = merged
         self._signature = _Signature.of(program, captured)
@@ -126,7 +131,7 @@ class MergedModule(nn.Module):
         Raises `VerificationError` with the first value that differs.
         """
         with torch.no_grad():
-            passes.verify(self._captured, self._merged, self._flat_inputs(args, dict(kwargs or {})))
+            passes.verify(self._merged, self._flat_inputs(args, dict(kwargs or {})))
 
     def _flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         leaves = iter(self._signature.flatten(args, kwargs))
@@ -170,14 +175,14 @@ class _Input:
         if value.dtype != self.dtype:
             raise ShapeError(f"input {self.name!r}: expected {self.dtype}, got {value.dtype}; convert the input")
         fits = len(value.shape) == len(self.shape) and all(
-            not isinstance(expected, int) or expected == size for expected, size in zip(self.shape, value.shape)
+            not isinstance(expected, int) or expected == size for expected, size in zip(self.shape, value.shape, strict=True)
         )
         if not fits:
             raise ShapeError(f"input {self.name!r}: expected {self.wanted}, got {list(value.shape)}; {_MISMATCH}")
 
     def sizes(self, value: Any) -> Iterator[tuple[sympy.Expr, int]]:
         """The symbolic sizes of the capture with the sizes they now have."""
-        pairs = zip(self.shape, value.shape) if self.dtype is not None else ((self.constant, value),)
+        pairs = zip(self.shape, value.shape, strict=True) if self.dtype is not None else ((self.constant, value),)
         return ((expected, size) for expected, size in pairs if isinstance(expected, sympy.Expr))
 
     @property
@@ -226,7 +231,7 @@ class _Signature:
             leaves = self.in_spec.flatten_up_to(bound)
         except ValueError as reason:
             raise ShapeError(f"the arguments are not nested as they were when captured: {reason}") from reason
-        for expected, value in zip(self.inputs, leaves):
+        for expected, value in zip(self.inputs, leaves, strict=True):
             expected.check(value)
         if not torch.compiler.is_compiling():  # a tracer has symbols of its own
             self._check_symbols(leaves)
@@ -252,7 +257,7 @@ class _Signature:
     def _check_symbols(self, leaves: Sequence[Any]) -> None:
         found = [
             (expected, symbolic, size)
-            for expected, value in zip(self.inputs, leaves)
+            for expected, value in zip(self.inputs, leaves, strict=True)
             for symbolic, size in expected.sizes(value)
         ]
         known: dict[sympy.Expr, int] = {}

@@ -89,6 +89,14 @@ def test_masses_count_as_so_many_equal_keys() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_sample_without_mass_gives_zeros() -> None:
+    log_mass = torch.full((2, 1, 1, 5), -torch.inf)
+    log_mass[1] = 0
+    for found, expected in both(*qkv(2, 2, 7, 5), log_mass=log_mass):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_attend_keeps_a_causal_mask_beside_masses() -> None:
     q, k, v = qkv(1, 2, 6, 6)
     plain = ops.attend(q, k, v, is_causal=True)

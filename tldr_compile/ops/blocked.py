@@ -121,7 +121,7 @@ def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor | None, block: Bl
         return scores.softmax(-1)
     scores = masked(scores, _cut(mask, block))
     dead = scores.amax(-1, keepdim=True) == -torch.inf
-    return scores.softmax(-1)
+    return scores.softmax(-1).masked_fill_(dead, 0)
 
 
 def _relative_mass(log_mass: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -147,4 +147,5 @@ def _softmax_backward(probabilities: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _row_sharpness_slope(attention: Tensor) -> Tensor:
-    return attention.clamp_min(torch.finfo(attention.dtype).tiny).log() + 1
+    """The derivative of `a log a` less 1: a constant along a row is lost in the softmax behind it."""
+    return attention.clamp_min(torch.finfo(attention.dtype).tiny).log()

@@ -1,0 +1,283 @@
+"""What a merged graph means: the original graph at full length, its streams replaced by their projections.
+
+This interpreter is the definition that the rewriter is checked against. It shares the plan and the groupings with it and nothing else:
+no value is ever short, tokens are found by coordinates, sums are weighed token by token.
+
+    merge, float operand      x_i  <-  sum over the group of i of  w_j x_j
+    merge, table operand      x_i  <-  x at the group's representative
+    sum over tokens           each token weighs  mass of its group / size of its group
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from passes.attention import SDPA, named_arguments
+from passes.axes import Atom, Axes, Axis, Factor, Size, product, replace
+from passes.plan import Conversion, How, Plan, Resolution, Weighing
+from passes.rewrite import Policy
+from passes.rules import Kind
+
+
+@dataclass(frozen=True)
+class Groups:
+    """One resolution, told for every token of the full run: all `[B, N]`."""
+
+    group: Tensor
+    weight: Tensor
+    representative: Tensor
+    mass: Tensor
+    size: Tensor
+
+
+def full_length(plan: Plan, groupings: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Groups]:
+    """Every merge's grouping, composed with those before it."""
+    found: dict[int, Groups] = {}
+    for merge in plan.merges:
+        fields, parent = groupings[merge.target.index], merge.target.parent
+        step = torch.zeros(fields["assign"].shape, dtype=torch.float64)
+        step.scatter_(1, fields["kept"], fields["kept_weight"].double())
+        step.scatter_(1, fields["source"], fields["source_weight"].double())
+        above = found[parent.index] if parent else None
+        group = fields["assign"] if above is None else fields["assign"].gather(1, above.group)
+        kept = fields["kept"].gather(1, group)
+        found[merge.target.index] = Groups(
+            group=group,
+            weight=step if above is None else step.gather(1, above.group) * above.weight,
+            representative=kept if above is None else _representative(above, kept),
+            mass=fields["mass"].double().gather(1, group),
+            size=fields["size"].double().gather(1, group),
+        )
+    return found
+
+
+def _representative(above: Groups, kept: Tensor) -> Tensor:
+    """The token at full length that stands for group `kept` of the resolution above."""
+    first = torch.zeros(kept.shape[0], int(above.group.max()) + 1, dtype=torch.int64)
+    first.scatter_(1, above.group, above.representative)
+    return first.gather(1, kept)
+
+
+class Projection(fx.Interpreter):
+    """Runs the plan's graph at full length with the meaning that the plan gives it."""
+
+    def __init__(self, plan: Plan, groups: Mapping[int, Groups], policy: Policy) -> None:
+        super().__init__(plan.typed.captured.graph)
+        self.plan, self.groups, self.policy = plan, groups, policy
+        self.symbols: dict[sympy.Symbol, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        step = self.plan.steps.get(n)
+        if step is None or not (step.conversions or step.weighings):
+            result = super().run_node(n)
+        else:
+            result = self._call(n, step.conversions, step.weighings)
+        if n.op == "placeholder":
+            self._learn(n, result)
+        if (merge := self.plan.merge_after(n)) is not None:
+            result = self._project(result, self.plan.typed.value(n).axes, merge.target, How.MERGE)
+        return result
+
+    def _learn(self, node: fx.Node, value: Any) -> None:
+        traced = node.meta.get("val")
+        pairs = zip(traced.shape, value.shape, strict=True) if isinstance(traced, Tensor) else [(traced, value)]
+        for symbol, number in pairs:
+            if isinstance(symbol, torch.SymInt) and isinstance(symbol.node.expr, sympy.Symbol):
+                self.symbols[symbol.node.expr] = int(number)
+
+    def _number(self, length: Size) -> int:
+        return length if isinstance(length, int) else int(length.subs(self.symbols))
+
+    def _call(self, node: fx.Node, conversions: Sequence[Conversion], weighings: Sequence[Weighing]) -> Any:
+        operands = [self.env[each] for each in self.plan.typed.operands(node)]
+        typed = self.plan.typed.calls.get(node)
+        for conversion in conversions:
+            if conversion.target is not None and typed is not None:
+                number = conversion.operand
+                reads = typed.reads[number]
+                wide = _widened(operands[number], reads, self._number)
+                operands[number] = self._project(wide, reads[len(reads) - wide.ndim :], conversion.target, conversion.how)
+        weights = {w.use: self._weight(w, typed.reads[w.use.operand]) for w in weighings} if typed else {}
+        if node.target is SDPA:
+            return _attention(node, operands, next(iter(weights.values()), None), self.fetch_args_kwargs_from_env(node))
+        for use, weight in weights.items():
+            if use.kind is Kind.CONTRACT:
+                operands[use.operand] = (operands[use.operand] * weight).to(operands[use.operand].dtype)
+            else:
+                return _weighed(use.kind, operands[0], weight, use.dims, named_arguments(node))
+        feed = iter(operands)
+
+        def value(each: fx.Node) -> Any:
+            return next(feed) if isinstance(each.meta.get("val"), Tensor) else self.env[each]
+
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
+        return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+
+    # --- coordinates ---
+
+    def _coordinates(self, axis: Axis, factor: Factor) -> Tensor:
+        """For every position along an axis its coordinate in one factor, -1 where the factor is not; `[size]`."""
+        parts = []
+        for segment in axis.segments:
+            sizes = [self._number(each.size) for each in segment]
+            if factor in segment:
+                parts.append(_unravel(sizes, segment.index(factor)))
+            elif nested := [k for k, each in enumerate(segment) if isinstance(each, Axis) and factor in each.atoms]:
+                inner = self._coordinates(segment[nested[0]], factor)  # type: ignore[arg-type]
+                parts.append(inner[_unravel(sizes, nested[0])])
+            else:
+                parts.append(torch.full((self._number(product([Axis((segment,))]).size),), -1))
+        return torch.cat(parts)
+
+    def _across(self, axes: Axes, factors: Sequence[Factor], first: Sequence[int] = ()) -> Tensor:
+        """The row-major number of some factors' values at every entry, -1 where one is missing; broadcastable to the entries.
+
+        A factor on several dimensions is read off those in `first`.
+        """
+        number, missing = torch.zeros((1,) * len(axes), dtype=torch.int64), torch.zeros((1,) * len(axes), dtype=torch.bool)
+        for factor in factors:
+            dims = [d for d in (*first, *range(len(axes))) if factor in axes[d].atoms or factor in axes[d].factors]
+            shape = [1] * len(axes)
+            shape[dims[0]] = -1
+            at = self._coordinates(axes[dims[0]], factor).reshape(shape)
+            number, missing = number * self._number(factor.size) + at.clamp(min=0), missing | (at < 0)
+        return number.masked_fill(missing, -1)
+
+    # --- meaning ---
+
+    def _weight(self, weighing: Weighing, axes: Axes) -> Tensor:
+        """What every entry of an operand weighs in a sum over some dimensions."""
+        kind, resolution = weighing.use.kind, weighing.resolution
+        groups = self.groups[resolution.index]
+        mass = self.policy.pooling == "mass" if kind in (Kind.MEAN, Kind.SUM) else self.policy.proportional
+        share = (groups.mass if mass else torch.ones_like(groups.mass)) / groups.size
+        token = self._across(axes, resolution.run.factors, weighing.use.dims)
+        sample = self._across(axes, [f for f in resolution.batch.factors], ())
+        sample, token = torch.broadcast_tensors(sample, token)
+        return share[sample.clamp(min=0), token.clamp(min=0)].masked_fill(token < 0, 1.0)
+
+    def _project(self, x: Tensor, axes: Axes, resolution: Resolution, how: How) -> Tensor:
+        """`up(down(x))` along every dimension that holds the run whole."""
+        probe = Atom(resolution.run.size)
+        for dim, axis in enumerate(axes):
+            marked = replace(axis, resolution.run, probe)
+            if probe in marked.atoms:
+                whole = (*axes[:dim], marked, *axes[dim + 1 :])
+                x = self._project_dimension(x, whole, dim, probe, resolution, how)
+        return x
+
+    def _project_dimension(
+        self, x: Tensor, axes: Axes, dim: int, probe: Atom, resolution: Resolution, how: How
+    ) -> Tensor:
+        groups = self.groups[resolution.index]
+        token = self._coordinates(axes[dim], probe)
+        beside = self._beside(axes[dim], probe)
+        sample = self._across(axes, list(resolution.batch.factors)).expand(x.shape).movedim(dim, -1)
+        moved = x.movedim(dim, -1)
+        result = moved.clone()
+        for number in range(groups.group.shape[0]):
+            matrix = _matrix(token, beside, groups, number, how)
+            if how is How.PICK:
+                projected = moved[..., matrix.argmax(-1)]
+            else:
+                projected = (moved.double() @ matrix.T).to(x.dtype)
+            result = torch.where(sample == number, projected, result)
+        return result.movedim(-1, dim)
+
+    def shorten(self, x: Tensor, axes: Axes, resolution: Resolution) -> Tensor:
+        """A projected value `[..., run, ...]` with one entry for each group, as it is held."""
+        probe = Atom(resolution.run.size)
+        for dim, axis in enumerate(axes):
+            marked = replace(axis, resolution.run, probe)
+            if probe in marked.atoms:
+                token = self._coordinates(marked, probe)
+                sample = self._across(axes, list(resolution.batch.factors))
+                order = self._held_order(token, resolution)
+                at = order[sample.movedim(dim, -1)[..., 0]] if sample.ndim else order[0]
+                index = at.movedim(-1, dim).expand([-1 if d == dim else n for d, n in enumerate(x.shape)])
+                x = x.gather(dim, index)
+        return x
+
+    def _held_order(self, token: Tensor, resolution: Resolution) -> Tensor:
+        """For each sample the positions of the groups' representatives in group order, protected ones around; `[B, held]`."""
+        groups = self.groups[resolution.index]
+        inside = (token >= 0).nonzero()[:, 0]
+        first, last = int(inside[0]), int(inside[-1]) + 1
+        rows = []
+        for group, representative in zip(groups.group, groups.representative, strict=True):
+            held = torch.zeros(int(group.max()) + 1, dtype=torch.int64)
+            held[group] = representative
+            rows.append(torch.cat([torch.arange(first), held + first, torch.arange(last, len(token))]))
+        return torch.stack(rows)
+
+    def _beside(self, axis: Axis, probe: Atom) -> Tensor:
+        """What else tells positions along an axis apart: the number of the other factors' values; `[size]`."""
+        others = [f for factor in axis.factors for f in ([factor] if isinstance(factor, Atom) else []) if f is not probe]
+        number = torch.zeros(self._number(axis.size), dtype=torch.int64)
+        for factor in others:
+            number = number * (self._number(factor.size) + 1) + self._coordinates(axis, factor)
+        return number
+
+
+def _unravel(sizes: Sequence[int], which: int) -> Tensor:
+    grid = torch.arange(sizes[which]).reshape([-1 if k == which else 1 for k in range(len(sizes))])
+    return grid.expand(*sizes).reshape(-1)
+
+
+def _matrix(token: Tensor, beside: Tensor, groups: Groups, number: int, how: How) -> Tensor:
+    """Row i says of which entries the new entry i is made; protected entries are made of themselves."""
+    is_token = token >= 0
+    at = token.clamp(min=0)
+    group = groups.group[number][at]
+    same = (group[:, None] == group[None, :]) & (beside[:, None] == beside[None, :])
+    if how is How.PICK:
+        same = same & (groups.representative[number][at][:, None] == at[None, :])
+        rows = same.double()
+    else:
+        rows = same.double() * groups.weight[number][at][None, :]
+    among = is_token[:, None] & is_token[None, :]
+    return torch.where(among, rows, torch.eye(len(token), dtype=torch.float64))
+
+
+def _widened(x: Tensor, reads: Axes, number: Any) -> Tensor:
+    """An operand broadcast to the axes it is read along."""
+    shape = [number(axis.size) for axis in reads]
+    padded = x.reshape((1,) * (len(shape) - x.ndim) + tuple(x.shape))
+    return padded.expand(shape)
+
+
+def _weighed(kind: Kind, x: Tensor, weight: Tensor, dims: Sequence[int], given: Mapping[str, Any]) -> Tensor:
+    dtype = given.get("dtype") or x.dtype
+    wide, weight = x.double(), weight.expand(x.shape)
+    if kind is Kind.SOFTMAX:
+        exponential = (wide - wide.amax(dims, keepdim=True)).exp()
+        return (exponential / (weight * exponential).sum(dims, keepdim=True)).to(dtype)
+    total = (wide * weight).sum(dims, keepdim=bool(given.get("keepdim", False)))
+    if kind is Kind.MEAN:
+        total = total / weight.sum(dims, keepdim=bool(given.get("keepdim", False)))
+    return total.to(dtype)
+
+
+def _attention(node: fx.Node, operands: Sequence[Tensor], weight: Tensor | None, arguments: Any) -> Tensor:
+    """softmax(scale q k' + mask + log weight) v, written out."""
+    query, key, value, *mask = operands
+    given = named_arguments(node)
+    if given.get("enable_gqa", False):
+        times = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
+    scale = given.get("scale")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query.double() @ key.double().mT) * scale
+    if mask:
+        scores = scores.masked_fill(~mask[0], -torch.inf) if mask[0].dtype == torch.bool else scores + mask[0].double()
+    if given.get("is_causal", False):
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    if weight is not None:
+        scores = scores + weight[..., 0].unsqueeze(-2).log()
+    return (scores.softmax(-1) @ value.double()).to(query.dtype)

@@ -1,0 +1,82 @@
+"""Check a rewritten graph against the meaning of its plan, on real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from passes.errors import VerificationError
+from passes.plan import Plan
+from passes.projection import Projection, full_length
+from passes.rewrite import Policy
+
+
+def agreement(dtype: torch.dtype) -> float:
+    """How far two results may be apart, as a part of the largest magnitude: the rounding of some layers' sums."""
+    return 128 * torch.finfo(dtype).eps
+
+
+def verify(
+    plan: Plan, graph: fx.GraphModule, groupings: Mapping[int, fx.Node], policy: Policy, inputs: Sequence[Any]
+) -> None:
+    """Compare a rewritten graph with the projection, output by output, with the same groupings.
+
+    Raises:
+        VerificationError: an output differs, naming which and by how much.
+    """
+    recorder = _Recorder(graph, groupings)
+    with torch.no_grad():
+        actual = recorder.run(*inputs)
+        meaning = Projection(plan, full_length(plan, recorder.found), policy)
+        expected = meaning.run(*inputs)
+    (output,) = plan.typed.captured.graph.graph.find_nodes(op="output")
+    pairs = zip(plan.typed.operands(output), _tensors(actual), _tensors(expected), strict=True)
+    for number, (node, one, two) in enumerate(pairs):
+        if one.shape != two.shape:
+            for resolution in plan.held(node):
+                two = meaning.shorten(two, plan.typed.value(node).axes, resolution)
+        _compare(f"output {number} ({node.name})", one, two)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a rewritten graph and keeps its groupings, by resolution and field."""
+
+    def __init__(self, graph: fx.GraphModule, groupings: Mapping[int, fx.Node]) -> None:
+        super().__init__(graph)
+        self.names = {node.name: index for index, node in groupings.items()}
+        self.found: dict[int, dict[str, Tensor]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.names:
+            fields = result._asdict()
+            self.found[self.names[n.name]] = {field: value.detach().cpu() for field, value in fields.items()}
+        return result
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [each for each in pytree.tree_leaves(tree) if isinstance(each, Tensor)]
+
+
+def _compare(name: str, actual: Tensor, expected: Tensor) -> None:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise VerificationError(
+            f"{name} is {actual.dtype} {tuple(actual.shape)}, but its meaning {expected.dtype} {tuple(expected.shape)}"
+        )
+    if not actual.is_floating_point():
+        if not torch.equal(actual, expected):
+            raise VerificationError(f"{name} differs from its meaning in {int((actual != expected).sum())} entries")
+        return
+    finite = expected.isfinite()
+    largest = float(expected[finite].abs().max()) if finite.any() else 0.0
+    error = float((actual - expected)[finite].abs().max()) if finite.any() else 0.0
+    same = torch.equal(torch.where(finite, 0, expected), torch.where(finite, 0, actual).nan_to_num()) or bool(finite.all())
+    if not error <= agreement(actual.dtype) * largest or not same:
+        raise VerificationError(
+            f"{name} differs from its meaning by {error:.3g} where the largest magnitude is {largest:.3g}: a rule of the table or the "
+            "rewriter is wrong. Without verify=True the graph would run all the same; please report the model."
+        )

@@ -1,0 +1,162 @@
+"""What was found, merged, restored and left alone, and why: a table to print, a dictionary to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import passes
+from passes.axes import Axes, Axis, Size
+from passes.plan import How, Plan, Resolution, at
+from passes.sites import Site, maximal_runs
+
+
+class Report:
+    """The facts of one merged graph. `print(report)` shows a table; `to_dict()` has the same facts for a program."""
+
+    def __init__(self, merged: passes.Merged, *, default: bool = False, nothing: str | None = None) -> None:
+        self._merged, self._default, self.nothing = merged, default, nothing
+
+    @property
+    def plan(self) -> Plan:
+        return self._merged.plan
+
+    @cached_property
+    def sites(self) -> list[dict[str, Any]]:
+        """One entry per self-attention over clip tokens, in execution order."""
+        return [self._site(site) for site in self.plan.sites]
+
+    @cached_property
+    def restorations(self) -> list[dict[str, Any]]:
+        """Where a value got its full length back: the value, the operator that forced it, and why."""
+        return list(self._restorations())
+
+    @cached_property
+    def gflops(self) -> tuple[float, float]:
+        """Floating-point operations of all matrix products, in 1e9, before and after; at the example sizes."""
+        return _gflops(self.plan.typed.captured.graph), _gflops(self._merged.graph)
+
+    def to_dict(self) -> dict[str, Any]:
+        before, after = self.gflops
+        return {
+            "schedule": list(self.plan.schedule),
+            "default_schedule": self._default,
+            "sites": self.sites,
+            "restorations": self.restorations,
+            "not_attention": [
+                {"node": node.name, "operator": str(node.target), "reason": reason} for node, reason in self.plan.misses
+            ],
+            "nothing": self.nothing,
+            "gflops_before": before,
+            "gflops_after": after,
+        }
+
+    def _site(self, site: Site) -> dict[str, Any]:
+        merge = next((merge for merge in self.plan.merges if merge.site is site), None)
+        axis, resolutions = self._token_axis(site)
+        before, after = (at((axis,), held)[0].size for held in resolutions)
+        clip = sum(run.size for run in maximal_runs(site.tokens))
+        entry = self.plan.schedule[site.index]
+        return {
+            "index": site.index,
+            "node": site.attention.node.name,
+            "tokens": repr(site.tokens),
+            "batch": repr(site.clip_batch),
+            "layout": site.layout,
+            "stream": repr(axis),
+            "tokens_in": _plain(before),
+            "tokens_out": _plain(after),
+            "protected": _plain(site.tokens.size - clip),
+            "status": "merged" if merge else "refused" if site.reason else "left",
+            "reason": site.reason or ("" if merge else "the schedule gives 0" if not entry else "its fraction rounds down to 0"),
+            "inserted": f"saliency, matching, merge to {merge.target!r}" if merge else "",
+        }
+
+    def _token_axis(self, site: Site) -> tuple[Axis, tuple[Sequence[Resolution], Sequence[Resolution]]]:
+        """The token axis that a site is counted on, and the resolutions it has before and after."""
+        if site.stream is None:
+            held = self.plan.held(site.attention.q)
+            return site.tokens, (held, held)
+        merges = [merge for merge in self.plan.merges if merge.target.run == site.stream.run]
+        earlier = [merge.target for merge in merges if merge.site.index < site.index][-1:]
+        here = [merge.target for merge in merges if merge.site is site] or earlier
+        return self.plan.typed.value(site.stream.node).axes[site.stream.dim], (earlier, here)
+
+    def _restorations(self) -> Iterator[dict[str, Any]]:
+        for node, step in self.plan.steps.items():
+            operands = self.plan.typed.operands(node)
+            for conversion in step.conversions:
+                if conversion.how is not How.RESTORE:
+                    continue
+                barrier = next((each.reason for each in step.barriers if each.run == conversion.run), None)
+                if node.op == "output":
+                    operator, reason = "output", "an output over tokens gets its original length back"
+                else:
+                    operator, reason = str(node.target), barrier or "two branches that merged differently meet"
+                yield {
+                    "node": node.name,
+                    "operator": operator,
+                    "value": operands[conversion.operand].name,
+                    "tokens": _text(self.plan.typed.value(operands[conversion.operand]).axes),
+                    "reason": reason,
+                }
+
+    def __str__(self) -> str:
+        before, after = self.gflops
+        default = ", the default: no schedule was given" if self._default else ""
+        saved = f"{before:.2f} -> {after:.2f} GFLOPs in matrix products ({after / before:.0%})" if before else "no matrix products"
+        lines = [f"tldr-compile: schedule {list(self.plan.schedule)}{default}", saved]
+        if self.nothing:
+            lines.append(f"nothing is merged: {self.nothing}")
+        header = ("site", "attention", "tokens", "for each", "layout", "in", "out", "protected", "")
+        rows = [
+            tuple(str(site[key]) for key in ("index", "node", "tokens", "batch", "layout", "tokens_in", "tokens_out", "protected"))
+            + (site["inserted"] or f"{site['status']}: {site['reason']}",)
+            for site in self.sites
+        ]
+        lines += _table(header, rows) if rows else ["no attention over clip tokens"]
+        for entry in self.restorations:
+            lines.append(f"restored: {entry['value']} [{entry['tokens']}] for {entry['operator']} ({entry['node']}): {entry['reason']}")
+        for node, reason in self.plan.misses:
+            lines.append(f"not an attention: {node.target} ({node.name}): {reason}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    line = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    return [line[0], "  ".join("-" * width for width in widths), *line[1:]]
+
+
+def _text(axes: Axes) -> str:
+    return " x ".join(map(repr, axes))
+
+
+def _plain(size: Size) -> int | str:
+    return size if isinstance(size, int) else str(size)
+
+
+def _hint(value: Any) -> Any:
+    return value.node.hint if isinstance(value, torch.SymInt) else value
+
+
+def _gflops(graph: fx.GraphModule) -> float:
+    """Count on fake tensors of the example sizes: nothing is computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        inputs = [
+            torch.empty([_hint(s) for s in value.shape], dtype=value.dtype, device=value.device)
+            if isinstance(value, torch.Tensor)
+            else _hint(value)
+            for value in (node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder"))
+        ]
+        with FlopCounterMode(display=False) as counter:
+            fx.Interpreter(graph).run(*inputs)
+    return float(counter.get_total_flops()) / 1e9
