@@ -3,7 +3,8 @@
     captured = passes.from_export(torch.export.export(model, args))
     merged = passes.merge(captured, policy, operators)
 
-`policy` has the options as attributes, `operators` the functions to insert: `tldr_compile.TokenMerging` and `tldr_compile.ops`.
+`policy` has the options as attributes, `operators` the functions to insert: `tldr_compile.TokenMerging` and
+`tldr_compile.ops`.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ class Options(Policy, Protocol):
     @property
     def is_default_schedule(self) -> bool: ...
 
-    protect: str | int
-    clip: str | tuple[str, ...]
-    outputs: str
+    @property
+    def protect(self) -> str | int: ...
+    @property
+    def clip(self) -> str | Sequence[str]: ...
+    @property
+    def outputs(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,6 @@ def merge(captured: Captured, options: Options, operators: ModuleType) -> Merged
 
 
 def verify(merged: Merged, inputs: Sequence[Any]) -> None:
-    """Check a merged graph against the projection law on real inputs, parameters included. Raises `VerificationError`."""
+    """Check a merged graph against the projection law on real flat inputs. Raises `VerificationError`."""
     if merged.plan.merges:
         _verify(merged.plan, merged.graph, merged.groupings, merged.options, inputs)

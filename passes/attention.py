@@ -3,7 +3,8 @@
     product -> scale -> mask -> softmax -> dropout -> product          scaled_dot_product_attention
       q  k      s        m                   p          v       ->            q k v m s p
 
-One description with alternatives, walked up and down from the softmax. What does not fit is a near miss with its reason.
+One description with alternatives, walked up and down from the softmax. What does not fit is a near miss with its
+reason.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from passes.canonicalize import Captured
+from passes.nodes import named, operands
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -34,8 +36,10 @@ _NOTHING = -1e4
 class Attention:
     """One attention of a graph.
 
-    `q [..., H, N, d]`, `k [..., H, M, d]`, `v [..., H, M, e]` as they enter the products; `masks` are additive, or boolean with
-    True where a key is kept; `scale` None is 1 / sqrt(d). `probabilities` is the softmax of a spelled-out attention that
+    `q [..., H, N, d]`, `k [..., H, M, d]`, `v [..., H, M, e]` as they enter the products; `masks` are additive, or
+    boolean with
+    True where a key is kept; `scale` None is 1 / sqrt(d). `probabilities` is the softmax of a spelled-out attention
+    that
     something else reads too, so that it must stay.
     """
 
@@ -104,7 +108,7 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tup
 def _attentions(graph: fx.Graph, kept: dict[fx.Node, _Match]) -> Iterator[Attention]:
     for node in graph.nodes:
         if node.target is SDPA:
-            given = named_arguments(node)
+            given = named(node)
             mask = given.get("attn_mask")
             yield Attention(
                 node,
@@ -124,14 +128,15 @@ def _attentions(graph: fx.Graph, kept: dict[fx.Node, _Match]) -> Iterator[Attent
                 masks = tuple(_masks(graph, match.scores))
             assert match.scores.q is not None
             yield Attention(
-                node, match.scores.q, key, node.args[1], masks, match.scores.scale, match.dropout, probabilities=match.softmax
+                node,
+                match.scores.q,
+                key,
+                node.args[1],
+                masks,
+                match.scores.scale,
+                match.dropout,
+                probabilities=match.softmax,
             )
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by the names of its schema."""
-    names = (each.name for each in node.target._schema.arguments)  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _search(graph: fx.Graph) -> _Search:
@@ -163,9 +168,10 @@ def _up(node: Any, met: _Scores) -> _Scores | str:
     if node.target in _THROUGH:
         return _up(node.args[0], met)
     if node.target in _PRODUCT:
-        return replaced(met, q=node.args[0], keys=node.args[1])
+        query, keys = operands(node)
+        return replaced(met, q=query, keys=keys)
     if node.target is aten.baddbmm.default:
-        given = named_arguments(node)
+        given = named(node)
         mask, beta, alpha = given["self"], given.get("beta", 1), given.get("alpha", 1)
         masks = () if beta == 0 else (mask,)
         if beta not in (0, 1):
@@ -177,7 +183,8 @@ def _up(node: Any, met: _Scores) -> _Scores | str:
     if node.target is aten.add.Tensor and not node.kwargs and met.scale == 1.0:
         return _up_either(node, met)
     if node.target is aten.masked_fill.Scalar and met.scale == 1.0 and _is_nothing(node.args[2]):
-        return _up(node.args[0], replaced(met, fills=(*met.fills, (node.args[1], node.args[2]))))
+        fill: Any = (node.args[1], node.args[2])
+        return _up(node.args[0], replaced(met, fills=(*met.fills, fill)))
     return f"{node.target} ({node.name}) stands between the product and the softmax"
 
 
@@ -207,8 +214,10 @@ def _is_nothing(value: Any) -> bool:
 
 
 def _down(softmax: fx.Node) -> tuple[fx.Node, float, bool] | str:
-    """From the softmax down to the product with the values: (the product, dropout, does something else read on the way)."""
-    node, dropout, escapes = softmax, 0.0, False
+    """From the softmax down to the product with the values: that, the dropout, whether others read on the way."""
+    node: Any = softmax
+    dropout = 0.0
+    escapes = False
     while True:
         readers = list(node.users)
         onward = [user for user in readers if user.target in (*_THROUGH, *_PRODUCT, aten.dropout.default)]
@@ -221,7 +230,7 @@ def _down(softmax: fx.Node) -> tuple[fx.Node, float, bool] | str:
             return f"the probabilities ({node.name}) are not multiplied with values but read by {names}"
         node = onward[0]
         if node.target is aten.dropout.default and node.args[2]:
-            dropout = float(node.args[1])
+            dropout = float(named(node)["p"])
 
 
 def _replace(graph: fx.Graph, match: _Match) -> None:
@@ -235,9 +244,7 @@ def _replace(graph: fx.Graph, match: _Match) -> None:
         assert query is not None
         if mask is not None and mask.meta["val"].dtype != query.meta["val"].dtype:
             mask = insert(graph, aten._to_copy.default, mask, dtype=query.meta["val"].dtype)
-        fused = graph.call_function(
-            SDPA, (query, key, output.args[1], mask, match.dropout), {"scale": scores.scale}
-        )
+        fused = graph.call_function(SDPA, (query, key, output.args[1], mask, match.dropout), {"scale": scores.scale})
     fused.meta.update(output.meta)
     output.replace_all_uses_with(fused)
     fused.name = f"attention_{output.name}" if not output.name.startswith("attention") else output.name
@@ -260,11 +267,10 @@ def _untransposed(graph: fx.Graph, keys: fx.Node | None) -> fx.Node:
 
 
 def _swaps_last(node: fx.Node, rank: int) -> bool:
-    if node.target is aten.mT.default:
-        return True
-    if node.target is aten.transpose.int:
-        return {node.args[1] % rank, node.args[2] % rank} == {rank - 2, rank - 1}  # type: ignore[operator]
-    return [d % rank for d in node.args[1]] == [*range(rank - 2), rank - 1, rank - 2]  # type: ignore[union-attr,operator]
+    given = named(node)
+    if "dims" in given:
+        return [dim % rank for dim in given["dims"]] == [*range(rank - 2), rank - 1, rank - 2]
+    return {given.get("dim0", -2) % rank, given.get("dim1", -1) % rank} == {rank - 2, rank - 1}
 
 
 def insert(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:

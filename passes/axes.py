@@ -1,7 +1,9 @@
 """Axes with provenance: a small immutable algebra that says where each dimension of a tensor came from.
 
-An *atom* is born where a dimension is born; a *segment* is a product of factors (atoms, or parenthesised sums); an *axis* is a
-concatenation of segments. `1 + t·h·w` is a class token followed by the patches of a clip. A `Substitution` solves the equations
+An *atom* is born where a dimension is born; a *segment* is a product of factors (atoms, or parenthesised sums); an
+*axis* is a
+concatenation of segments. `1 + t·h·w` is a class token followed by the patches of a clip. A `Substitution` solves the
+equations
 that operators pose about axes. Nothing here knows about graphs or tensors.
 """
 
@@ -15,7 +17,7 @@ from typing import TypeAlias, Union
 
 import sympy
 
-Size: TypeAlias = Union[int, sympy.Expr]
+Size: TypeAlias = int | sympy.Expr
 
 # How firmly an atom is anchored: when two lone atoms turn out to be one, the firmer name stays.
 UNKNOWN, CONSTANT, BORN = 0, 1, 2
@@ -49,7 +51,8 @@ Segment: TypeAlias = tuple[Factor, ...]
 class Axis:
     """A concatenation of segments, each a product of factors; the empty product has size 1.
 
-    A factor is an atom, or an axis of at least two segments (a sum in parentheses). Build with `axis`, `product`, `concat`.
+    A factor is an atom, or an axis of at least two segments (a sum in parentheses). Build with `axis`, `product`,
+    `concat`.
     """
 
     segments: tuple[Segment, ...]
@@ -210,7 +213,9 @@ class Substitution:
         return self._identify_sums(keep, other)
 
     def _identify_products(self, keep: Segment, other: Segment) -> Substitution:
-        size = min((keep[0].size, other[0].size), key=lambda s: (not isinstance(s, int), s if isinstance(s, int) else 0))
+        size = min(
+            (keep[0].size, other[0].size), key=lambda s: (not isinstance(s, int), s if isinstance(s, int) else 0)
+        )
         solved, head, rest = self.take(keep, size)
         solved, other_head, other_rest = solved.take(other, size)
         return solved.identify(head, other_head).identify(product(rest), product(other_rest))
@@ -223,7 +228,9 @@ class Substitution:
                 longer, shorter, rest = (one, two, left) if _larger(one.size, two.size) else (two, one, right)
                 if longer.lone is None:
                     raise Conflict(f"{keep!r} and {other!r} are joined at different places")
-                tail = Atom(simplify(longer.size - shorter.size), longer.lone.label, longer.lone.clip, longer.lone.strength)
+                tail = Atom(
+                    simplify(longer.size - shorter.size), longer.lone.label, longer.lone.clip, longer.lone.strength
+                )
                 solved = solved.bind(longer.lone, concat([shorter, axis(tail)]))
                 rest.insert(0, (tail,))
             else:

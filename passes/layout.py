@@ -12,6 +12,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from passes.axes import UNIT, Axes, Axis, Factor, Size, find, product, simplify, subaxis
+from passes.nodes import size
 
 aten = torch.ops.aten
 Length: TypeAlias = "int | fx.Node"
@@ -36,26 +37,25 @@ class Layout:
 
     def learn(self, placeholder: fx.Node) -> None:
         """Note where the symbols of a placeholder's shape can be read."""
-        value = placeholder.meta.get("val")
+        value: Any = placeholder.meta.get("val")
         if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
             self._symbols.setdefault(value.node.expr, fx.Proxy(placeholder, self._tracer))
-        if isinstance(value, torch.Tensor):
-            for dim, length in enumerate(value.shape):
-                if isinstance(length, torch.SymInt) and isinstance(length.node.expr, sympy.Symbol):
-                    if length.node.expr not in self._symbols:
-                        node = self.call(aten.sym_size.int, placeholder, dim)
-                        node.meta["val"] = length
-                        self._symbols[length.node.expr] = fx.Proxy(node, self._tracer)
+        for dim, length in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            symbol = size(length)
+            if isinstance(symbol, sympy.Symbol) and symbol not in self._symbols:
+                node = self.call(aten.sym_size.int, placeholder, dim)
+                node.meta["val"] = length
+                self._symbols[symbol] = fx.Proxy(node, self._tracer)
 
-    def length(self, size: Size | Axis) -> Length:
+    def length(self, of: Size | Axis) -> Length:
         """A size as an argument: a number, or a node that computes it."""
-        size = size.size if isinstance(size, Axis) else simplify(size)
-        if isinstance(size, int):
-            return size
-        if size not in self._lengths:
-            result = sympy_interp(PythonReferenceAnalysis, self._symbols, size)
-            self._lengths[size] = result.node if isinstance(result, fx.Proxy) else int(result)
-        return self._lengths[size]
+        wanted = of.size if isinstance(of, Axis) else simplify(of)
+        if isinstance(wanted, int):
+            return wanted
+        if wanted not in self._lengths:
+            result = sympy_interp(PythonReferenceAnalysis, self._symbols, wanted)
+            self._lengths[wanted] = result.node if isinstance(result, fx.Proxy) else int(result)
+        return self._lengths[wanted]
 
     def lengths(self, axes: Sequence[Axis]) -> list[Length]:
         return [self.length(axis) for axis in axes]
@@ -69,7 +69,8 @@ class Layout:
     def arrange(self, node: fx.Node, source: Axes, target: Axes) -> fx.Node:
         """Lay a tensor along other axes by its factors.
 
-        A target axis that shares no factor with the source becomes 1; one that shares some is filled by broadcasting. Every factor of
+        A target axis that shares no factor with the source becomes 1; one that shares some is filled by
+        broadcasting. Every factor of
         the source has to appear in the target.
 
             [b·t, h·w] along (b, h·w·t, 64)   ->   [b, h·w·t, 1]

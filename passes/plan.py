@@ -1,7 +1,9 @@
 """Schedule x sites x types -> what to do at every node, as plain data.
 
-A merge replaces a run of clip segments by one new atom, a *resolution* of that run. The plan walks the graph once and decides for
-every call at which resolution it is done: operands are brought there (`Conversion`), sums over tokens are weighed (`Weighing`), and
+A merge replaces a run of clip segments by one new atom, a *resolution* of that run. The plan walks the graph once and
+decides for
+every call at which resolution it is done: operands are brought there (`Conversion`), sums over tokens are weighed
+(`Weighing`), and
 where an operator does not commute with merging the operands are restored first and the operator is named (`Barrier`).
 """
 
@@ -159,10 +161,13 @@ class Plan:
         return next((merge for merge in self.merges if merge.site.attention.node is attention), None)
 
 
-def bind_schedule(schedule: Sequence[Entry] | Entry, sites: Sequence[Site], *, default: bool = False) -> tuple[Entry, ...]:
+def bind_schedule(
+    schedule: Sequence[Entry] | Entry, sites: Sequence[Site], *, default: bool = False
+) -> tuple[Entry, ...]:
     """One entry for every site.
 
-    A sequence is bound in execution order and missing entries are 0; one fraction, and the default sequence, go to the sites
+    A sequence is bound in execution order and missing entries are 0; one fraction, and the default sequence, go to
+    the sites
     that can merge.
 
     Raises:
@@ -176,14 +181,15 @@ def bind_schedule(schedule: Sequence[Entry] | Entry, sites: Sequence[Site], *, d
         return tuple(given.get(site.index, 0) for site in sites)
     if len(schedule) > len(sites):
         raise ScheduleError(
-            f"the schedule {list(schedule)} has {len(schedule)} entries, but the graph has {len(sites)} attention sites over "
-            f"clip tokens. Give at most {len(sites)}, or one fraction for all of them."
+            f"the schedule {list(schedule)} has {len(schedule)} entries, but the graph has {len(sites)} attention "
+            f"sites over clip tokens. Give at most {len(sites)}, or one fraction for all of them."
         )
     for site, entry in zip(sites, schedule, strict=False):
         if entry and site.reason:
             raise ScheduleError(
-                f"schedule[{site.index}] = {entry}, but site {site.index} ({site.attention.node.name}, tokens {site.tokens!r}) cannot "
-                f"merge: {site.reason}. Give it 0; sites that can: {[each.index for each in able]}."
+                f"schedule[{site.index}] = {entry}, but site {site.index} ({site.attention.node.name}, tokens "
+                f"{site.tokens!r}) cannot merge: {site.reason}. Give it 0; sites that can: "
+                f"{[each.index for each in able]}."
             )
     return tuple(schedule) + (0,) * (len(sites) - len(schedule))
 
@@ -216,13 +222,15 @@ def make_plan(
     positive = any(entries) or (default or (isinstance(schedule, float) and bool(schedule)))
     if positive and not any(site.reason is None for site in sites):
         raise NothingToMerge(_nothing(sites, misses))
-    walk = _Walk(typed, {s.stream.node: (s, e) for s, e in zip(sites, entries, strict=True) if e and s.stream}, merged_outputs)
+    walk = _Walk(
+        typed, {s.stream.node: (s, e) for s, e in zip(sites, entries, strict=True) if e and s.stream}, merged_outputs
+    )
     for node in typed.captured.graph.graph.nodes:
         walk.visit(node)
     if positive and not walk.merges:
         raise NothingToMerge(
-            f"the schedule {list(entries)} removes no token: at every site the fraction of its tokens rounds down to 0. "
-            "Give larger entries, or a schedule of zeros to leave the model as it is."
+            f"the schedule {list(entries)} removes no token: at every site its fraction of the tokens rounds down to "
+            "0. Give larger entries, or a schedule of zeros to leave the model as it is."
         )
     return Plan(typed, sites, misses, entries, tuple(walk.merges), walk.steps)
 
@@ -230,7 +238,9 @@ def make_plan(
 def _nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]]) -> str:
     searched = "searched for scaled_dot_product_attention and for product - softmax - product over the tokens of a clip"
     if sites:
-        near = "; ".join(f"site {s.index} ({s.attention.node.name}, tokens {s.tokens!r}): {s.reason}" for s in sites[:3])
+        near = "; ".join(
+            f"site {s.index} ({s.attention.node.name}, tokens {s.tokens!r}): {s.reason}" for s in sites[:3]
+        )
         return f"no attention site of this graph can merge tokens ({searched}). Nearest: {near}."
     if misses:
         node, reason = misses[0]
@@ -242,9 +252,11 @@ def _nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]]) -> st
 
 
 class _Walk:
-    """One pass over the graph; `held` and `weighed` say at which resolutions a value is, and by which its sums are weighed."""
+    """One pass over the graph: at which resolutions each value is `held`, and by which sums over it are `weighed`."""
 
-    def __init__(self, typed: TypedGraph, scheduled: Mapping[fx.Node, tuple[Site, Entry]], merged_outputs: bool) -> None:
+    def __init__(
+        self, typed: TypedGraph, scheduled: Mapping[fx.Node, tuple[Site, Entry]], merged_outputs: bool
+    ) -> None:
         self.typed, self.scheduled, self.merged_outputs = typed, scheduled, merged_outputs
         self.held: dict[fx.Node, tuple[Resolution, ...]] = {}
         self.weighed: dict[fx.Node, tuple[Resolution, ...]] = {}
@@ -282,7 +294,9 @@ class _Walk:
 
     def _step(self, node: fx.Node, typed: Typed) -> Step:
         operands = self.typed.operands(node)
-        runs = {r.run: None for operand in operands for r in (*self.held.get(operand, ()), *self.weighed.get(operand, ()))}
+        runs = {
+            r.run: None for operand in operands for r in (*self.held.get(operand, ()), *self.weighed.get(operand, ()))
+        }
         held: list[Resolution] = []
         conversions: list[Conversion] = []
         weighings: list[Weighing] = []
@@ -344,7 +358,9 @@ class _Walk:
                 return f"it holds a part of {run!r} beside the whole: {_text(axes)}"
             lost = target.batch.atoms - _free_atoms(merged)
             if lost:
-                return f"it takes apart {', '.join(map(repr, sorted(lost, key=repr)))}, over which {target!r} was grouped"
+                return (
+                    f"it takes apart {', '.join(map(repr, sorted(lost, key=repr)))}, over which {target!r} was grouped"
+                )
             if any(not _reachable(each, target.groups) for each in merged):
                 return f"it nests {run!r} too deeply: {_text(axes)}"
         for use in typed.uses:

@@ -1,7 +1,7 @@
 """What a merged graph means: the original graph at full length, its streams replaced by their projections.
 
-This interpreter is the definition that the rewriter is checked against. It shares the plan and the groupings with it and nothing else:
-no value is ever short, tokens are found by coordinates, sums are weighed token by token.
+This interpreter is the definition that the rewriter is checked against. It shares the plan and the groupings with it
+and nothing else: no value is ever short, tokens are found by coordinates, sums are weighed token by token.
 
     merge, float operand      x_i  <-  sum over the group of i of  w_j x_j
     merge, table operand      x_i  <-  x at the group's representative
@@ -18,8 +18,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from passes.attention import SDPA, named_arguments
+from passes.attention import SDPA
 from passes.axes import Atom, Axes, Axis, Factor, Size, product, replace
+from passes.nodes import named
 from passes.plan import Conversion, How, Plan, Resolution, Weighing
 from passes.rewrite import Policy
 from passes.rules import Kind
@@ -102,7 +103,9 @@ class Projection(fx.Interpreter):
                 number = conversion.operand
                 reads = typed.reads[number]
                 wide = _widened(operands[number], reads, self._number)
-                operands[number] = self._project(wide, reads[len(reads) - wide.ndim :], conversion.target, conversion.how)
+                operands[number] = self._project(
+                    wide, reads[len(reads) - wide.ndim :], conversion.target, conversion.how
+                )
         weights = {w.use: self._weight(w, typed.reads[w.use.operand]) for w in weighings} if typed else {}
         if node.target is SDPA:
             return _attention(node, operands, next(iter(weights.values()), None), self.fetch_args_kwargs_from_env(node))
@@ -110,7 +113,7 @@ class Projection(fx.Interpreter):
             if use.kind is Kind.CONTRACT:
                 operands[use.operand] = (operands[use.operand] * weight).to(operands[use.operand].dtype)
             else:
-                return _weighed(use.kind, operands[0], weight, use.dims, named_arguments(node))
+                return _weighed(use.kind, operands[0], weight, use.dims, named(node))
         feed = iter(operands)
 
         def value(each: fx.Node) -> Any:
@@ -136,11 +139,14 @@ class Projection(fx.Interpreter):
         return torch.cat(parts)
 
     def _across(self, axes: Axes, factors: Sequence[Factor], first: Sequence[int] = ()) -> Tensor:
-        """The row-major number of some factors' values at every entry, -1 where one is missing; broadcastable to the entries.
+        """The row-major number of some factors' values at every entry, -1 where one is missing; broadcastable.
 
         A factor on several dimensions is read off those in `first`.
         """
-        number, missing = torch.zeros((1,) * len(axes), dtype=torch.int64), torch.zeros((1,) * len(axes), dtype=torch.bool)
+        number, missing = (
+            torch.zeros((1,) * len(axes), dtype=torch.int64),
+            torch.zeros((1,) * len(axes), dtype=torch.bool),
+        )
         for factor in factors:
             dims = [d for d in (*first, *range(len(axes))) if factor in axes[d].atoms or factor in axes[d].factors]
             shape = [1] * len(axes)
@@ -158,7 +164,7 @@ class Projection(fx.Interpreter):
         mass = self.policy.pooling == "mass" if kind in (Kind.MEAN, Kind.SUM) else self.policy.proportional
         share = (groups.mass if mass else torch.ones_like(groups.mass)) / groups.size
         token = self._across(axes, resolution.run.factors, weighing.use.dims)
-        sample = self._across(axes, [f for f in resolution.batch.factors], ())
+        sample = self._across(axes, resolution.batch.factors)
         sample, token = torch.broadcast_tensors(sample, token)
         return share[sample.clamp(min=0), token.clamp(min=0)].masked_fill(token < 0, 1.0)
 
@@ -178,15 +184,13 @@ class Projection(fx.Interpreter):
         groups = self.groups[resolution.index]
         token = self._coordinates(axes[dim], probe)
         beside = self._beside(axes[dim], probe)
-        sample = self._across(axes, list(resolution.batch.factors)).expand(x.shape).movedim(dim, -1)
+        sample = self._across(axes, resolution.batch.factors).expand(x.shape).movedim(dim, -1)
         moved = x.movedim(dim, -1)
         result = moved.clone()
         for number in range(groups.group.shape[0]):
             matrix = _matrix(token, beside, groups, number, how)
-            if how is How.PICK:
-                projected = moved[..., matrix.argmax(-1)]
-            else:
-                projected = (moved.double() @ matrix.T).to(x.dtype)
+            picked = how is How.PICK
+            projected = moved[..., matrix.argmax(-1)] if picked else (moved.double() @ matrix.T).to(x.dtype)
             result = torch.where(sample == number, projected, result)
         return result.movedim(-1, dim)
 
@@ -197,7 +201,7 @@ class Projection(fx.Interpreter):
             marked = replace(axis, resolution.run, probe)
             if probe in marked.atoms:
                 token = self._coordinates(marked, probe)
-                sample = self._across(axes, list(resolution.batch.factors))
+                sample = self._across(axes, resolution.batch.factors)
                 order = self._held_order(token, resolution)
                 at = order[sample.movedim(dim, -1)[..., 0]] if sample.ndim else order[0]
                 index = at.movedim(-1, dim).expand([-1 if d == dim else n for d, n in enumerate(x.shape)])
@@ -205,7 +209,7 @@ class Projection(fx.Interpreter):
         return x
 
     def _held_order(self, token: Tensor, resolution: Resolution) -> Tensor:
-        """For each sample the positions of the groups' representatives in group order, protected ones around; `[B, held]`."""
+        """For each sample the representatives' positions in group order, protected ones around; `[B, held]`."""
         groups = self.groups[resolution.index]
         inside = (token >= 0).nonzero()[:, 0]
         first, last = int(inside[0]), int(inside[-1]) + 1
@@ -218,7 +222,9 @@ class Projection(fx.Interpreter):
 
     def _beside(self, axis: Axis, probe: Atom) -> Tensor:
         """What else tells positions along an axis apart: the number of the other factors' values; `[size]`."""
-        others = [f for factor in axis.factors for f in ([factor] if isinstance(factor, Atom) else []) if f is not probe]
+        others = [
+            f for factor in axis.factors for f in ([factor] if isinstance(factor, Atom) else []) if f is not probe
+        ]
         number = torch.zeros(self._number(axis.size), dtype=torch.int64)
         for factor in others:
             number = number * (self._number(factor.size) + 1) + self._coordinates(axis, factor)
@@ -254,7 +260,7 @@ def _widened(x: Tensor, reads: Axes, number: Any) -> Tensor:
 
 def _weighed(kind: Kind, x: Tensor, weight: Tensor, dims: Sequence[int], given: Mapping[str, Any]) -> Tensor:
     dtype = given.get("dtype") or x.dtype
-    wide, weight = x.double(), weight.expand(x.shape)
+    wide, weight, dims = x.double(), weight.expand(x.shape), tuple(dims)
     if kind is Kind.SOFTMAX:
         exponential = (wide - wide.amax(dims, keepdim=True)).exp()
         return (exponential / (weight * exponential).sum(dims, keepdim=True)).to(dtype)
@@ -267,7 +273,7 @@ def _weighed(kind: Kind, x: Tensor, weight: Tensor, dims: Sequence[int], given: 
 def _attention(node: fx.Node, operands: Sequence[Tensor], weight: Tensor | None, arguments: Any) -> Tensor:
     """softmax(scale q k' + mask + log weight) v, written out."""
     query, key, value, *mask = operands
-    given = named_arguments(node)
+    given = named(node)
     if given.get("enable_gqa", False):
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)

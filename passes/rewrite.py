@@ -1,16 +1,16 @@
 """MergePlan -> new graph: the only step that edits, and it edits a copy. Sizes come from types.
 
-    q k v                              q k v
-     |                                  |
-    attention                          attend_and_sharpness -----------.
-     |                                  |                          saliency
-    add <- residual           ->       add <- residual                 |
-     |                                  |------------------ metric -> group
-    norm, mlp, ...                     down <--------------------------'
-     |                                  |
-    attention                          norm, mlp, ...
-     |                                  |
-    output                             attend (+ log mass)  ...  up -> output
+q k v                              q k v
+ |                                  |
+attention                          attend_and_sharpness -----------.
+ |                                  |                          saliency
+add <- residual           ->       add <- residual                 |
+ |                                  |------------------ metric -> group
+norm, mlp, ...                     down <--------------------------'
+ |                                  |
+attention                          norm, mlp, ...
+ |                                  |
+output                             attend (+ log mass)  ...  up -> output
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from passes.attention import SDPA, Attention, named_arguments
+from passes.attention import SDPA
 from passes.axes import UNIT, Atom, Axes, Axis, Factor, find, product, replace
 from passes.axes import axis as atom_axis
 from passes.layout import Layout
+from passes.nodes import named, operator_name, size
 from passes.plan import Conversion, How, Merge, Plan, Resolution, Step, Weighing, at, tokens_at
 from passes.rules import RESIZE, Held, Kind
 from passes.sites import maximal_runs
-from passes.typing import size
 
 aten = torch.ops.aten
 
@@ -39,11 +39,16 @@ aten = torch.ops.aten
 class Policy(Protocol):
     """The options that change what is inserted; `tldr_compile.TokenMerging` is one."""
 
-    saliency: str
-    metric: str
-    reduction: str
-    pooling: str
-    proportional: bool
+    @property
+    def saliency(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def reduction(self) -> str: ...
+    @property
+    def pooling(self) -> str: ...
+    @property
+    def proportional(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -152,10 +157,9 @@ class _Rewriter:
                 return self._sum(node, weighing.use.kind, operands, weight)
         feed = iter(operands)
         args, kwargs = self._arguments(node, feed)
-        name = node.target._schema.name if node.op == "call_function" else ""  # type: ignore[union-attr]
+        name = operator_name(node)
         if name in RESIZE and step.held:
-            names = (each.name for each in node.target._schema.arguments)  # type: ignore[union-attr]
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            given = named(node, args, kwargs)
             held = Held(given, self.typed.calls[node], operands[0].axes, self.axes[node], self.layout.length)
             target, args = RESIZE[name](held)
             return self.layout.call(target, *args)
@@ -203,10 +207,13 @@ class _Rewriter:
     def _spread(self, weight: fx.Node, source: Axes, axes: Axes, dims: Sequence[int]) -> fx.Node:
         """Lay weights along axes, for a sum over `dims`. What stands beside the tokens on an axis weighs one."""
         atoms = {factor for axis in source for factor in axis.factors}
-        summed = {factor for dim in dims for segment in axes[dim].segments for factor in segment} | {axes[d] for d in dims}
+        summed = {factor for dim in dims for segment in axes[dim].segments for factor in segment} | {
+            axes[d] for d in dims
+        }
         beside = atoms - summed
         target = [
-            axis if dim in dims and _shares(axis, atoms) or _shares(axis, beside) else UNIT for dim, axis in enumerate(axes)
+            axis if (dim in dims and _shares(axis, atoms)) or _shares(axis, beside) else UNIT
+            for dim, axis in enumerate(axes)
         ]
         mixed = [dim for dim, axis in enumerate(target) if len(axis.segments) > 1 and axis not in atoms]
         if not mixed:
@@ -227,14 +234,19 @@ class _Rewriter:
         return Laid(self.layout.call(aten.mul.Tensor, operand.node, weight), operand.axes)
 
     def _sum(self, node: fx.Node, kind: Kind, operands: Sequence[Laid], weight: fx.Node) -> fx.Node:
-        given = named_arguments(node)
+        given = named(node)
         dtype = given.get("dtype")
         if kind is Kind.SOFTMAX:
             return self.layout.call(self.operators.softmax, operands[0].node, weight, dim=given["dim"], dtype=dtype)
         function = self.operators.mean if kind is Kind.MEAN else self.operators.sum
         (use,) = self.typed.calls[node].uses
         return self.layout.call(
-            function, operands[0].node, weight, dims=list(use.dims), keepdim=bool(given.get("keepdim", False)), dtype=dtype
+            function,
+            operands[0].node,
+            weight,
+            dims=list(use.dims),
+            keepdim=bool(given.get("keepdim", False)),
+            dtype=dtype,
         )
 
     # --- attention ---
@@ -249,7 +261,7 @@ class _Rewriter:
         return self.policy.saliency == "attention" and self.policy.reduction in ("merge", "drop")
 
     def _attention(self, node: fx.Node, step: Step, operands: Sequence[Laid]) -> Any:
-        given = named_arguments(node)
+        given = named(node)
         log_mass = None
         for weighing in step.weighings:
             if (weight := self._weight(weighing, node, operands)) is not None:
@@ -257,14 +269,25 @@ class _Rewriter:
         mask = operands[3].node if len(operands) > 3 else None
         query, key, value = (each.node for each in operands[:3])
         merge = self.plan.merge_of(node)
-        options: dict[str, Any] = {"scale": given.get("scale"), "mask": mask, "enable_gqa": given.get("enable_gqa", False)}
+        options: dict[str, Any] = {
+            "scale": given.get("scale"),
+            "mask": mask,
+            "enable_gqa": given.get("enable_gqa", False),
+        }
         dropout, causal = given.get("dropout_p", 0.0), given.get("is_causal", False)
         if merge is None or not self._salient or dropout:
             if merge is not None:
                 beside = self._sharpness(merge, operands, mask, given.get("scale")) if self._salient else None
                 self._note(merge, operands[1], beside)
             return self.layout.call(
-                self.operators.attend, query, key, value, log_mass=log_mass, dropout_p=dropout, is_causal=causal, **options
+                self.operators.attend,
+                query,
+                key,
+                value,
+                log_mass=log_mass,
+                dropout_p=dropout,
+                is_causal=causal,
+                **options,
             )
         canonical = self._canonical(merge, operands)
         pair = self.layout.call(
@@ -332,7 +355,10 @@ class _Rewriter:
 
     def _brought(self, node: fx.Node, wanted: Sequence[Resolution]) -> Laid:
         """A value of the original graph at the wanted resolutions."""
-        laid, have = Laid(self.env[node], self.axes[node][0]), self.plan.steps[node].held if node in self.plan.steps else ()
+        laid, have = (
+            Laid(self.env[node], self.axes[node][0]),
+            self.plan.steps[node].held if node in self.plan.steps else (),
+        )
         for resolution in have:
             if resolution not in wanted:
                 laid = self._up(laid, resolution)
@@ -436,7 +462,8 @@ class _Rewriter:
             return laid
         axes = (UNIT,) * (len(reads) - len(laid.axes)) + laid.axes
         wide = tuple(
-            read if axis == UNIT and read.atoms & target.batch.atoms else axis for axis, read in zip(axes, reads, strict=True)
+            read if axis == UNIT and read.atoms & target.batch.atoms else axis
+            for axis, read in zip(axes, reads, strict=True)
         )
         if wide == axes:
             return Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)

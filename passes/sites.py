@@ -139,7 +139,9 @@ def _site(flow: Flow, index: int, attention: Attention, protect: int | None) -> 
     tokens, batch = axes[-2], product(axes[:-2])
     heads = product(f for f in batch.factors if not (isinstance(f, Atom) and f.clip))
     stream = _stream(flow, attention, tokens)
-    reason = stream if isinstance(stream, str) else _refusal(flow.typed, attention, tokens, batch, heads, stream, protect)
+    reason = (
+        stream if isinstance(stream, str) else _refusal(flow.typed, attention, tokens, batch, heads, stream, protect)
+    )
     layout = _layout(tokens, stream if isinstance(stream, Stream) else None)
     return Site(index, attention, tokens, batch, heads, layout, stream if isinstance(stream, Stream) else None, reason)
 
@@ -175,11 +177,12 @@ def _refusal(
     if batch.factors != (*clip_batch, *heads.factors):
         return f"its heads are laid before its batch: {batch!r}"
     if set(clip_batch) | run.atoms != stream.batch.atoms | stream.run.atoms:
-        return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {_text(typed.value(stream.node).axes)}"
+        along = _text(typed.value(stream.node).axes)
+        return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {along}"
     for mask in attention.masks:
         value = typed.value(mask)
         if value.varies and any(axis.atoms & run.atoms for axis in value.axes):
-            return f"its mask ({mask.name}) differs by token and by sample: a masked token must not merge with one that is not"
+            return f"its mask ({mask.name}) differs by token and by sample: a masked token must not merge with another"
     if protect and protect >= _number(tokens):
         return f"protect={protect} leaves none of its {tokens.size} tokens"
     return None
@@ -207,5 +210,3 @@ def _layout(tokens: Axis, stream: Stream | None) -> str:
 
 def _text(axes: Axes) -> str:
     return " x ".join(map(repr, axes))
-
-

@@ -1,23 +1,24 @@
 """Walk a graph with the rule table: a type for every value, without touching the graph.
 
-    video [2, 3, 16, 224, 224]            b x 3 x t x H x W
-      conv3d  [2, 768, 8, 14, 14]         b x 768 x t x h x w
-      view    [2, 768, 1568]       ->     b x 768 x t·h·w
-      ...                                 ...
+video [2, 3, 16, 224, 224]            b x 3 x t x H x W
+  conv3d  [2, 768, 8, 14, 14]         b x 768 x t x h x w
+  view    [2, 768, 1568]       ->     b x 768 x t·h·w
+  ...                                 ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from passes.axes import BORN, CONSTANT, UNIT, Atom, Axes, Conflict, Size, Substitution, axis, simplify
+from passes.axes import BORN, CONSTANT, UNIT, Atom, Axes, Conflict, Substitution, axis
 from passes.canonicalize import Captured
 from passes.errors import OptionError
+from passes.nodes import named, operands, operator_name, size, tensors
 from passes.rules import TABLE, Call, Operand, Typed, unknown
 
 
@@ -48,40 +49,7 @@ class TypedGraph:
         return tuple(operands(node))
 
 
-def operands(node: fx.Node) -> Iterator[fx.Node]:
-    """Nodes among the arguments that hold a tensor, in the order of the schema, repetitions included."""
-    for each in _leaves((node.args, node.kwargs)):
-        if isinstance(each, fx.Node) and isinstance(each.meta.get("val"), torch.Tensor):
-            yield each
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, (tuple, list)):
-        for each in tree:
-            yield from _leaves(each)
-    elif isinstance(tree, dict):
-        for each in tree.values():
-            yield from _leaves(each)
-    else:
-        yield tree
-
-
-def size(value: Any) -> Size:
-    """A traced size as a plain int or a sympy expression."""
-    if isinstance(value, torch.SymInt):
-        return simplify(value.node.expr)
-    return int(value)
-
-
-def tensors(node: fx.Node) -> tuple[torch.Tensor, ...]:
-    """The tensors that a node produces."""
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        return (value,)
-    return tuple(each for each in value if isinstance(each, torch.Tensor)) if isinstance(value, (tuple, list)) else ()
-
-
-def clip_inputs(captured: Captured, clip: str | tuple[str, ...] = "auto") -> frozenset[str]:
+def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> frozenset[str]:
     """Names of the placeholders that carry the video: the floating-point inputs of the highest rank, 3 or more.
 
     Raises:
@@ -95,7 +63,9 @@ def clip_inputs(captured: Captured, clip: str | tuple[str, ...] = "auto") -> fro
     if clip != "auto":
         wanted = (clip,) if isinstance(clip, str) else clip
         if unfound := [name for name in wanted if name not in inputs.values() and name not in inputs]:
-            raise OptionError(f"clip={unfound[0]!r} is no tensor input of the model; they are {sorted(inputs.values())}")
+            raise OptionError(
+                f"clip={unfound[0]!r} is no tensor input of the model; they are {sorted(inputs.values())}"
+            )
         return frozenset(node for node, name in inputs.items() if name in wanted or node in wanted)
     ranks = {
         node.name: node.meta["val"].ndim
@@ -106,7 +76,7 @@ def clip_inputs(captured: Captured, clip: str | tuple[str, ...] = "auto") -> fro
     return frozenset(name for name, rank in ranks.items() if rank == highest and rank >= 3)
 
 
-def infer(captured: Captured, clip: str | tuple[str, ...] = "auto") -> TypedGraph:
+def infer(captured: Captured, clip: str | Sequence[str] = "auto") -> TypedGraph:
     """Type every value of a graph. Operators without a rule, or whose equations conflict, bear new dimensions."""
     clips = clip_inputs(captured, clip)
     values: dict[fx.Node, tuple[Value, ...]] = {}
@@ -169,13 +139,9 @@ def _call(node: fx.Node, values: Mapping[fx.Node, tuple[Value, ...]], solved: Su
         typed.append(operand)
         return operand
 
-    schema = getattr(node.target, "_schema", None)
-    names = [each.name for each in schema.arguments] if schema else [str(k) for k in range(len(node.args))]
-    given = {name: convert(argument) for name, argument in zip(names, node.args, strict=False)}
-    given.update({name: convert(argument) for name, argument in node.kwargs.items()})
-    name = schema.name if schema else getattr(node.target, "__name__", str(node.target))
+    given = {name: convert(argument) for name, argument in named(node).items()}
     sizes = tuple(tuple(size(s) for s in each.shape) for each in tensors(node))
-    return Call(name, given, tuple(typed), sizes, solved)
+    return Call(operator_name(node), given, tuple(typed), sizes, solved)
 
 
 def _resolved(solved: Substitution, axes: Axes) -> Axes:

@@ -28,10 +28,9 @@ def verify(
     Raises:
         VerificationError: an output differs, naming which and by how much.
     """
-    recorder = _Recorder(graph, groupings)
+    actual, found = record(graph, groupings, inputs)
+    meaning = Projection(plan, full_length(plan, found), policy)
     with torch.no_grad():
-        actual = recorder.run(*inputs)
-        meaning = Projection(plan, full_length(plan, recorder.found), policy)
         expected = meaning.run(*inputs)
     (output,) = plan.typed.captured.graph.graph.find_nodes(op="output")
     pairs = zip(plan.typed.operands(output), _tensors(actual), _tensors(expected), strict=True)
@@ -42,9 +41,16 @@ def verify(
         _compare(f"output {number} ({node.name})", one, two)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a rewritten graph and keeps its groupings, by resolution and field."""
+def record(
+    graph: fx.GraphModule, groupings: Mapping[int, fx.Node], inputs: Sequence[Any]
+) -> tuple[Any, dict[int, dict[str, Tensor]]]:
+    """Run a rewritten graph: its outputs, and for each resolution the grouping by field and the saliency, if it has one."""
+    recorder = _Recorder(graph, groupings)
+    with torch.no_grad():
+        return recorder.run(*inputs), recorder.found
 
+
+class _Recorder(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, groupings: Mapping[int, fx.Node]) -> None:
         super().__init__(graph)
         self.names = {node.name: index for index, node in groupings.items()}
@@ -53,7 +59,9 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.name in self.names:
-            fields = result._asdict()
+            fields = dict(result._asdict())
+            if isinstance(saliency := n.args[1], fx.Node):
+                fields["saliency"] = self.env[saliency]
             self.found[self.names[n.name]] = {field: value.detach().cpu() for field, value in fields.items()}
         return result
 
@@ -74,9 +82,12 @@ def _compare(name: str, actual: Tensor, expected: Tensor) -> None:
     finite = expected.isfinite()
     largest = float(expected[finite].abs().max()) if finite.any() else 0.0
     error = float((actual - expected)[finite].abs().max()) if finite.any() else 0.0
-    same = torch.equal(torch.where(finite, 0, expected), torch.where(finite, 0, actual).nan_to_num()) or bool(finite.all())
+    same = torch.equal(torch.where(finite, 0, expected), torch.where(finite, 0, actual).nan_to_num()) or bool(
+        finite.all()
+    )
     if not error <= agreement(actual.dtype) * largest or not same:
         raise VerificationError(
-            f"{name} differs from its meaning by {error:.3g} where the largest magnitude is {largest:.3g}: a rule of the table or the "
-            "rewriter is wrong. Without verify=True the graph would run all the same; please report the model."
+            f"{name} differs from its meaning by {error:.3g} where the largest magnitude is {largest:.3g}: a rule of "
+            "the table or the rewriter is wrong. Without verify=True the graph runs all the same; please report "
+            "the model."
         )

@@ -1,5 +1,44 @@
-"""Merge the tokens of video transformers that do not matter, as a compiler pass."""
+"""Merge the tokens of video transformers that do not matter, as a compiler pass.
 
+    fast   = torch.compile(model, backend="tldr")
+    merged = tldr_compile.apply(model, (clip,), schedule=[600, 200, 100])
+    report = tldr_compile.explain(model, (clip,), schedule=[600, 200, 100])
+"""
+
+from tldr_compile.api import MergedModule, apply, explain
+from tldr_compile.backend import register as _register
 from tldr_compile.config import TokenMerging
+from tldr_compile.errors import (
+    CaptureError,
+    GraphBreakError,
+    NothingToMerge,
+    OptionError,
+    RuleError,
+    ScheduleError,
+    ShapeError,
+    TldrError,
+    VerificationError,
+)
+from tldr_compile.inspection import Decision, inspect
+from tldr_compile.report import Report
 
-__all__ = ["TokenMerging"]
+__all__ = [
+    "CaptureError",
+    "Decision",
+    "GraphBreakError",
+    "MergedModule",
+    "NothingToMerge",
+    "OptionError",
+    "Report",
+    "RuleError",
+    "ScheduleError",
+    "ShapeError",
+    "TldrError",
+    "TokenMerging",
+    "VerificationError",
+    "apply",
+    "explain",
+    "inspect",
+]
+
+_register()

@@ -53,8 +53,9 @@ def apply(
     config = _config(config, options)
     program = _export(model, args, kwargs, dynamic_shapes)
     captured = from_export(program)
-    merged = merge(captured, config)
-    result = MergedModule(program, captured, merged)
+    merged, nothing = merge(captured, config)
+    report = Report(merged, default=config.is_default_schedule, nothing=nothing)
+    result = MergedModule(program, captured, merged, report)
     if config.verify:
         result.verify(*(program.example_inputs or (args, dict(kwargs or {}))))
     return result
@@ -72,23 +73,30 @@ def explain(
     """What `apply` with the same arguments would do, and why; also where there is nothing to merge."""
     config = _config(config, options)
     captured = from_export(_export(model, args, kwargs, dynamic_shapes))
-    try:
-        return Report(passes.merge(captured, config, ops), default=config.is_default_schedule)
-    except NothingToMerge as nothing:
-        return Report(passes.merge(captured, nothing_of(config), ops), nothing=str(nothing))
+    merged, nothing = _attempt(captured, config)
+    return Report(merged, default=config.is_default_schedule, nothing=nothing)
 
 
-def merge(captured: Captured, config: TokenMerging) -> passes.Merged:
-    """Run the passes as `config.on_nothing` says: where nothing can be merged the graph is `captured.graph` itself."""
+def merge(captured: Captured, config: TokenMerging) -> tuple[passes.Merged, str | None]:
+    """Run the passes as `config.on_nothing` says.
+
+    Where there is nothing to merge the merged graph is `captured.graph` itself, and the second value says why.
+    """
     if config.is_default_schedule:
         log.info("no schedule is given: the default %s is bound to the first sites that can merge", config.entries)
-    try:
-        return passes.merge(captured, config, ops)
-    except NothingToMerge as nothing:
+    merged, nothing = _attempt(captured, config)
+    if nothing is not None:
         if config.on_nothing == "raise":
-            raise
-        warnings.warn(f"tldr: {nothing}; the model runs as it is", stacklevel=2)
-        return passes.merge(captured, nothing_of(config), ops)
+            raise NothingToMerge(nothing)
+        warnings.warn(f"tldr: {nothing}; the model runs as it is", stacklevel=3)
+    return merged, nothing
+
+
+def _attempt(captured: Captured, config: TokenMerging) -> tuple[passes.Merged, str | None]:
+    try:
+        return passes.merge(captured, config, ops), None
+    except NothingToMerge as nothing:
+        return passes.merge(captured, nothing_of(config), ops), str(nothing)
 
 
 def nothing_of(config: TokenMerging) -> TokenMerging:
@@ -109,10 +117,9 @@ class MergedModule(nn.Module):
     report: Report
     """What was merged, and why."""
 
-    def __init__(self, program: ExportedProgram, captured: Captured, merged: passes.Merged) -> None:
+    def __init__(self, program: ExportedProgram, captured: Captured, merged: passes.Merged, report: Report) -> None:
         super().__init__()
-        self.report = Report(merged, default=merged.options.is_default_schedule)
-        self._captured = captured
+        self.report = report
         self._merged = merged
         self._signature = _Signature.of(program, captured)
         self._out_spec = _out_spec(program)
@@ -142,7 +149,7 @@ class MergedModule(nn.Module):
         super()._apply(fn, recurse)
         after = _device(self)
         if before is not None and after is not None and before != after:
-            for graph in (self.graph_module, self._captured.graph, self._merged.graph):
+            for graph in (self.graph_module, self._merged.graph, self._merged.plan.typed.captured.graph):
                 _move(graph, before, after)
         return self
 
@@ -175,7 +182,8 @@ class _Input:
         if value.dtype != self.dtype:
             raise ShapeError(f"input {self.name!r}: expected {self.dtype}, got {value.dtype}; convert the input")
         fits = len(value.shape) == len(self.shape) and all(
-            not isinstance(expected, int) or expected == size for expected, size in zip(self.shape, value.shape, strict=True)
+            not isinstance(expected, int) or expected == size
+            for expected, size in zip(self.shape, value.shape, strict=True)
         )
         if not fits:
             raise ShapeError(f"input {self.name!r}: expected {self.wanted}, got {list(value.shape)}; {_MISMATCH}")
@@ -217,7 +225,7 @@ class _Signature:
             if spec.kind is InputKind.USER_INPUT
         ]
         ranges = {
-            symbol: (int(bound.lower), None if bound.upper.is_infinite else int(bound.upper))
+            symbol: (int(bound.lower), int(bound.upper) if isinstance(bound.upper, sympy.Integer) else None)
             for symbol, bound in program.range_constraints.items()
             if isinstance(symbol, sympy.Symbol)
         }

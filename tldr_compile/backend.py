@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -40,8 +40,8 @@ def tldr(
     config = TokenMerging.from_options(options or {})
     patches = list_mode_options(mode) if mode else dict(config.inductor)
     graph = _merged(gm, example_inputs, config)
-    compiled: Callable[..., Any] = compile_fx(graph, example_inputs, config_patches=patches or None)  # type: ignore[arg-type]
-    return compiled
+    compiled = compile_fx(graph, list(example_inputs), config_patches=patches or None)
+    return cast(Callable[..., Any], compiled)
 
 
 def register() -> None:
@@ -61,7 +61,7 @@ def _merged(gm: fx.GraphModule, example_inputs: Sequence[Any], config: TokenMerg
         if not passes.plan(captured, nothing_of(config)).sites:
             return gm
         _refuse_sequence(config, piece)
-    merged = merge(captured, config)
+    merged, _ = merge(captured, config)
     if merged.graph is captured.graph:
         return gm
     if config.verify:

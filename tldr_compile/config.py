@@ -122,9 +122,10 @@ def _check_switch(name: str, value: object) -> None:
 def _schedule(value: object) -> float | tuple[int | float, ...] | None:
     if value is None:
         return None
-    if isinstance(value, Real) and not isinstance(value, (bool, Integral)):
-        return _fraction(float(value), f"schedule={value!r}")
-    if isinstance(value, Integral) and not isinstance(value, bool):
+    number = _number(value)
+    if isinstance(number, float):
+        return _fraction(number, f"schedule={value!r}")
+    if isinstance(number, int):
         raise ScheduleError(
             f"schedule={value!r}: one number of tokens belongs to one site; write [{value!r}] for the first site, "
             "or one fraction, such as 0.1, for all of them"
@@ -138,15 +139,25 @@ def _schedule(value: object) -> float | tuple[int | float, ...] | None:
 
 
 def _entry(value: object, name: str) -> int | float:
-    if isinstance(value, Integral) and not isinstance(value, bool):
-        if value < 0:
-            raise ScheduleError(f"{name}: a number of tokens to remove cannot be negative")
+    number = _number(value)
+    if number is None:
+        raise ScheduleError(
+            f"{name} is {_a(value)}; an entry is an int (tokens to remove) or a float in (0, 1) (that fraction of them)"
+        )
+    if isinstance(number, float):
+        return _fraction(number, name)
+    if number < 0:
+        raise ScheduleError(f"{name}: a number of tokens to remove cannot be negative")
+    return number
+
+
+def _number(value: object) -> int | float | None:
+    """A Python number of a Python or NumPy number; True is none."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Integral):
         return int(value)
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return _fraction(float(value), name)
-    raise ScheduleError(
-        f"{name} is {_a(value)}; an entry is an int (tokens to remove) or a float in (0, 1) (that fraction of them)"
-    )
+    return float(value) if isinstance(value, Real) else None
 
 
 def _fraction(value: float, name: str) -> float:
@@ -163,8 +174,9 @@ def _fraction(value: float, name: str) -> float:
 def _protect(value: object) -> str | int:
     if value == "auto":
         return "auto"
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 0:
-        return int(value)
+    number = _number(value)
+    if isinstance(number, int) and number >= 0:
+        return number
     raise OptionError(f"protect={value!r}: protect is 'auto' or the number of leading tokens that are never merged")
 
 

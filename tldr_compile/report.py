@@ -74,7 +74,8 @@ class Report:
             "tokens_out": _plain(after),
             "protected": _plain(site.tokens.size - clip),
             "status": "merged" if merge else "refused" if site.reason else "left",
-            "reason": site.reason or ("" if merge else "the schedule gives 0" if not entry else "its fraction rounds down to 0"),
+            "reason": site.reason
+            or ("" if merge else "the schedule gives 0" if not entry else "its fraction rounds down to 0"),
             "inserted": f"saliency, matching, merge to {merge.target!r}" if merge else "",
         }
 
@@ -110,19 +111,21 @@ class Report:
     def __str__(self) -> str:
         before, after = self.gflops
         default = ", the default: no schedule was given" if self._default else ""
-        saved = f"{before:.2f} -> {after:.2f} GFLOPs in matrix products ({after / before:.0%})" if before else "no matrix products"
+        part = f" ({after / before:.0%})" if before else ""
+        saved = f"GFLOPs in matrix products: {before:.4g} -> {after:.4g}{part}"
         lines = [f"tldr-compile: schedule {list(self.plan.schedule)}{default}", saved]
         if self.nothing:
             lines.append(f"nothing is merged: {self.nothing}")
+        columns = ("index", "node", "tokens", "batch", "layout", "tokens_in", "tokens_out", "protected")
         header = ("site", "attention", "tokens", "for each", "layout", "in", "out", "protected", "")
         rows = [
-            tuple(str(site[key]) for key in ("index", "node", "tokens", "batch", "layout", "tokens_in", "tokens_out", "protected"))
-            + (site["inserted"] or f"{site['status']}: {site['reason']}",)
+            (*(str(site[key]) for key in columns), site["inserted"] or f"{site['status']}: {site['reason']}")
             for site in self.sites
         ]
         lines += _table(header, rows) if rows else ["no attention over clip tokens"]
         for entry in self.restorations:
-            lines.append(f"restored: {entry['value']} [{entry['tokens']}] for {entry['operator']} ({entry['node']}): {entry['reason']}")
+            place = f"{entry['value']} [{entry['tokens']}] for {entry['operator']} ({entry['node']})"
+            lines.append(f"restored: {place}: {entry['reason']}")
         for node, reason in self.plan.misses:
             lines.append(f"not an attention: {node.target} ({node.name}): {reason}")
         return "\n".join(lines)
@@ -132,7 +135,10 @@ class Report:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    line = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    line = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
     return [line[0], "  ".join("-" * width for width in widths), *line[1:]]
 
 

@@ -36,8 +36,11 @@ def _drop(axes: Axes, dims: tuple[int, ...], keepdim: bool) -> Axes:
 rule("mean")(_reduce(Kind.MEAN))
 rule("sum")(_reduce(Kind.SUM))
 rule("amax", "amin")(_reduce(Kind.INVARIANT))
-rule("prod", "std", "var", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp", "any", "all", "argmax", "argmin",
-     "max", "min", "median", "count_nonzero", "aminmax")(_reduce(Kind.MIX))  # fmt: skip
+MIXING = """
+    prod std var var_mean std_mean norm linalg_vector_norm logsumexp any all argmax argmin max min median count_nonzero
+    aminmax
+"""
+rule(*MIXING.split())(_reduce(Kind.MIX))
 
 
 def _along(kind: Kind) -> Rule:

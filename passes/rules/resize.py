@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Held:
-    """A call as it is done now: `given` are the arguments to emit by schema name, `x` and `outputs` the axes now held."""
+    """A call as it is done now: `given` are the arguments to emit by name, `x` and `outputs` the axes now held."""
 
     given: Mapping[str, Any]
     typed: Typed
@@ -51,7 +51,9 @@ def resize(*names: str) -> Callable[[Callable[[Held], Emission]], Callable[[Held
 
 
 def _first_change(full: tuple[Any, ...], now: tuple[Any, ...]) -> int:
-    return next((k for k, (one, two) in enumerate(zip(full, now, strict=False)) if one != two), min(len(full), len(now)))
+    return next(
+        (k for k, (one, two) in enumerate(zip(full, now, strict=False)) if one != two), min(len(full), len(now))
+    )
 
 
 def _self(call: Held) -> Any:

@@ -1,6 +1,7 @@
 """The rule table: what one call of an operator says about the axes it reads and writes.
 
-A rule is a function from a `Call` to a `Typed`. It sees types, never tensors, and it poses equations by calling `same` and
+A rule is a function from a `Call` to a `Typed`. It sees types, never tensors, and it poses equations by calling `same`
+and
 `absorb`; it does not solve them. Register one with `@rule("add", "mul")` for ATen, or with a qualified name ("my::op").
 """
 
@@ -83,7 +84,7 @@ class Call:
         return UNIT if size == 1 else axis(Atom(size, label, self.clip if clip is None else clip, strength))
 
     def same(self, *axes: Axis) -> Axis:
-        """All axes are one, up to broadcasting. Axes that have nothing of the clip may disagree: nothing rests on them."""
+        """All axes are one, up to broadcasting. Axes with nothing of the clip may disagree: nothing rests on them."""
         result = UNIT
         for each in axes:
             if result == UNIT:
@@ -97,7 +98,7 @@ class Call:
         return self.solved.resolve(result)
 
     def absorb(self, weight: Axis, activation: Axis) -> None:
-        """A contraction of an activation with a parameter: the parameter names the dimension, which is then a channel."""
+        """A contraction of an activation with a parameter: the parameter names the dimension, now a channel."""
         weight, activation = self.solved.resolve(weight), self.solved.resolve(activation)
         if weight != activation and weight.lone and activation.lone and weight.size == activation.size:
             self.solved = self.solved.bind(activation.lone, weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from passes.axes import UNIT, Axes, Axis, Conflict, Size, concat, product, simplify, subaxis
+from passes.axes import UNIT, Axes, Axis, Conflict, Size, concat, divide, product, simplify, subaxis
 from passes.rules.table import Call, Kind, Operand, Typed, rule
 
 
@@ -43,8 +43,7 @@ def _group(axes: list[Axis], sizes: list[Size]) -> tuple[list[Axis], list[Size]]
 def _behind(have: Size, want: Size) -> bool:
     if isinstance(have, int) and isinstance(want, int):
         return have < want
-    quotient = want / have  # type: ignore[operator]
-    return not (hasattr(quotient, "is_number") and quotient.is_number) and quotient.as_numer_denom()[1] == 1
+    return divide(want, have) is not None
 
 
 def _product(sizes: list[Size]) -> Size:
@@ -93,7 +92,8 @@ def expand(call: Call) -> Typed:
     axes, sizes = call.axes(operand), call.sizes[0]
     axes = (UNIT,) * (len(sizes) - len(axes)) + axes
     outputs = tuple(
-        call.fresh(size, clip=False) if axis == UNIT and size != 1 else axis for axis, size in zip(axes, sizes, strict=True)
+        call.fresh(size, clip=False) if axis == UNIT and size != 1 else axis
+        for axis, size in zip(axes, sizes, strict=True)
     )
     return call.typed(outputs)
 
@@ -223,7 +223,6 @@ def _segments(axis: Axis, first: Size, last: Size) -> tuple[int, int] | None:
     for segment in axis.segments:
         borders.append(simplify(borders[-1] + subaxis([segment]).size))
     return (borders.index(first), borders.index(last)) if first in borders and last in borders else None
-
 
 
 @rule("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")

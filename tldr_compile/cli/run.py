@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
                 clip,
             )
             calls = {"dense": dense, "tldr": fast}
-            _compare(console, bar, calls, device, merged.report.to_dict(), arguments.repeats)
+            _compare(console, bar, calls, device, arguments.repeats)
             with _step(bar, "drawing"):
                 drawn = _drawn(frames, tldr_compile.inspect(merged, clip))
     if drawn is None:
@@ -63,12 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _compare(
-    console: Console,
-    bar: Progress,
-    calls: dict[str, Callable[[], torch.Tensor]],
-    device: torch.device,
-    report: dict[str, Any],
-    rounds: int,
+    console: Console, bar: Progress, calls: dict[str, Callable[[], torch.Tensor]], device: torch.device, rounds: int
 ) -> None:
     task = bar.add_task("timing in pairs", total=rounds * len(calls))
     taken = measure.alternate(calls, device, rounds=rounds, tick=lambda: bar.advance(task))
@@ -76,14 +71,12 @@ def _compare(
         peak = {name: measure.peak_bytes(call, device) / 2**20 for name, call in calls.items()}
     far = measure.distance(calls["dense"](), calls["tldr"]())
     times = measure.ratio(taken["dense"], taken["tldr"])
-    before, after = report["gflops_before"], report["gflops_after"]
 
     console.print(f"latency, both compiled, {rounds} pairs")
     for name, seconds in taken.items():
         spread = measure.Spread.of([1e3 * second for second in seconds])
         console.print(f"  {name:6} {spread.median:8.1f} ms  (min {spread.min:.1f}, max {spread.max:.1f})")
     console.print(f"  {'ratio':6} {times.median:8.2f}     (min {times.min:.2f}, max {times.max:.2f}), dense by tldr")
-    console.print(f"matrix products  {before:.1f} -> {after:.1f} GFLOPs ({after / before:.0%})")
     console.print(f"peak memory  {peak['dense']:.0f} -> {peak['tldr']:.0f} MiB in tensors of one call, without weights")
     console.print(
         f"outputs apart  largest {far.largest:.3g}, relative {far.relative:.3g}, cosine {far.cosine:.5f}, "
