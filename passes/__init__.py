@@ -22,6 +22,7 @@ from passes.plan import Entry, Plan, make_plan
 from passes.rewrite import Policy, rewrite
 from passes.sites import sites
 from passes.typing import infer
+from passes.verify import check_shapes
 from passes.verify import verify as _verify
 
 __all__ = ["Captured", "Merged", "Options", "Plan", "from_dynamo", "from_export", "merge", "plan", "verify"]
@@ -57,8 +58,9 @@ class Merged:
 def plan(captured: Captured, options: Options) -> Plan:
     """Find, type and plan, without rewriting. Raises as `merge` does."""
     fused, attentions, misses = fuse(captured)
-    typed = infer(fused, options.clip)
-    found = sites(typed, attentions, options.protect if isinstance(options.protect, int) else None)
+    protect = options.protect if isinstance(options.protect, int) else 0
+    typed = infer(fused, options.clip, attentions, protect)
+    found = sites(typed, attentions, protect)
     return make_plan(
         typed,
         found,
@@ -76,11 +78,13 @@ def merge(captured: Captured, options: Options, operators: ModuleType) -> Merged
         NothingToMerge: a positive schedule and no site that can merge.
         ScheduleError: a schedule that cannot be bound to the sites.
         OptionError: `clip` names no input.
+        VerificationError: the rewritten graph is not well formed, or has outputs of other shapes.
     """
     planned = plan(captured, options)
     if not planned.merges:
         return Merged(captured.graph, planned, {}, options)
     new = rewrite(planned, operators, options)
+    check_shapes(planned.typed.captured.graph, new.graph, restored=options.outputs == "restore")
     return Merged(new.graph, planned, new.groupings, options)
 
 

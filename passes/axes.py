@@ -95,6 +95,7 @@ class Axis:
 
 Axes: TypeAlias = tuple[Axis, ...]
 UNIT = Axis(((),))
+Border: TypeAlias = tuple[int, Size]
 
 
 def _segment_text(segment: Segment) -> str:
@@ -154,6 +155,19 @@ def find(whole: Axis, run: Axis) -> tuple[int, int] | None:
         if whole.segments[first : first + span] == run.segments:
             return first, first + span
     return None
+
+
+def border(whole: Axis, offset: Size) -> Border | None:
+    """Where an offset falls: the number of the segment and how far into it; None if that cannot be told."""
+    at: Size = 0
+    for number, segment in enumerate(whole.segments):
+        if at == offset:
+            return number, 0
+        after = simplify(at + segment_size(segment))
+        if isinstance(offset, int) and isinstance(at, int) and isinstance(after, int) and at < offset < after:
+            return number, offset - at
+        at = after
+    return (len(whole.segments), 0) if at == offset else None
 
 
 def replace(whole: Axis, run: Axis, by: Atom) -> Axis:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,23 +147,35 @@ def with_writes(graph: fx.GraphModule, mutated: Sequence[str]) -> fx.GraphModule
 
 
 class _Retracer(PropagateUnbackedSymInts):
-    """Runs a graph whose tensor attributes are arguments (an attribute is a real tensor, all others are fake)."""
+    """Runs a graph whose tensor attributes are arguments (an attribute is a real tensor, all others are fake).
 
-    def __init__(self, gm: fx.GraphModule, attributes: Mapping[str, Any]) -> None:
+    Checkpointed bodies are run in place. `open_modes` closes what a failing graph leaves open.
+    """
+
+    def __init__(self, gm: fx.GraphModule, attributes: Mapping[str, Any], open_modes: ExitStack) -> None:
         super().__init__(gm)
-        self._attributes = attributes
+        self._attributes, self._open_modes = attributes, open_modes
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is not tag_activation_checkpoint:
-            return super().call_function(target, args, kwargs)
-        body, *operands = args
-        _, rest = tag_activation_checkpoint.divide_kwargs(kwargs)
+        if target is tag_activation_checkpoint:
+            return self._checkpoint(*args, **kwargs)
+        # A tracer records these two and does not do them: the values between would have the wrong dtype.
+        if target is torch.amp.autocast_mode._enter_autocast:
+            region = self._open_modes.enter_context(ExitStack())
+            region.enter_context(torch.autocast(*args))
+            return region
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return args[0].close()
+        return super().call_function(target, args, kwargs)
+
+    def _checkpoint(self, body: fx.GraphModule, *operands: Any, **kwargs: Any) -> Any:
+        _, keywords = tag_activation_checkpoint.divide_kwargs(kwargs)
         for node in body.graph.nodes:  # the tag by which the partitioner knows what to compute again in backward
             node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=id(body))
-        return _Retracer(body, {}).run(*operands, *rest.values())
+        return _Retracer(body, {}, self._open_modes).run(*operands, *keywords.values())
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -173,19 +186,19 @@ def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) ->
 
     def run(*args: Any) -> tuple[Any, ...]:
         inputs, lifted = args[: len(values)], args[len(values) :]
-        outputs = _Retracer(gm, dict(zip(attributes, lifted, strict=True))).run(*inputs)
+        with ExitStack() as open_modes:
+            outputs = _Retracer(gm, dict(zip(attributes, lifted, strict=True)), open_modes).run(*inputs)
         # Under functionalization an input that was written to now holds its new value.
         return (*args, *_flat(outputs))
 
     whole, _ = _split_decomp_table_to_cia_and_python_decomp({})
     functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True))
-    with (
-        mode,
-        _override_composite_implicit_decomp(whole),
-        enable_python_dispatcher(),
-        fx.traceback.preserve_node_meta(),
-    ):
+    ambient = torch.set_grad_enabled(torch.is_grad_enabled())  # a graph that fails may leave its own behind
+    dialect = _override_composite_implicit_decomp(whole)
+    with ambient, mode, dialect, enable_python_dispatcher(), fx.traceback.preserve_node_meta():
         graph = make_fx(functional, pre_dispatch=True)(*values, *fakes)
+    for node, value in zip(_placeholders(graph), (*values, *fakes), strict=True):
+        node.meta["val"] = value  # the tracer's own copy is detached, and does not know what requires grad
     written = _split_outputs(graph, len(values) + len(attributes))
     _restore_attributes(graph, attributes, written)
     inherit(graph, gm)

@@ -38,7 +38,11 @@ class Groups:
 
 
 def full_length(plan: Plan, groupings: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Groups]:
-    """Every merge's grouping, composed with those before it."""
+    """Every merge's grouping, composed with those before it.
+
+    Only indices and weights are taken from it: masses follow from the weights (a representative brings its own mass, which is
+    `kept_weight` of the group's), sizes from counting.
+    """
     found: dict[int, Groups] = {}
     for merge in plan.merges:
         fields, parent = groupings[merge.target.index], merge.target.parent
@@ -48,12 +52,15 @@ def full_length(plan: Plan, groupings: Mapping[int, Mapping[str, Tensor]]) -> di
         above = found[parent.index] if parent else None
         group = fields["assign"] if above is None else fields["assign"].gather(1, above.group)
         kept = fields["kept"].gather(1, group)
+        representative = kept if above is None else _representative(above, kept)
+        ones = torch.ones(group.shape, dtype=torch.float64)
+        brought = ones if above is None else above.mass.gather(1, representative)
         found[merge.target.index] = Groups(
             group=group,
             weight=step if above is None else step.gather(1, above.group) * above.weight,
-            representative=kept if above is None else _representative(above, kept),
-            mass=fields["mass"].double().gather(1, group),
-            size=fields["size"].double().gather(1, group),
+            representative=representative,
+            mass=brought / fields["kept_weight"].double().gather(1, group),
+            size=torch.zeros_like(ones).scatter_add(1, group, ones).gather(1, group),
         )
     return found
 

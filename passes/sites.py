@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.attention import Attention
-from passes.axes import Atom, Axes, Axis, Segment, product, subaxis
+from passes.axes import Atom, Axes, Axis, Segment, find, product, subaxis
 from passes.typing import TypedGraph
 
 aten = torch.ops.aten
@@ -122,7 +122,7 @@ class Flow:
         return None
 
 
-def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int | None = None) -> tuple[Site, ...]:
+def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) -> tuple[Site, ...]:
     """All self-attentions over clip tokens, numbered in execution order whether or not they can be merged."""
     flow = Flow(typed)
     selves = [each for each in attentions if _attends_to_itself(typed, each)]
@@ -134,7 +134,7 @@ def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
     return queries == keys and bool(maximal_runs(queries)) and typed.value(attention.q).clip
 
 
-def _site(flow: Flow, index: int, attention: Attention, protect: int | None) -> Site:
+def _site(flow: Flow, index: int, attention: Attention, protect: int) -> Site:
     axes = flow.typed.value(attention.q).axes
     tokens, batch = axes[-2], product(axes[:-2])
     heads = product(f for f in batch.factors if not (isinstance(f, Atom) and f.clip))
@@ -166,7 +166,7 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
 
 
 def _refusal(
-    typed: TypedGraph, attention: Attention, tokens: Axis, batch: Axis, heads: Axis, stream: Stream, protect: int | None
+    typed: TypedGraph, attention: Attention, tokens: Axis, batch: Axis, heads: Axis, stream: Stream, protect: int
 ) -> str | None:
     run = maximal_runs(tokens)[0]
     clip_batch = [f for f in batch.factors if f not in heads.factors]
@@ -183,13 +183,10 @@ def _refusal(
         value = typed.value(mask)
         if value.varies and any(axis.atoms & run.atoms for axis in value.axes):
             return f"its mask ({mask.name}) differs by token and by sample: a masked token must not merge with another"
-    if protect and protect >= _number(tokens):
-        return f"protect={protect} leaves none of its {tokens.size} tokens"
+    lead = Axis(tokens.segments[: (find(tokens, run) or (0, 0))[0]]).size
+    if isinstance(lead, int) and lead < protect:
+        return f"protect={protect} would take apart {run!r}, which is one block of tokens"
     return None
-
-
-def _number(axis: Axis) -> float:
-    return axis.size if isinstance(axis.size, int) else float("inf")
 
 
 def _temporal(run: Axis) -> bool:

@@ -8,14 +8,30 @@ video [2, 3, 16, 224, 224]            b x 3 x t x H x W
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
 
-from passes.axes import BORN, CONSTANT, UNIT, Atom, Axes, Conflict, Substitution, axis
+from passes.attention import Attention
+from passes.axes import (
+    BORN,
+    CONSTANT,
+    UNIT,
+    Atom,
+    Axes,
+    Axis,
+    Conflict,
+    Size,
+    Substitution,
+    axis,
+    concat,
+    simplify,
+    subaxis,
+)
 from passes.canonicalize import Captured
 from passes.errors import OptionError
 from passes.nodes import named, operands, operator_name, size, tensors
@@ -43,6 +59,22 @@ class TypedGraph:
 
     def value(self, node: fx.Node) -> Value:
         return self.values[node][0]
+
+    def resolved(self, solved: Substitution) -> TypedGraph:
+        """The same graph with all its axes resolved."""
+        values = {
+            node: tuple(replace(value, axes=_resolved(solved, value.axes)) for value in each)
+            for node, each in self.values.items()
+        }
+        calls = {
+            node: replace(
+                call,
+                outputs=tuple(_resolved(solved, each) for each in call.outputs),
+                reads=tuple(_resolved(solved, each) for each in call.reads),
+            )
+            for node, call in self.calls.items()
+        }
+        return replace(self, values=values, calls=calls)
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor operands of a call, as its rule numbers them."""
@@ -76,40 +108,92 @@ def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> froze
     return frozenset(name for name, rank in ranks.items() if rank == highest and rank >= 3)
 
 
-def infer(captured: Captured, clip: str | Sequence[str] = "auto") -> TypedGraph:
-    """Type every value of a graph. Operators without a rule, or whose equations conflict, bear new dimensions."""
-    clips = clip_inputs(captured, clip)
-    values: dict[fx.Node, tuple[Value, ...]] = {}
-    calls: dict[fx.Node, Typed] = {}
-    conflicts: dict[fx.Node, str] = {}
-    solved = Substitution()
-    for node in captured.graph.graph.nodes:
-        produced = tensors(node)
-        if node.op == "placeholder" or node.op == "get_attr":
-            constant = node.op == "get_attr" or node.name in captured.constants
-            values[node] = tuple(_born(each, constant, node.name in clips) for each in produced)
-        elif node.op == "call_function" and node.target.__name__ == "getitem" and node.args[0] in values:
-            values[node] = (values[node.args[0]][node.args[1]],)
-        elif node.op == "call_function" and (produced or tuple(operands(node))):
-            call = _call(node, values, solved)
-            try:
-                typed = TABLE.get(call.name, unknown)(call)
-                solved = call.solved
-            except Conflict as conflict:
-                conflicts[node] = str(conflict)
-                typed = unknown(replace(call, solved=solved, uses=[]))
-            calls[node] = typed
-            varies, descends = any(o.varies for o in call.operands), call.clip
-            values[node] = tuple(
-                Value(axes, varies, descends, each.is_floating_point())
-                for axes, each in zip(typed.outputs, produced, strict=True)
-            )
-    return TypedGraph(
-        captured,
-        {node: tuple(replace(v, axes=_resolved(solved, v.axes)) for v in each) for node, each in values.items()},
-        {node: _resolve_call(solved, typed) for node, typed in calls.items()},
-        conflicts,
-    )
+def infer(
+    captured: Captured,
+    clip: str | Sequence[str] = "auto",
+    attentions: Sequence[Attention] = (),
+    protect: int = 0,
+) -> TypedGraph:
+    """Type every value of a graph. Operators without a rule, or whose equations conflict, bear new dimensions.
+
+    The equations are posed in a first walk; in a second one every rule sees them solved. `protect` takes so many
+    leading tokens of the attentions out of the clip, wherever that splits no product of atoms.
+    """
+    walk = _Walk(captured, clip_inputs(captured, clip))
+    first = walk.run(Substitution())
+    tokens = [first.value(each.q).axes[-2] for each in attentions] if protect else []
+    return walk.run(_protecting(walk.solved, tokens, protect))
+
+
+class _Walk:
+    """Applies the rule table to a graph from front to back; typed again, every dimension is born the same."""
+
+    def __init__(self, captured: Captured, clips: frozenset[str]) -> None:
+        self.captured, self.clips = captured, clips
+        self.births: dict[fx.Node, list[Atom]] = {}
+        self.inputs: dict[fx.Node, tuple[Value, ...]] = {}
+        self.solved = Substitution()
+
+    def run(self, solved: Substitution) -> TypedGraph:
+        self.solved = solved
+        values: dict[fx.Node, tuple[Value, ...]] = {}
+        calls: dict[fx.Node, Typed] = {}
+        conflicts: dict[fx.Node, str] = {}
+        for node in self.captured.graph.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                values[node] = self._input(node)
+            elif node.op == "call_function" and node.target is getitem and node.args[0] in values:
+                values[node] = (values[node.args[0]][node.args[1]],)
+            elif node.op == "call_function" and (tensors(node) or tuple(operands(node))):
+                call = _call(node, values, self.solved, self.births.setdefault(node, []))
+                calls[node] = self._typed(node, call, conflicts)
+                values[node] = _results(node, call, calls[node])
+        return TypedGraph(self.captured, values, calls, conflicts).resolved(self.solved)
+
+    def _input(self, node: fx.Node) -> tuple[Value, ...]:
+        if node not in self.inputs:
+            constant = node.op == "get_attr" or node.name in self.captured.constants
+            self.inputs[node] = tuple(_born(each, constant, node.name in self.clips) for each in tensors(node))
+        return self.inputs[node]
+
+    def _typed(self, node: fx.Node, call: Call, conflicts: dict[fx.Node, str]) -> Typed:
+        try:
+            typed = TABLE.get(call.name, unknown)(call)
+        except Conflict as conflict:
+            conflicts[node] = str(conflict)
+            return unknown(replace(call, solved=self.solved, uses=[], births=self.births.setdefault(node, [])))
+        self.solved = call.solved
+        return typed
+
+
+def _results(node: fx.Node, call: Call, typed: Typed) -> tuple[Value, ...]:
+    varies = any(operand.varies for operand in call.operands)
+    pairs = zip(typed.outputs, tensors(node), strict=True)
+    return tuple(Value(axes, varies, call.clip, each.is_floating_point()) for axes, each in pairs)
+
+
+def _protecting(solved: Substitution, tokens: Iterable[Axis], count: int) -> Substitution:
+    for each in tokens:
+        lead: Size = 0
+        for segment in solved.resolve(each).segments:
+            part = subaxis([segment])
+            if part.clip and part.lone and isinstance(lead, int) and lead < count:
+                solved = solved.bind(part.lone, _split(part.lone, _at_most(count - lead, part.size)))
+            if part.clip:
+                break
+            lead = simplify(lead + part.size)
+    return solved
+
+
+def _split(atom: Atom, count: int) -> Axis:
+    """A protected part of `count` and the rest of the atom."""
+    left = simplify(atom.size - count)
+    first = UNIT if count == 1 else axis(Atom(count, strength=BORN))
+    return concat([first, axis(Atom(left, atom.label, atom.clip, atom.strength))]) if left != 0 else first
+
+
+def _at_most(count: int, size: Size) -> int:
+    return min(count, size) if isinstance(size, int) else count
 
 
 def _born(tensor: torch.Tensor, constant: bool, clip: bool) -> Value:
@@ -123,7 +207,7 @@ def _born(tensor: torch.Tensor, constant: bool, clip: bool) -> Value:
     return Value(axes, not constant, clip, tensor.is_floating_point())
 
 
-def _call(node: fx.Node, values: Mapping[fx.Node, tuple[Value, ...]], solved: Substitution) -> Call:
+def _call(node: fx.Node, values: Mapping[fx.Node, tuple[Value, ...]], solved: Substitution, births: list[Atom]) -> Call:
     typed: list[Operand] = []
 
     def convert(argument: Any) -> Any:
@@ -141,16 +225,8 @@ def _call(node: fx.Node, values: Mapping[fx.Node, tuple[Value, ...]], solved: Su
 
     given = {name: convert(argument) for name, argument in named(node).items()}
     sizes = tuple(tuple(size(s) for s in each.shape) for each in tensors(node))
-    return Call(operator_name(node), given, tuple(typed), sizes, solved)
+    return Call(operator_name(node), given, tuple(typed), sizes, solved, births)
 
 
 def _resolved(solved: Substitution, axes: Axes) -> Axes:
     return tuple(solved.resolve(each) for each in axes)
-
-
-def _resolve_call(solved: Substitution, typed: Typed) -> Typed:
-    return replace(
-        typed,
-        outputs=tuple(_resolved(solved, each) for each in typed.outputs),
-        reads=tuple(_resolved(solved, each) for each in typed.reads),
-    )

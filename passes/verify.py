@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
 from passes.errors import VerificationError
+from passes.nodes import operands, size
 from passes.plan import Plan
 from passes.projection import Projection, full_length
 from passes.rewrite import Policy
@@ -44,7 +47,7 @@ def verify(
 def record(
     graph: fx.GraphModule, groupings: Mapping[int, fx.Node], inputs: Sequence[Any]
 ) -> tuple[Any, dict[int, dict[str, Tensor]]]:
-    """Run a rewritten graph: its outputs, and for each resolution the grouping by field and the saliency, if it has one."""
+    """Run a rewritten graph: its outputs, and for each resolution the grouping by field, with the saliency if any."""
     recorder = _Recorder(graph, groupings)
     with torch.no_grad():
         return recorder.run(*inputs), recorder.found
@@ -91,3 +94,27 @@ def _compare(name: str, actual: Tensor, expected: Tensor) -> None:
             "the table or the rewriter is wrong. Without verify=True the graph runs all the same; please report "
             "the model."
         )
+
+
+def check_shapes(before: fx.GraphModule, after: fx.GraphModule, *, restored: bool) -> None:
+    """Run a rewritten graph on its traced values: it is well formed, and its outputs have the shapes they had.
+
+    Raises:
+        VerificationError: the graph does not run, or an output has another dtype, or another shape though `restored`.
+    """
+    after.graph.lint()
+    values = [node.meta["val"] for node in after.graph.find_nodes(op="placeholder")]
+    mode = detect_fake_mode(values)
+    with mode or nullcontext(), torch.no_grad():
+        results = _tensors(fx.Interpreter(after).run(*values))
+    (output,) = before.graph.find_nodes(op="output")
+    for node, result in zip(operands(output), results, strict=True):
+        traced = node.meta["val"]
+        same = len(traced.shape) == len(result.shape) and all(
+            size(one) == size(two) for one, two in zip(traced.shape, result.shape, strict=True)
+        )
+        if traced.dtype != result.dtype or (restored and not same):
+            raise VerificationError(
+                f"{node.target} ({node.name}) was {traced.dtype} {tuple(traced.shape)} and would become {result.dtype} "
+                f"{tuple(result.shape)}: a rule of the table or the rewriter is wrong; please report the model."
+            )

@@ -1,8 +1,8 @@
 """Merge the tokens of video transformers that do not matter, as a compiler pass.
 
-    fast   = torch.compile(model, backend="tldr")
-    merged = tldr_compile.apply(model, (clip,), schedule=[600, 200, 100])
-    report = tldr_compile.explain(model, (clip,), schedule=[600, 200, 100])
+fast   = torch.compile(model, backend="tldr")
+merged = tldr_compile.apply(model, (clip,), schedule=[600, 200, 100])
+report = tldr_compile.explain(model, (clip,), schedule=[600, 200, 100])
 """
 
 from tldr_compile.api import MergedModule, apply, explain

@@ -18,8 +18,9 @@ from tldr_compile.api import MergedModule
 class Decision:
     """One merge. The `N` tokens of the run are a grid of sizes `grid` whose dimensions are called `labels`.
 
-    `saliency [B, N]` float32 is what the site gave every token (a token merged before has its group's; ones where the saliency
-    is uniform); `assign [B, N]` int64 is the group that every token is in from here on, `mass [B, N]` that group's mass.
+    `saliency [B, N]` float32 is what the site gave every token (a token merged before has its group's; ones where the
+    saliency is uniform); `assign [B, N]` int64 is the group that every token is in from here on, `mass [B, N]` that
+    group's mass.
     """
 
     site: int

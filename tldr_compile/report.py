@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -122,6 +123,7 @@ class Report:
             (*(str(site[key]) for key in columns), site["inserted"] or f"{site['status']}: {site['reason']}")
             for site in self.sites
         ]
+        rows = list(_folded(rows))
         lines += _table(header, rows) if rows else ["no attention over clip tokens"]
         for entry in self.restorations:
             place = f"{entry['value']} [{entry['tokens']}] for {entry['operator']} ({entry['node']})"
@@ -131,6 +133,13 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _folded(rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Neighbouring rows that say the same of different sites as one."""
+    for _, same in groupby(rows, key=lambda row: row[2:]):
+        first, *_, last = (*same,) * 2
+        yield first if first is last else (f"{first[0]}-{last[0]}", f"{first[1]} ... {last[1]}", *first[2:])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from passes.axes import Axes, Size, simplify, subaxis
+from passes.axes import Axes, Size, border, segment_size, simplify
 from passes.rules.table import Typed
 
 aten = torch.ops.aten
@@ -27,13 +27,18 @@ class Held:
     outputs: tuple[Axes, ...]
     length: Callable[[Size], Any]
 
-    def border(self, place: int) -> Size:
-        """Where segment number `place` of the cut axis starts now; the original axis has as many segments or more."""
+    def offset(self, offset: Size) -> Size:
+        """Where an offset of the cut axis lies now. Whole segments have become one, and it is inside none of those."""
         assert self.typed.cut is not None
-        full, now = self.typed.reads[0][self.typed.cut], self.x[self.typed.cut]
-        lost = len(full.segments) - len(now.segments)
-        at = place if place <= _first_change(full.segments, now.segments) else place - lost
-        return simplify(sum((subaxis([segment]).size for segment in now.segments[:at]), 0))
+        whole, now = self.typed.reads[0][self.typed.cut], self.x[self.typed.cut].segments
+        at = border(whole, offset)
+        assert at is not None
+        number, inside = at
+        changed = next(
+            (k for k, (one, two) in enumerate(zip(whole.segments, now, strict=False)) if one != two), len(now)
+        )
+        number = number if number <= changed else number - (len(whole.segments) - len(now))
+        return simplify(sum((segment_size(segment) for segment in now[:number]), inside))
 
 
 Emission: TypeAlias = tuple[Any, tuple[Any, ...]]
@@ -48,12 +53,6 @@ def resize(*names: str) -> Callable[[Callable[[Held], Emission]], Callable[[Held
         return function
 
     return register
-
-
-def _first_change(full: tuple[Any, ...], now: tuple[Any, ...]) -> int:
-    return next(
-        (k for k, (one, two) in enumerate(zip(full, now, strict=False)) if one != two), min(len(full), len(now))
-    )
 
 
 def _self(call: Held) -> Any:
@@ -72,17 +71,17 @@ def expanded(call: Held) -> Emission:
 
 @resize("slice")
 def borders(call: Held) -> Emission:
-    (place,) = call.typed.places
-    if place[0] < 0:
+    (span,) = call.typed.spans
+    if span is None:
         return aten.slice.Tensor, tuple(call.given.values())
-    first, last = (call.length(call.border(border)) for border in place)
+    first, last = (call.length(call.offset(each)) for each in span)
     return aten.slice.Tensor, (_self(call), call.typed.cut, first, last)
 
 
 @resize("select")
 def index(call: Held) -> Emission:
-    (place,) = call.typed.places
-    at = call.given["index"] if place[0] < 0 else call.length(call.border(place[0]))
+    (span,) = call.typed.spans
+    at = call.given["index"] if span is None else call.length(call.offset(span[0]))
     return aten.select.int, (_self(call), call.typed.cut, at)
 
 

@@ -27,6 +27,9 @@ class Kind(Enum):
     MIX = "mix"  # anything else: entries meet in a way that merging does not commute with
 
 
+Span: TypeAlias = tuple[Size, Size]
+
+
 @dataclass(frozen=True)
 class Use:
     """An operand's dimensions that the operator does not map."""
@@ -40,14 +43,15 @@ class Use:
 class Typed:
     """One call, typed: `reads` are the operands' axes as broadcast for this call (`[operand][dim]`).
 
-    `place` is where a slice, selection or split took its pieces: segments `[first, last)` of the axis that was cut.
+    `spans` is where a slice, selection or split took its pieces: between two offsets of the dimension `cut`; None where
+    that is not known.
     """
 
     outputs: tuple[Axes, ...]
     reads: tuple[Axes, ...]
     uses: tuple[Use, ...] = ()
     cut: int | None = None
-    places: tuple[tuple[int, int], ...] = ()
+    spans: tuple[Span | None, ...] = ()
     known: bool = True
 
 
@@ -70,7 +74,9 @@ class Call:
     operands: tuple[Operand, ...]
     sizes: tuple[tuple[Size, ...], ...]
     solved: Substitution
+    births: list[Atom] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    _born: int = 0
 
     @property
     def clip(self) -> bool:
@@ -80,8 +86,17 @@ class Call:
         return tuple(self.solved.resolve(each) for each in operand.axes)
 
     def fresh(self, size: Size, *, label: str = "", strength: int = UNKNOWN, clip: bool | None = None) -> Axis:
-        """A newly born dimension; a dimension of size 1 carries no atom."""
-        return UNIT if size == 1 else axis(Atom(size, label, self.clip if clip is None else clip, strength))
+        """A newly born dimension; a dimension of size 1 carries no atom.
+
+        A call that is typed again bears the same atoms in the same order: `births` remembers them.
+        """
+        if size == 1:
+            return UNIT
+        self._born += 1
+        if self._born > len(self.births) or self.births[self._born - 1].size != size:
+            del self.births[self._born - 1 :]
+            self.births.append(Atom(size, label, self.clip if clip is None else clip, strength))
+        return axis(self.births[self._born - 1])
 
     def same(self, *axes: Axis) -> Axis:
         """All axes are one, up to broadcasting. Axes with nothing of the clip may disagree: nothing rests on them."""
@@ -100,10 +115,10 @@ class Call:
     def absorb(self, weight: Axis, activation: Axis) -> None:
         """A contraction of an activation with a parameter: the parameter names the dimension, now a channel."""
         weight, activation = self.solved.resolve(weight), self.solved.resolve(activation)
-        if weight != activation and weight.lone and activation.lone and weight.size == activation.size:
+        if weight.lone and activation.lone and activation.lone.clip and weight.size == activation.size:
             self.solved = self.solved.bind(activation.lone, weight)
         else:
-            self.same(weight, activation)
+            self.same(activation, weight)
 
     def use(self, kind: Kind, operand: Operand, *dims: int) -> None:
         rank = len(operand.axes)

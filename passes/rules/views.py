@@ -5,8 +5,22 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from passes.axes import UNIT, Axes, Axis, Conflict, Size, concat, divide, product, simplify, subaxis
-from passes.rules.table import Call, Kind, Operand, Typed, rule
+from passes.axes import (
+    UNIT,
+    Axes,
+    Axis,
+    Border,
+    Conflict,
+    Size,
+    border,
+    concat,
+    divide,
+    product,
+    segment_size,
+    simplify,
+    subaxis,
+)
+from passes.rules.table import Call, Kind, Operand, Span, Typed, rule
 
 
 @rule("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
@@ -157,7 +171,7 @@ def split(call: Call) -> Typed:
     (operand,) = call.operands
     axes = call.axes(operand)
     dim = call.given.get("dim", 0) % len(axes)
-    spans: list[tuple[Size, Size] | None] = []
+    spans: list[Span | None] = []
     at: Size = 0
     for sizes in call.sizes:
         spans.append((at, simplify(at + sizes[dim])))
@@ -180,7 +194,7 @@ def unbind(call: Call) -> Typed:
     (operand,) = call.operands
     axes = call.axes(operand)
     dim = call.given.get("dim", 0) % len(axes)
-    spans: list[tuple[Size, Size] | None] = [(k, k + 1) for k in range(len(call.sizes))]
+    spans: list[Span | None] = [(k, k + 1) for k in range(len(call.sizes))]
     return _cut(call, operand, axes, dim, spans, keep=False)
 
 
@@ -195,37 +209,33 @@ def _offset(index: Any, length: Size) -> Size:
     return simplify(index)
 
 
-def _cut(
-    call: Call, operand: Operand, axes: Axes, dim: int, spans: list[tuple[Size, Size] | None], keep: bool = True
-) -> Typed:
-    """Pieces of one dimension. A piece that is whole segments keeps them; any other is born anew."""
-    places: list[tuple[int, int]] = []
+def _cut(call: Call, operand: Operand, axes: Axes, dim: int, spans: list[Span | None], keep: bool = True) -> Typed:
+    """Pieces of one dimension. An offset inside a segment of the clip tells tokens apart by their place."""
+    known: list[Span | None] = []
     outputs: list[Axes] = []
-    mixed = False
     for span, sizes in zip(spans, call.sizes, strict=True):
-        place = None if span is None else _segments(axes[dim], *span)
-        if place is None:
-            mixed = True
-            place = (-1, -1)
-            piece = call.fresh(sizes[dim], clip=axes[dim].clip) if keep else UNIT
+        borders = None if span is None else [border(axes[dim], offset) for offset in span]
+        if borders is None or None in borders or any(_inside_clip(axes[dim], each) for each in borders if each):
+            call.use(Kind.MIX, operand, dim)
+            span, piece = None, call.fresh(sizes[dim], clip=axes[dim].clip) if keep else UNIT
         else:
-            piece = subaxis(axes[dim].segments[slice(*place)])
-        places.append(place)
+            piece = _piece(call, axes[dim], *(each for each in borders if each)) if keep else UNIT
+        known.append(span)
         outputs.append((*axes[:dim], *([piece] if keep else []), *axes[dim + 1 :]))
-    if mixed:
-        call.use(Kind.MIX, operand, dim)
-    return call.typed(*outputs, cut=dim, places=tuple(places))
+    return call.typed(*outputs, cut=dim, spans=tuple(known))
 
 
-def _segments(axis: Axis, first: Size, last: Size) -> tuple[int, int] | None:
-    """The segments between two offsets, if the offsets fall on their borders."""
-    borders: list[Size] = [0]
-    for segment in axis.segments:
-        borders.append(simplify(borders[-1] + subaxis([segment]).size))
-    return (borders.index(first), borders.index(last)) if first in borders and last in borders else None
+def _inside_clip(axis: Axis, at: Border) -> bool:
+    number, inside = at
+    return inside != 0 and subaxis([axis.segments[number]]).clip
 
 
-@rule("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")
-def size(call: Call) -> Typed:
-    """A number that follows from the inputs' shapes, whatever the operand is merged to."""
-    return call.typed()
+def _piece(call: Call, axis: Axis, start: Border, end: Border) -> Axis:
+    """The whole segments between two borders, and new dimensions for parts of protected ones."""
+    (first, skipped), (last, taken) = start, end
+    if first == last:
+        return call.fresh(simplify(taken - skipped), clip=False)
+    segment = [call.fresh(simplify(segment_size(axis.segments[first]) - skipped), clip=False)] if skipped != 0 else []
+    whole = axis.segments[first + bool(segment) : last]
+    tail = [call.fresh(taken, clip=False)] if taken != 0 else []
+    return concat([*segment, Axis(whole), *tail]) if segment or tail else subaxis(whole)

@@ -41,8 +41,10 @@ def picture(
     rows = [
         (f"{frames.shape[0]} frames, one of {frames.shape[0] // grid[0]} shown", shown),
         ("saliency", _heated(shown, grid, saliency)),
-        (f"{tokens} tokens in {groups} groups: merged ones flat and outlined, background dim",
-         _grouped(shown, frames, grid, saliency, assign)),
+        (
+            f"{tokens} tokens in {groups} groups: merged ones flat and outlined, background dim",
+            _grouped(shown, frames, grid, saliency, assign),
+        ),
     ]
     return _page(rows)
 

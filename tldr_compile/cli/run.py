@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
             with _step(bar, "drawing"):
                 drawn = _drawn(frames, tldr_compile.inspect(merged, clip))
     if drawn is None:
-        console.print("picture none: the merged tokens do not lie on a grid of t, h and w")
+        console.print("picture none: no tokens were merged that lie on a grid of t, h and w")
     else:
         drawn.save(arguments.out, format="PNG")
         console.print(f"picture {arguments.out}: frames, saliency, groups")

@@ -86,9 +86,7 @@ def sample(path: Path, available: int, wanted: int) -> Frames:
     chosen = {(2 * part + 1) * available // (2 * wanted) for part in range(wanted)}
     with av.open(str(path)) as container:
         stream = _stream(path, container)
-        frames = [
-            _upright(frame) for at, frame in enumerate(_whole_frames(path, container, stream)) if at in chosen
-        ]
+        frames = [_upright(frame) for at, frame in enumerate(_whole_frames(path, container, stream)) if at in chosen]
     return np.stack(frames)
 
 

@@ -1,0 +1,84 @@
+"""Law 4: every rule agrees with the operator that it describes.
+
+The operators of `samples` really run on the shortened tokens, in another order and grouped differently in every sample of the
+batch, and have to give what their types predict: the shapes, and the values that they give at full length on a stream whose
+tokens equal their groups. A rule without a sample fails, so that a new rule brings its own.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import passes
+from passes.canonicalize import from_dynamo
+from passes.plan import Plan
+from passes.rules import TABLE
+from passes.typing import infer, size, tensors
+from passes.verify import record
+from tests.laws.samples import SAMPLES, B, N, Sample, T, W
+from tests.tracing import captured, named, number, operator
+from tldr_compile import TokenMerging, ops
+
+OPTIONS = TokenMerging(schedule=(2,))
+CLIP = number(B, T, N, W)
+
+every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+
+
+@cache
+def graph(sample: Sample) -> passes.Captured:
+    return captured(fx.symbolic_trace(lambda clip: sample.model(clip)), CLIP)
+
+
+@cache
+def merged(sample: Sample) -> passes.Merged:
+    return passes.merge(graph(sample), OPTIONS, ops)
+
+
+def called(plan: Plan, sample: Sample) -> fx.Node:
+    """The operator under test: the last of its name. (Finding attention spells all views `reshape`.)"""
+    name = "reshape" if "view" in sample.name else sample.name
+    return named(plan.typed.captured.graph.graph, name)[-1]
+
+
+@every_sample
+def test_predicts_the_sizes(sample: Sample) -> None:
+    typed = infer(graph(sample))
+    for node, values in typed.values.items():
+        for value, tensor in zip(values, tensors(node), strict=True):
+            assert [axis.size for axis in value.axes] == [size(s) for s in tensor.shape], node
+    for node, call in typed.calls.items():
+        for read, operand in zip(call.reads, typed.operands(node), strict=True):
+            for wide, own in zip(read[::-1], typed.value(operand).axes[::-1], strict=False):
+                assert own.size in (1, wide.size), node
+
+
+@every_sample
+def test_is_carried_or_says_why_not(sample: Sample) -> None:
+    plan = merged(sample).plan
+    step = plan.steps[called(plan, sample)]
+    if sample.barrier is None:
+        assert not step.barriers
+        assert step.held == (plan.merges[0].target,)
+    else:
+        assert not step.held
+        assert sample.barrier in step.barriers[0].reason
+
+
+@every_sample
+def test_gives_on_groups_what_it_gives_at_full_length(sample: Sample) -> None:
+    passes.verify(merged(sample), [CLIP])
+
+
+@pytest.mark.parametrize("framewise", [False, True])
+def test_the_samples_of_a_batch_are_grouped_differently(framewise: bool) -> None:
+    sample = next(each for each in SAMPLES if each.framewise == framewise)
+    _, groupings = record(merged(sample).graph, merged(sample).groupings, [CLIP])
+    assign = groupings[1]["assign"]
+    assert len(assign) == (B * T if framewise else B)
+    assert len(assign.unique(dim=0)) == len(assign)

@@ -1,0 +1,39 @@
+"""Small functions as captured graphs, quickly: for tests of one pass, where a whole capture would say nothing more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from passes.canonicalize import Captured
+
+
+def captured(function: Callable[..., Any], *inputs: Tensor, mode: str = "fake") -> Captured:
+    """`function` of `inputs` in pre-dispatch ATen; tensors that it closes over are constants."""
+
+    def flat(*arguments: Tensor) -> tuple[Any, ...]:
+        return tuple(pytree.tree_leaves(function(*arguments)))
+
+    graph = make_fx(flat, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
+    return Captured(graph, frozenset(), {})
+
+
+def number(*shape: int, seed: int = 0) -> Tensor:
+    """Random entries; the same for the same shape and seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + math.prod(shape)))
+
+
+def named(graph: fx.Graph, name: str) -> list[fx.Node]:
+    """The calls of an ATen operator, overloads alike."""
+    return [node for node in graph.nodes if operator(node) == f"aten::{name}"]
+
+
+def operator(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name if schema else ""
