@@ -5,8 +5,7 @@
 #   make lint            ruff and mypy
 #
 # A torch >= 2.11 that PYTHON can already import is kept. Otherwise TORCH is installed before anything else can ask for
-# torch and be given a build with several GB of CUDA libraries. It is what `pip install` is told, so it takes options too:
-#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# torch and be given a build with several GB of CUDA libraries. It is what `pip install` is told, so it takes options too.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0

@@ -40,8 +40,8 @@ class Groups:
 def full_length(plan: Plan, groupings: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Groups]:
     """Every merge's grouping, composed with those before it.
 
-    Only indices and weights are taken from it: masses follow from the weights (a representative brings its own mass, which is
-    `kept_weight` of the group's), sizes from counting.
+    Only indices and weights are taken from it: masses follow from the weights (a representative brings its own mass,
+    which is `kept_weight` of the group's), sizes from counting.
     """
     found: dict[int, Groups] = {}
     for merge in plan.merges:

@@ -1,0 +1,203 @@
+"""A rewritten graph is the original at full length with its streams projected: for any input and any plan.
+
+The second half shows that the law can fail: every way in which an operator or the rewriter could be wrong is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx
+
+import passes
+import tldr_compile
+from passes.plan import How, Weighing
+from passes.rewrite import _Rewriter
+from tests.laws.support import but, check, every_case, flat_inputs, merge
+from tests.zoo import FAMILIES, Attn, Case, case
+from tldr_compile import VerificationError, ops
+
+SITES = {"umt": 3, "videomae": 3, "videomae-tokens": 3, "vivit": 3, "clip": 3, "vjepa2": 4, "timesformer": 6}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"outputs": "merged"},
+    {"saliency": "uniform"},
+    {"metric": "keys"},
+    {"pooling": "plain", "proportional": False},
+    {"reduction": "drop", "outputs": "merged"},
+    {"reduction": "random", "metric": "keys"},
+    {"reduction": "slice", "proportional": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@every_case
+def test_every_option_of_every_model(case: Case, options: dict[str, Any]) -> None:
+    merged = check(case, **options)
+    assert [merge.count for merge in merged.plan.merges] == [entry for entry in case.schedule if entry]
+
+
+def entries() -> st.SearchStrategy[int | float]:
+    return st.integers(0, 40) | st.floats(0.0, 0.9) | st.sampled_from([0.25, 0.5])
+
+
+@st.composite
+def plans(draw: st.DrawFn, name: str, attn: Attn) -> tuple[Case, int, dict[str, Any]]:
+    """A model of other sizes, a batch, and options with a schedule that some site can follow."""
+    tubes = FAMILIES[name].frames == 6
+    image, frames = draw(st.sampled_from([16, 24, 32])), draw(st.sampled_from([2, 6] if tubes else [1, 2, 3]))
+    # A temporal site comes before every spatial one of TimeSformer, and never merges.
+    able = [site % 2 == 1 or name != "timesformer" for site in range(SITES[name])]
+    schedule = tuple(draw(entries()) if merges else 0 for merges in able[: draw(st.integers(2, SITES[name]))])
+    options = {
+        "schedule": draw(st.just(schedule) | st.floats(0.3, 0.7)),
+        "saliency": draw(st.sampled_from(["attention", "uniform"])),
+        "metric": draw(st.sampled_from(["tokens", "keys"])),
+        "pooling": draw(st.sampled_from(["mass", "plain"])),
+        "proportional": draw(st.booleans()),
+        "outputs": draw(st.sampled_from(["restore", "merged"])),
+    }
+    lost = ["drop"] if options["saliency"] == "attention" else []
+    options["reduction"] = draw(st.sampled_from(["merge", "random", "slice", *lost]))
+    return case(name, attn, image=image, frames=frames), draw(st.integers(1, 3)), options
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+@every_case
+def test_any_plan(case: Case, data: st.DataObject) -> None:
+    drawn, batch, options = data.draw(plans(case.name, case.attn))
+    schedule = options["schedule"]
+    try:
+        merged = check(drawn, batch, **options)
+    except tldr_compile.NothingToMerge:
+        assert all(isinstance(entry, float) or not entry for entry in schedule)  # fractions may round down to 0
+    else:
+        assert len(merged.plan.sites) == SITES[case.name]
+
+
+@every_case
+def test_other_inputs_than_those_of_the_capture(case: Case) -> None:
+    merged = tldr_compile.apply(case.build(), case.inputs(), schedule=case.schedule)
+    (video,) = case.inputs()
+    for other in (video.flip(0) * 2, torch.zeros_like(video), video[:1].expand_as(video)):
+        merged.verify((other,))
+
+
+def test_verify_at_compile_time_runs_the_law() -> None:
+    umt = case("umt")
+    with (
+        mock.patch.object(_Rewriter, "_weight", lambda *_: None),
+        pytest.raises(VerificationError, match=r"output 0 \(\w+\) differs from its meaning by .* report the model"),
+    ):
+        tldr_compile.apply(umt.build(), umt.inputs(), schedule=umt.schedule, verify=True)
+
+
+# --- the law can fail ---
+
+
+def no_log_mass(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: function(*args, **{**kwargs, "log_mass": None})
+
+
+def neighbour(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An index operator that is off by one group."""
+    return lambda x, index, *, dim: function(x, index.roll(1, dim), dim=dim)
+
+
+def evenly(x: Tensor, kept: Tensor, source: Tensor, target: Tensor, *weights: Tensor, dim: int) -> Tensor:
+    return ops.down(x, kept, source, target, *(torch.full_like(weight, 0.5) for weight in weights), dim=dim)
+
+
+def heavier(*args: Any, **kwargs: Any) -> ops.Grouping:
+    grouping = ops.group(*args, **kwargs)
+    return grouping._replace(mass=grouping.mass + 0.1)
+
+
+def elsewhere(*args: Any, **kwargs: Any) -> ops.Grouping:
+    """Sources go to one group and come back from another."""
+    grouping = ops.group(*args, **kwargs)
+    others = (grouping.target + 1) % grouping.kept.shape[1]
+    return grouping._replace(assign=grouping.assign.scatter(1, grouping.source, others))
+
+
+def unweighted(function: str) -> dict[str, Callable[..., Tensor]]:
+    return {function: lambda x, weight, **options: getattr(ops, function)(x, torch.ones_like(weight), **options)}
+
+
+ATTEND = {name: no_log_mass(getattr(ops, name)) for name in ("attend", "attend_and_sharpness")}
+WRONG_OPERATORS = {
+    "attention without log-mass": ("umt", ATTEND),
+    "log-mass only where no saliency is found": ("umt", {"attend": ATTEND["attend"]}),
+    "attention over eager scores without log-mass": ("vivit", ATTEND),
+    "merge that ignores mass": ("umt", {"down": evenly}),
+    "merge that drops its sources": (
+        "umt",
+        {"down": lambda x, kept, *_, dim: ops.pick(x, kept, dim=dim)},
+    ),
+    "mean that ignores mass": ("videomae", unweighted("mean")),
+    "restore from the wrong group": ("clip", {"up": neighbour(ops.up)}),
+    "tables of the wrong token": ("vjepa2", {"pick": neighbour(ops.pick)}),
+    "mass of a group": ("umt", {"group": heavier}),
+    "assignment of the sources": ("videomae-tokens", {"group": elsewhere}),
+    "assignment at a barrier": ("timesformer", {"group": elsewhere}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_OPERATORS)
+def test_a_wrong_operator_is_refused(wrong: str) -> None:
+    name, changed = WRONG_OPERATORS[wrong]
+    model = case(name, FAMILIES[name].attns[-1])
+    check(model)
+    with pytest.raises(VerificationError):
+        check(model, operators=but(**changed))
+
+
+def always(how: How) -> Callable[..., Any]:
+    down = _Rewriter._down
+    return lambda self, laid, target, _: down(self, laid, target, how)
+
+
+def ones(self: _Rewriter, source: Any, like: fx.Node, batch: Any, tokens: Any) -> tuple[fx.Node, fx.Node]:
+    return COUNTS(self, None, like, batch, tokens)
+
+
+def plain_share(self: _Rewriter, resolution: Any, mass: bool) -> fx.Node:
+    return SHARE(self, resolution, not mass)
+
+
+def unheld(self: _Rewriter, weighing: Weighing, node: fx.Node, operands: Any) -> fx.Node | None:
+    return WEIGHT(self, weighing, node, operands) if weighing.held else None
+
+
+COUNTS, SHARE, WEIGHT = _Rewriter._counts, _Rewriter._share, _Rewriter._weight
+WRONG_REWRITERS = {
+    "no sum is weighed": ("umt", "_weight", lambda *_: None),
+    "restored keys are not weighed": ("timesformer", "_weight", unheld),
+    "restored keys weigh the size of their group": ("timesformer", "_share", plain_share),
+    "the mass of the merge before is forgotten": ("umt", "_counts", ones),
+    "tables are averaged": ("vjepa2", "_down", always(How.MERGE)),
+    "the stream is picked": ("umt", "_down", always(How.PICK)),
+    "groups are restored from another merge": (
+        "umt",
+        "_assign",
+        lambda self, resolution: self.groupings[min(self.groupings)]["assign"],
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_REWRITERS)
+def test_a_wrong_rewriter_is_refused(wrong: str) -> None:
+    name, method, changed = WRONG_REWRITERS[wrong]
+    model = case(name, FAMILIES[name].attns[-1])
+    check(model)
+    with mock.patch.object(_Rewriter, method, changed):
+        merged = merge(model)
+    with pytest.raises((VerificationError, RuntimeError)):
+        passes.verify(merged, flat_inputs(model))

@@ -1,0 +1,279 @@
+"""`torch.compile(model, backend="tldr")`: options, graph breaks, static inputs, no stale code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+import tldr_compile
+from tests.tiny import Block, Tiny, clip
+from tldr_compile import backend as module
+from tldr_compile.config import TokenMerging
+
+
+class Broken(Tiny):
+    """A model that Dynamo cannot capture as one graph."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.embed(video)
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if self.where == "loop" or (self.where == "between" and index == 0):
+                torch._dynamo.graph_break()
+        if self.where == "after":
+            torch._dynamo.graph_break()
+        return self.head(x.mean(1)) + 1
+
+
+def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend="tldr", options=options)
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The graphs that Inductor is given."""
+    seen: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        seen.append(graph)
+        return compile_fx(graph, *args, **kwargs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", record)
+    return seen
+
+
+def tokens(graph: torch.fx.GraphModule) -> list[int]:
+    """How many tokens each normalization of a block reads."""
+    norms = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.layer_norm.default)
+    return [norm.meta["val"].shape[1] for norm in norms]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_backend_and_apply_are_twins(mode: Callable[[], Any]) -> None:
+    model, video = Tiny(), clip()
+    with mode():
+        merged = tldr_compile.apply(model, (video,), schedule=[5, 3])
+        torch.testing.assert_close(compiled(model, schedule=[5, 3])(video), merged(video))
+        assert not torch.allclose(merged(video), model(video), atol=1e-3)
+
+
+def test_different_options_in_one_process_are_different_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = spy(monkeypatch)
+    model, video = Tiny(), clip()
+    schedules: list[Any] = [[5], [4], [0, 5], 0.25]
+    with torch.no_grad():
+        outputs = [compiled(model, schedule=schedule)(video) for schedule in schedules]
+        for schedule, output in zip(schedules, outputs, strict=True):
+            torch.testing.assert_close(output, tldr_compile.apply(model, (video,), schedule=schedule)(video))
+    assert [tokens(graph) for graph in graphs] == [
+        [18, 13, 13, 13],
+        [18, 14, 14, 14],
+        [18, 18, 18, 13],
+        [18, 14, 14, 11],
+    ]
+
+
+def test_the_same_options_are_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = spy(monkeypatch)
+    model, video = Tiny(), clip()
+    with torch.no_grad():
+        for _ in range(2):
+            compiled(model, schedule=[5])(video)
+    assert len(graphs) == 1
+
+
+def test_a_schedule_of_zeros_hands_on_dynamos_own_graph() -> None:
+    handed: list[bool] = []
+
+    def check(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        handed.append(module._merged(gm, inputs, TokenMerging(schedule=[0, 0])) is gm)
+        return gm
+
+    torch.compile(Tiny(), backend=check)(clip())
+    assert handed == [True]
+
+
+def test_a_schedule_of_zeros_is_bit_for_bit_inductors_result() -> None:
+    model, video = Tiny(), clip()
+    with torch.no_grad():
+        expected = torch.compile(model)(video)
+        torch.compiler.reset()
+        assert torch.equal(compiled(model, schedule=0.0)(video), expected)
+
+
+def test_parameters_stay_static_inputs() -> None:
+    static: list[tuple[int, int]] = []
+
+    def inner(graph: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        static.append((len(kwargs["static_input_idxs"]), len(inputs)))
+        return compile_fx_inner(graph, inputs, **kwargs)
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        merged = module._merged(gm, inputs, TokenMerging(schedule=[5, 3]))
+        assert merged is not gm
+        return compile_fx(merged, inputs, inner_compile=inner)
+
+    model = Tiny()
+    with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
+        torch.compile(model, backend=backend)(clip())
+    count = len(list(model.parameters()))
+    assert static == [(count, count + 1)]
+
+
+def test_gradients_flow() -> None:
+    model, video = Tiny(), clip().requires_grad_()
+    merged = tldr_compile.apply(model, (video,), schedule=[5, 3])
+    gradients = []
+    for run in (compiled(model, schedule=[5, 3]), merged):
+        inputs = [video, *model.parameters()]
+        gradients.append(torch.autograd.grad(run(video).square().sum(), inputs))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
+
+
+def test_a_batch_of_any_size() -> None:
+    model = Tiny()
+    run = compiled(model, schedule=0.25)
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            video = clip(batch)
+            torch.testing.assert_close(run(video), tldr_compile.apply(model, (video,), schedule=0.25)(video))
+
+
+def test_mode_is_inductors(monkeypatch: pytest.MonkeyPatch) -> None:
+    patches: list[Any] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any, config_patches: Any = None) -> Any:
+        patches.append(config_patches)
+        return graph
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", record)
+    torch.compile(Tiny(), backend="tldr", mode="max-autotune-no-cudagraphs")(clip())
+    compiled(Tiny(), schedule=[5], inductor={"max-autotune": True})(clip())
+    compiled(Tiny(), schedule=[4])(clip())
+    assert patches == [{"max_autotune": True, "coordinate_descent_tuning": True}, {"max_autotune": True}, None]
+
+
+def test_mode_together_with_options_is_refused_by_torch() -> None:
+    with pytest.raises(RuntimeError, match="Either mode or options can be specified"):
+        torch.compile(Tiny(), backend="tldr", mode="default", options={"schedule": [5]})
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(BackendCompilerFailed, match="Unrecognized mode=fastest, should be one of"):
+        torch.compile(Tiny(), backend="tldr", mode="fastest")(clip())
+
+
+def test_the_text_of_a_refusal_says_everything() -> None:
+    with pytest.raises(BackendCompilerFailed, match="unknown option 'shedule': .*; did you mean 'schedule'") as caught:
+        compiled(Tiny(), shedule=[5])(clip())
+    assert isinstance(caught.value.inner_exception, tldr_compile.OptionError)
+    with pytest.raises(BackendCompilerFailed, match=r"schedule\[0\]=-5: a number of tokens to remove cannot be neg"):
+        compiled(Tiny(), schedule=[-5])(clip())
+
+
+@pytest.mark.parametrize(("where", "why"), [("between", "graph_break()"), ("after", "graph_break()"), ("loop", "")])
+def test_a_sequence_is_refused_for_a_piece_of_a_model(where: str, why: str) -> None:
+    with pytest.raises(BackendCompilerFailed, match="is only a piece of the model") as caught:
+        compiled(Broken(where), schedule=[5, 3])(clip())
+    text = str(caught.value)
+    assert isinstance(caught.value.inner_exception, tldr_compile.GraphBreakError)
+    for part in (
+        why,
+        __file__,
+        "in forward" if why else "Broken.forward",
+        "fullgraph=True",
+        'options={"schedule": 0.1}',
+    ):
+        assert part in text
+    with pytest.raises(BackendCompilerFailed, match=r"the default schedule \[0.25, 0.12, 0.06\] has one entry"):
+        torch.compile(Broken(where), backend="tldr")(clip())
+
+
+def test_a_function_that_runs_in_python_makes_pieces_of_what_it_calls() -> None:
+    blocks = nn.ModuleList(Block() for _ in range(2))
+
+    @torch._dynamo.disable(recursive=False)
+    def run(x: Tensor) -> Tensor:
+        for block in blocks:
+            x = block(x)
+        return x
+
+    captured: list[str | None] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        captured.append(module._why_piece(gm))
+        return gm
+
+    def whole(x: Tensor) -> Tensor:
+        for block in blocks:
+            x = block(x)
+        return x
+
+    torch.compile(whole, backend=backend)(torch.randn(2, 18, 16))
+    assert captured == [None]
+    torch.compile(lambda x: run(x + 1), backend=backend)(torch.randn(2, 18, 16))
+    assert all(why is not None for why in captured[1:])
+
+
+def test_a_piece_without_attention_passes_through() -> None:
+    class Head(Broken):
+        def forward(self, video: Tensor) -> Tensor:
+            x = video * 2
+            torch._dynamo.graph_break()
+            return x + 1
+
+    video = clip()
+    torch.testing.assert_close(compiled(Head("between"), schedule=[5])(video), video * 2 + 1)
+
+
+def test_a_whole_model_without_attention_is_refused_or_warned_about() -> None:
+    model, x = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU()), clip()
+    with pytest.raises(BackendCompilerFailed) as caught:
+        compiled(model, schedule=0.1)(x)
+    assert isinstance(caught.value.inner_exception, tldr_compile.NothingToMerge)
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match="tldr: .*; the model runs as it is"):
+        y = compiled(model, schedule=0.1, on_nothing="warn")(x)
+    torch.testing.assert_close(y, model(x))
+
+
+def test_verification_runs_while_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    video = clip(3)
+    torch._dynamo.mark_dynamic(video, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(Tiny(), schedule=[5], verify=True)(video)
+
+    def differs(*_: Any) -> None:
+        raise tldr_compile.VerificationError("x differs")
+
+    monkeypatch.setattr("passes.verify", differs)
+    with pytest.raises(BackendCompilerFailed, match="x differs"):
+        compiled(Tiny(), schedule=[4], verify=True)(video)
+
+
+def test_the_backend_is_known_by_name_once() -> None:
+    module.register()
+    module.register()
+    assert "tldr" in torch._dynamo.list_backends()
+
+
+def test_importing_the_package_is_enough() -> None:
+    code = (
+        "import torch, tldr_compile; print(torch.compile(lambda x: x + 1, backend='tldr', options={'schedule': 0.0}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "function" in result.stdout
