@@ -95,16 +95,10 @@ def _modeling_modules() -> Iterator[str]:
 
 
 def _sees(model: type[PreTrainedModel]) -> bool:
-    config = model.config_class
-    if not inspect.isclass(config) or model.__name__.endswith("PreTrainedModel") or _speaks(config):
+    if not inspect.isclass(model.config_class) or model.__name__.endswith("PreTrainedModel"):
         return False
     takes = inspect.signature(model.forward).parameters
-    return any(name.startswith("pixel_values") or name == "grid_thw" for name in takes)
-
-
-def _speaks(config: type) -> bool:
-    parts = getattr(config, "sub_configs", {})
-    return any("text" in part or part == "decoder" for part in parts)
+    return "input_ids" not in takes and any(name.startswith("pixel_values") or name == "grid_thw" for name in takes)
 
 
 def _distance(model: type[PreTrainedModel]) -> tuple[bool, bool, bool, int, str]:

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
+from operator import getitem
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ SDPA = aten.scaled_dot_product_attention.default
 
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 _PRODUCT = frozenset({aten.matmul.default, aten.bmm.default})
-_THROUGH = frozenset({aten.clone.default, aten._to_copy.default, aten.contiguous.default, aten.alias.default})
-_TRANSPOSE = frozenset({aten.transpose.int, aten.permute.default, aten.mT.default})
+_DROPOUT = aten.native_dropout.default
+_THROUGH = frozenset({aten.clone.default, aten._to_copy.default, aten.alias.default})
+_TRANSPOSE = frozenset({aten.transpose.int, aten.permute.default})
 # A finite fill this low leaves exactly nothing after the exponential, in every dtype that has it.
 _NOTHING = -1e4
 
@@ -220,7 +222,7 @@ def _down(softmax: fx.Node) -> tuple[fx.Node, float, bool] | str:
     escapes = False
     while True:
         readers = list(node.users)
-        onward = [user for user in readers if user.target in (*_THROUGH, *_PRODUCT, aten.dropout.default)]
+        onward = [user for user in readers if user.target in (*_THROUGH, *_PRODUCT, _DROPOUT, getitem)]
         products = [user for user in onward if user.target in _PRODUCT and user.args[0] is node]
         escapes = escapes or len(readers) > 1
         if products:
@@ -229,7 +231,7 @@ def _down(softmax: fx.Node) -> tuple[fx.Node, float, bool] | str:
             names = ", ".join(str(user.target) for user in readers) or "nothing"
             return f"the probabilities ({node.name}) are not multiplied with values but read by {names}"
         node = onward[0]
-        if node.target is aten.dropout.default and node.args[2]:
+        if node.target is _DROPOUT and node.args[2] is not False:
             dropout = float(named(node)["p"])
 
 

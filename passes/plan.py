@@ -348,6 +348,13 @@ class _Walk:
         if not typed.known:
             conflict = self.typed.conflicts.get(node)
             return f"its axes conflict: {conflict}" if conflict else "it has no rule"
+        for use in typed.uses:
+            touched = at(typed.reads[use.operand], [target])
+            for dim in use.dims:
+                if touched[dim].atoms & target.batch.atoms:
+                    return f"it meets entries along {touched[dim]!r}, over which {target!r} was grouped"
+                if use.kind is Kind.MIX and target.groups in touched[dim].atoms:
+                    return f"it mixes the tokens along {run!r}"
         for axes in (*typed.reads, *typed.outputs):
             if not _holds(axes, run):
                 if any(each.atoms & run.atoms for each in axes):
@@ -363,13 +370,6 @@ class _Walk:
                 )
             if any(not _reachable(each, target.groups) for each in merged):
                 return f"it nests {run!r} too deeply: {_text(axes)}"
-        for use in typed.uses:
-            touched = at(typed.reads[use.operand], [target])
-            for dim in use.dims:
-                if touched[dim].atoms & target.batch.atoms:
-                    return f"it meets entries along {touched[dim]!r}, over which {target!r} was grouped"
-                if use.kind is Kind.MIX and target.groups in touched[dim].atoms:
-                    return f"it mixes the tokens along {run!r}"
         return None
 
     def _weighed(self, node: fx.Node) -> tuple[Resolution, ...]:

@@ -207,17 +207,22 @@ class _Rewriter:
     def _spread(self, weight: fx.Node, source: Axes, axes: Axes, dims: Sequence[int]) -> fx.Node:
         """Lay weights along axes, for a sum over `dims`. What stands beside the tokens on an axis weighs one."""
         atoms = {factor for axis in source for factor in axis.factors}
-        summed = {factor for dim in dims for segment in axes[dim].segments for factor in segment} | {
-            axes[d] for d in dims
-        }
-        beside = atoms - summed
-        target = [
-            axis if (dim in dims and _shares(axis, atoms)) or _shares(axis, beside) else UNIT
-            for dim, axis in enumerate(axes)
-        ]
+        apart = [(dim, product([factor])) for dim, axis in enumerate(axes) for factor in axis.factors]
+        summed = {atom for atom in atoms if any(dim in dims and _shares(each, {atom}) for dim, each in apart)}
+        thin = tuple(each if _shares(each, atoms if dim in dims else atoms - summed) else UNIT for dim, each in apart)
+        laid = self._beside_ones(weight, source, thin)
+        used = {dim for (dim, _), each in zip(apart, thin, strict=True) if each != UNIT}
+        wide = tuple(each if dim in used else UNIT for dim, each in apart)
+        if wide != thin:
+            laid = self.layout.call(aten.expand.default, laid, self.layout.lengths(wide))
+        return self.layout.reshape(laid, wide, tuple(axis if dim in used else UNIT for dim, axis in enumerate(axes)))
+
+    def _beside_ones(self, weight: fx.Node, source: Axes, target: Axes) -> fx.Node:
+        """Lay weights along axes of which one may be a sum; its other segments weigh one."""
+        atoms = {factor for axis in source for factor in axis.factors}
         mixed = [dim for dim, axis in enumerate(target) if len(axis.segments) > 1 and axis not in atoms]
         if not mixed:
-            return self.layout.arrange(weight, source, tuple(target))
+            return self.layout.arrange(weight, source, target)
         (dim,) = mixed
         pieces = []
         for segment in target[dim].segments:
@@ -480,8 +485,8 @@ class _Rewriter:
                 return self.layout.call(self.operators.up, part, index, dim=dim)
 
             node, axes = laid.node, laid.axes
-            for dim in _holding(axes, source.axis):
-                node, axes = self.layout.along(node, axes, dim, source.axis, source.run, apply)
+            while holding := _holding(axes, source.axis):
+                node, axes = self.layout.along(node, axes, holding[-1], source.axis, source.run, apply)
             self._restored[key] = Laid(node, axes)
         return self._restored[key]
 
@@ -500,8 +505,8 @@ class _Rewriter:
             return self.layout.call(self.operators.down, part, *map(along, fields), dim=dim)
 
         node, axes = laid.node, laid.axes
-        for dim in _holding(axes, tokens):
-            node, axes = self.layout.along(node, axes, dim, tokens, target.axis, apply)
+        while holding := _holding(axes, tokens):
+            node, axes = self.layout.along(node, axes, holding[-1], tokens, target.axis, apply)
         return Laid(node, axes)
 
     def _assign(self, resolution: Resolution) -> fx.Node:
@@ -529,6 +534,6 @@ def _shares(axis: Axis, atoms: Collection[Factor]) -> bool:
 
 
 def _holding(axes: Axes, tokens: Axis) -> list[int]:
-    """The dimensions that hold the tokens whole, from the last to the first so that places stay."""
+    """The dimensions that hold the tokens whole."""
     probe = Atom(tokens.size)
-    return [dim for dim in reversed(range(len(axes))) if probe in replace(axes[dim], tokens, probe).atoms]
+    return [dim for dim in range(len(axes)) if probe in replace(axes[dim], tokens, probe).atoms]

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 _ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
-_THROUGH = frozenset({aten.clone.default, aten._to_copy.default, aten.dropout.default, aten.native_dropout.default})
+_THROUGH = frozenset({aten.clone.default, aten._to_copy.default})
 
 
 @dataclass(frozen=True)

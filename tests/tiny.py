@@ -15,7 +15,8 @@ def clip(batch: int = 2) -> Tensor:
 
 
 def attention(qkv: Tensor) -> Tensor:
-    q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
+    parts = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = parts[0], parts[1], parts[2]  # indexed, not unpacked: a symbolic trace cannot iterate
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from passes.rules.table import Call, Kind, Typed, broadcast, rule
+from passes.rules.table import Call, Typed, broadcast, rule
 
 UNARY = """
-    abs acos acosh alias asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp_min clone contiguous cos
-    cosh detach
-    dropout elu erf erfc exp exp2 expm1 feature_dropout floor frac gelu hardsigmoid hardswish hardtanh isfinite
-    isinf isnan
-    leaky_relu lift lift_fresh lift_fresh_copy log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num
-    native_dropout
-    neg positive reciprocal relu relu6 round rsqrt rrelu selu sgn sigmoid sign silu sin sinh softplus softsign
-    special_expit
-    sqrt square tan tanh tanhshrink threshold to trunc _to_copy zeros_like ones_like full_like empty_like rand_like
-    randn_like
-    new_tensor bernoulli
+    abs acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clone
+    cos cosh detach elu empty_like erf erfc exp exp2 expm1 floor frac full_like gelu hardsigmoid hardswish
+    hardtanh isfinite isinf isnan leaky_relu log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num
+    native_dropout neg ones_like rand_like randn_like reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid
+    sign silu sin sinh softplus special_expit sqrt square tan tanh threshold _to_copy trunc type_as zeros_like
 """
 BINARY = """
-    add atan2 bitwise_and bitwise_or bitwise_xor copysign div eq floor_divide fmax fmin fmod ge gt hypot le
-    logical_and logical_or
-    logical_xor lt maximum minimum mul ne nextafter pow remainder rsub sub true_divide xlogy __and__ __or__ __xor__
-    where masked_fill lerp addcmul addcdiv isclose
+    add addcdiv addcmul __and__ atan2 bitwise_and bitwise_or bitwise_xor copysign div eq floor_divide fmax fmin
+    fmod ge gt hypot isclose le lerp logical_and logical_or logical_xor lt masked_fill maximum minimum mul ne
+    nextafter __or__ pow remainder rsub sub true_divide where xlogy __xor__
 """
 
 
@@ -33,13 +26,6 @@ def pointwise(call: Call) -> Typed:
 
 @rule(*UNARY.split())
 def unary(call: Call) -> Typed:
+    """Of a second operand only the dtype is read."""
     axes = call.axes(call.operands[0])
     return call.typed(*[axes] * len(call.sizes))
-
-
-@rule("type_as", "to.other", "_assert_tensor_metadata")
-def first_only(call: Call) -> Typed:
-    """Of a second operand only the dtype or the device is read."""
-    for other in call.operands[1:]:
-        call.use(Kind.INVARIANT, other, *range(len(other.axes)))
-    return call.typed(*[call.axes(call.operands[0])] * len(call.sizes))

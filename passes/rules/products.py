@@ -19,7 +19,7 @@ def linear(call: Call) -> Typed:
     return call.typed((*call.axes(x)[:-1], *out))
 
 
-@rule("addmm", "baddbmm", "addbmm")
+@rule("addmm", "baddbmm")
 def add_product(call: Call) -> Typed:
     added, one, two = call.operands
     outputs, reads = _product(call, one, two)
@@ -70,18 +70,19 @@ def einsum(call: Call) -> Typed:
     equation = call.given["equation"].replace(" ", "")
     inputs, _, result = equation.partition("->")
     letters = inputs.split(",")
-    if "..." in equation or not result or len(letters) > 2:
+    if "..." in equation or not result or len(letters) > 2 or any(len(set(names)) < len(names) for names in letters):
         return unknown(call)
     axes: dict[str, Axis] = {}
     for names, operand in zip(letters, call.operands, strict=True):
         for name, each in zip(names, operand.axes, strict=True):
             axes[name] = call.same(axes.get(name, UNIT), each)
+    learned = not all(operand.varies for operand in call.operands)
     for position, (names, operand) in enumerate(zip(letters, call.operands, strict=True)):
         gone = [dim for dim, name in enumerate(names) if name not in result]
-        shared = [dim for dim in gone if all(names[dim] in other for other in letters)]
-        kind = Kind.CONTRACT if all(o.varies for o in call.operands) else Kind.MIX
-        call.use(kind if position == 0 or kind is Kind.MIX else Kind.INVARIANT, operand, *shared)
-        call.use(Kind.SUM, operand, *(dim for dim in gone if dim not in shared))
+        shared = [dim for dim in gone if inputs.count(names[dim]) > 1]
+        kind = Kind.MIX if learned else Kind.INVARIANT if position else Kind.CONTRACT
+        call.use(kind, operand, *shared)
+        call.use(Kind.CONTRACT, operand, *(dim for dim in gone if dim not in shared))
     resolved = {name: call.solved.resolve(each) for name, each in axes.items()}
     reads = {o.index: tuple(resolved[n] for n in names) for names, o in zip(letters, call.operands, strict=True)}
     return call.typed(tuple(resolved[name] for name in result), reads=reads)
@@ -123,6 +124,9 @@ def attention(call: Call) -> Typed:
     call.use(Kind.MIX, k, -1)
     call.use(Kind.KEYS, k, -2)
     call.use(Kind.INVARIANT, v, -2)
+    if call.given.get("is_causal", False):
+        call.use(Kind.MIX, q, -2)  # which keys a query sees follows from the order of the tokens
+        call.use(Kind.MIX, k, -2)
     reads = {
         q.index: (*batch, queries, q.axes[-1]),
         k.index: (*key_batch, keys, k.axes[-1]),

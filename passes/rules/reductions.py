@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from passes.axes import UNIT, Axes
+from passes.rules.pointwise import pointwise
 from passes.rules.table import Call, Kind, Operand, Rule, Typed, rule
 
 
@@ -37,10 +38,15 @@ rule("mean")(_reduce(Kind.MEAN))
 rule("sum")(_reduce(Kind.SUM))
 rule("amax", "amin")(_reduce(Kind.INVARIANT))
 MIXING = """
-    prod std var var_mean std_mean norm linalg_vector_norm logsumexp any all argmax argmin max min median count_nonzero
-    aminmax
+    prod std var var_mean std_mean norm linalg_vector_norm logsumexp any all argmax argmin median count_nonzero aminmax
 """
 rule(*MIXING.split())(_reduce(Kind.MIX))
+
+
+@rule("max", "min")
+def extreme(call: Call) -> Typed:
+    """Of one tensor along its dimensions, or of two entry by entry."""
+    return pointwise(call) if "other" in call.given else _reduce(Kind.MIX)(call)
 
 
 def _along(kind: Kind) -> Rule:
@@ -56,14 +62,12 @@ def _along(kind: Kind) -> Rule:
 
 
 rule("softmax", "_softmax")(_along(Kind.SOFTMAX))
-rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "flip", "roll", "renorm")(
-    _along(Kind.MIX)
-)
+rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "flip", "roll")(_along(Kind.MIX))
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
 def normalise_last(call: Call) -> Typed:
-    """Statistics over the trailing dimensions, which are the parameters' own."""
+    """Statistics over the trailing dimensions, which are the parameters' own; some operators return them too."""
     operand, *parameters = call.operands
     shape = call.given["normalized_shape"]
     for parameter in parameters:
@@ -71,7 +75,9 @@ def normalise_last(call: Call) -> Typed:
             call.absorb(theirs, ours)
     call.use(Kind.MIX, operand, *range(-len(shape), 0))
     axes = call.axes(operand)
-    return call.typed(*(axes[: len(sizes)] if len(sizes) == len(axes) else () for sizes in call.sizes))
+    return call.typed(
+        *(tuple(UNIT if size == 1 else axis for axis, size in zip(axes, sizes, strict=True)) for sizes in call.sizes)
+    )
 
 
 @rule("group_norm", "native_group_norm", "instance_norm")
@@ -79,18 +85,18 @@ def normalise_groups(call: Call) -> Typed:
     operand, *parameters = call.operands
     _channels(call, operand, parameters)
     call.use(Kind.MIX, operand, *range(1, len(operand.axes)))
-    return call.typed(call.axes(operand))
+    axes = call.axes(operand)
+    return call.typed(axes, *((axes[0], call.fresh(groups)) for _, groups in call.sizes[1:]))
 
 
-@rule("batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "native_batch_norm")
+@rule("_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional", "_native_batch_norm_legit")
 def normalise_batch(call: Call) -> Typed:
     """With running statistics every entry is scaled on its own; in training all entries of a channel meet."""
     operand, *parameters = call.operands
     _channels(call, operand, parameters)
     if call.given.get("training", False):
         call.use(Kind.MIX, operand, *(d for d in range(len(operand.axes)) if d != 1))
-    axes = call.axes(operand)
-    return call.typed(*(axes if len(sizes) == len(axes) else (axes[1],) * len(sizes) for sizes in call.sizes))
+    return call.typed(call.axes(operand), *(tuple(map(call.fresh, sizes)) for sizes in call.sizes[1:]))
 
 
 def _channels(call: Call, operand: Operand, parameters: Sequence[Operand]) -> None:

@@ -59,12 +59,12 @@ def _self(call: Held) -> Any:
     return call.given.get("self", call.given.get("input"))
 
 
-@resize("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+@resize("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
 def shape(call: Held) -> Emission:
     return aten.reshape.default, (_self(call), [call.length(axis.size) for axis in call.outputs[0]])
 
 
-@resize("expand", "broadcast_to", "expand_as")
+@resize("expand")
 def expanded(call: Held) -> Emission:
     return aten.expand.default, (_self(call), [call.length(axis.size) for axis in call.outputs[0]])
 
@@ -85,8 +85,13 @@ def index(call: Held) -> Emission:
     return aten.select.int, (_self(call), call.typed.cut, at)
 
 
-@resize("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+@resize("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def pieces(call: Held) -> Emission:
     assert call.typed.cut is not None
     lengths = [call.length(axes[call.typed.cut].size) for axes in call.outputs]
     return aten.split_with_sizes.default, (_self(call), lengths, call.typed.cut)
+
+
+@resize("native_group_norm")
+def counted(call: Held) -> Emission:
+    return aten.native_group_norm.default, tuple({**call.given, "N": call.length(call.x[0].size)}.values())

@@ -23,7 +23,7 @@ from passes.axes import (
 from passes.rules.table import Call, Kind, Operand, Span, Typed, rule
 
 
-@rule("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
+@rule("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
 def view(call: Call) -> Typed:
     """Regroup: dimensions whose sizes have equal products on both sides exchange factors."""
     (operand, *_) = call.operands
@@ -84,7 +84,7 @@ def _regroup(call: Call, operand: Operand, group: list[Axis], wanted: list[Size]
     return [solved.resolve(piece) for piece in pieces]
 
 
-@rule("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T", "adjoint", "mT")
+@rule("permute", "transpose", "t")
 def permute(call: Call) -> Typed:
     (operand,) = call.operands
     axes = call.axes(operand)
@@ -99,7 +99,7 @@ def permute(call: Call) -> Typed:
     return call.typed(tuple(axes[dim] for dim in order))
 
 
-@rule("expand", "broadcast_to", "expand_as")
+@rule("expand")
 def expand(call: Call) -> Typed:
     """A dimension of size 1 that grows is born anew; nothing distinguishes its entries."""
     operand = call.operands[0]
@@ -166,7 +166,7 @@ def slice_(call: Call) -> Typed:
     return _cut(call, operand, axes, dim, [(first, last)])
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def split(call: Call) -> Typed:
     (operand,) = call.operands
     axes = call.axes(operand)

@@ -30,12 +30,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_local_folder(folder: Path, attention: str) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager", None])
+def test_a_local_folder(folder: Path, attention: str | None) -> None:
     subject = models.load(str(folder), attention=attention, seed=0)
     assert (subject.frames, subject.preprocessing) == (4, Preprocessing(32, (32, 32)))
     assert not subject.model.training
-    assert subject.model.config._attn_implementation == attention
+    assert subject.model.config._attn_implementation == (attention or "sdpa")
     assert "ImageNet" in subject.origin
     assert subject.model(torch.zeros(1, 4, 3, 32, 32)).logits.shape == (1, 2)
 

@@ -1,6 +1,6 @@
 """How every rule is asked: one operator behind a merge, and whether the merge reaches through it.
 
-    clip [b, t, n, w] -> linear -> + class token -> attention, merge -> the operator -> output
+clip [b, t, n, w] -> linear -> + class token -> attention, merge -> the operator -> output
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ TOKENS = 1 + T * N
 
 @dataclass(frozen=True)
 class Sample:
-    """`build` calls the operator `name` on a merged stream; `barrier` is a part of the reason why it is not carried.
+    """`build` calls the operators `names` on a merged stream; `barrier` is a part of why they are not carried, if so.
 
-    The stream is `[b, 1 + t·n, c]`, merged along `t·n`; `framewise` it is `[b, t, n, c]`, merged along `n` in every frame.
+    The stream is `[b, 1 + t·n, c]`, merged along `t·n`; `framewise` it is `[b, t, n, c]`, merged along `n` frame by frame.
     """
 
-    name: str
+    names: tuple[str, ...]
     build: Callable[[Stream], Any]
     barrier: str | None = None
     framewise: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}{'-barrier' if self.barrier else ''}{'-framewise' if self.framewise else ''}"
+        return f"{'+'.join(self.names[:2])}{'-barrier' if self.barrier else ''}{'-framewise' if self.framewise else ''}"
 
     def model(self, clip: Stream) -> Any:
         """The whole model, `[b, t, n, w]` to the stream and whatever the operator gives.
@@ -53,15 +53,15 @@ class Sample:
 
 
 def carried(name: str, *builds: Callable[[Stream], Any]) -> list[Sample]:
-    return [Sample(name, build) for build in builds]
+    return [Sample((name,), build) for build in builds]
 
 
 def barred(name: str, reason: str, *builds: Callable[[Stream], Any]) -> list[Sample]:
-    return [Sample(name, build, reason) for build in builds]
+    return [Sample((name,), build, reason) for build in builds]
 
 
 def framewise(name: str, build: Callable[[Stream], Any], barrier: str | None = None) -> Sample:
-    return Sample(name, build, barrier, framewise=True)
+    return Sample((name,), build, barrier, framewise=True)
 
 
 def unit(h: Stream) -> Stream:
@@ -101,53 +101,41 @@ def parts(h: Stream) -> tuple[Stream, Stream]:
 MIXES, GROUPED, PART = "it mixes the tokens along", "over which n1 was grouped", "it holds a part of"
 
 
-def families() -> list[Sample]:
-    """Operators that need no argument but their tensor."""
-    plain = """
-        abs acos alias asin asinh atan atanh ceil celu clone contiguous cos cosh detach elu erf erfc exp exp2 expm1 floor frac gelu
-        hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lift_fresh_copy log log10 log1p log2 log_sigmoid logical_not
-        logit mish nan_to_num neg reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin sinh softplus
-        special_expit sqrt square tan tanh trunc zeros_like ones_like
-    """
-
-    def function(name: str) -> Callable[[Stream], Any]:
-        return lambda h: getattr(aten, name).default(unit(h))
-
-    two = "atan2 fmax fmin hypot logical_and logical_or logical_xor maximum minimum nextafter"
-    of_tensors = """
-        add div fmod ge gt le lt mul ne eq rsub sub true_divide xlogy remainder copysign
-        bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__
-    """
-
-    def pair(name: str, overload: str) -> list[Sample]:
-        logical = "and" in name or "or" in name
-        call = getattr(getattr(aten, name), overload)
-
-        def stream(h: Stream) -> Stream:
-            return positive(h) if logical else unit(h)
-
-        table = number(TOKENS, C) > 0 if logical else number(TOKENS, C).abs() + 0.5
-        return [
-            *carried(name, lambda h: call(stream(h), table)),  # a table meets the stream
-            *carried(name, lambda h: call(stream(h), stream(aten.neg.default(h)))),
-        ]
-
-    return [
-        *(sample for name in plain.split() for sample in carried(name, function(name))),
-        *(sample for name in two.split() for sample in pair(name, "default")),
-        *(sample for name in of_tensors.split() for sample in pair(name, "Tensor")),
-    ]
+FUNCTIONS = """
+    abs acos alias asin asinh atan atanh ceil celu clone cos cosh detach elu erf erfc exp exp2 expm1 floor frac
+    gelu hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu log log10 log1p log2 log_sigmoid
+    logical_not logit mish nan_to_num neg ones_like reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid
+    sign silu sin sinh softplus special_expit sqrt square tan tanh trunc zeros_like
+"""
+OF_TWO = "atan2 fmax fmin hypot maximum minimum nextafter logical_and logical_or logical_xor"
+OF_TENSORS = """
+    add copysign div eq fmod ge gt le lt mul ne remainder rsub sub true_divide xlogy
+    bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__
+"""
 
 
+def function(name: str, h: Stream) -> Stream:
+    return getattr(aten, name).default(unit(h))
+
+
+def with_table(name: str, overload: str, h: Stream) -> Stream:
+    """Of the stream and of a table with an entry for each of its tokens."""
+    call, table = getattr(getattr(aten, name), overload), number(TOKENS, C).abs() + 0.5
+    return call(positive(h), table > 1) if "and" in name or "or" in name else call(unit(h), table)
+
+
+FAMILIES = [
+    Sample(tuple(FUNCTIONS.split()), lambda h: [function(name, h) for name in FUNCTIONS.split()]),
+    Sample(tuple(OF_TWO.split()), lambda h: [with_table(name, "default", h) for name in OF_TWO.split()]),
+    Sample(tuple(OF_TENSORS.split()), lambda h: [with_table(name, "Tensor", h) for name in OF_TENSORS.split()]),
+]
 POINTWISE = [
     *carried("acosh", lambda h: aten.acosh.default(aten.add.Tensor(unit(h), 1.0))),
     *carried("bitwise_not", lambda h: aten.bitwise_not.default(positive(h))),
     *carried("clamp", lambda h: aten.clamp.default(h, -0.5, 0.5)),
     *carried("clamp_max", lambda h: aten.clamp_max.default(h, 0.5)),
     *carried("clamp_min", lambda h: aten.clamp_min.default(h, -0.5)),
-    *carried("dropout", lambda h: aten.dropout.default(h, 0.5, False)),
-    *carried("native_dropout", lambda h: aten.native_dropout.default(h, 0.5, False)),
-    *carried("feature_dropout", lambda h: aten.feature_dropout.default(h, 0.5, False)),
+    *carried("native_dropout", lambda h: aten.native_dropout.default(unit(h), 0.5, False)),
     *carried("threshold", lambda h: aten.threshold.default(h, 0.1, 20.0)),
     *carried("_to_copy", lambda h: aten._to_copy.default(h, dtype=torch.float64)),
     *carried("full_like", lambda h: aten.full_like.default(h, 2.0)),
@@ -180,33 +168,29 @@ POINTWISE = [
 ]
 
 
-def reduction(name: str, overload: str, kind: str | None, *, many: bool) -> list[Sample]:
-    """A reduction over channels, tokens, samples; `kind` says why tokens cannot be reduced, if so."""
+def reduction(name: str, overload: str, kind: str | None = None, *, many: bool = True) -> list[Sample]:
+    """A reduction over channels, and over tokens; `kind` says why tokens cannot be reduced, if so."""
     call = getattr(getattr(aten, name), overload)
 
     def over(*dims: int) -> Callable[[Stream], Any]:
         return lambda h: call(h, list(dims) if many else dims[0])
 
-    tokens = barred(name, kind, over(1)) if kind else carried(name, over(1))
-    samples = [*carried(name, over(-1)), *tokens, framewise(name, over(0), "b, over which n1 was grouped")]
-    if many:
-        samples += barred(name, kind, over(1, 2)) if kind else carried(name, over(1, 2))
-    return samples
+    return [*carried(name, over(-1)), *(barred(name, kind, over(1)) if kind else carried(name, over(1), over(1, 2)))]
 
 
 REDUCTIONS = [
-    *reduction("mean", "dim", None, many=True),
-    *reduction("sum", "dim_IntList", None, many=True),
-    *reduction("amax", "default", None, many=True),
-    *reduction("amin", "default", None, many=True),
-    *reduction("logsumexp", "default", MIXES, many=True),
-    *reduction("any", "dims", MIXES, many=True),
-    *reduction("all", "dims", MIXES, many=True),
-    *reduction("std", "dim", MIXES, many=True),
-    *reduction("var", "dim", MIXES, many=True),
-    *reduction("std_mean", "dim", MIXES, many=True),
-    *reduction("var_mean", "dim", MIXES, many=True),
-    *reduction("count_nonzero", "dim_IntList", MIXES, many=True),
+    *reduction("mean", "dim"),
+    *reduction("sum", "dim_IntList"),
+    *reduction("amax", "default"),
+    *reduction("amin", "default"),
+    *reduction("logsumexp", "default", MIXES),
+    *reduction("any", "dims", MIXES),
+    *reduction("all", "dims", MIXES),
+    *reduction("std", "dim", MIXES),
+    *reduction("var", "dim", MIXES),
+    *reduction("std_mean", "dim", MIXES),
+    *reduction("var_mean", "dim", MIXES),
+    *reduction("count_nonzero", "dim_IntList", MIXES),
     *reduction("prod", "dim_int", MIXES, many=False),
     *reduction("argmax", "default", MIXES, many=False),
     *reduction("argmin", "default", MIXES, many=False),
@@ -217,7 +201,9 @@ REDUCTIONS = [
     *barred("mean", "it meets entries along", lambda h: aten.mean.default(h)),
     *carried("sum", lambda h: aten.sum.dim_IntList(h, [1], True)),
     *barred("sum", "it meets entries along", lambda h: aten.sum.default(h)),
-    framewise("mean", lambda h: aten.mean.dim(h, [1]), "t, over which n1 was grouped"),
+    *[framewise("mean", lambda h, dim=dim: aten.mean.dim(h, [dim]), GROUPED) for dim in (0, 1)],
+    framewise("amax", lambda h: aten.amax.default(h, [1]), GROUPED),
+    framewise("std", lambda h: aten.std.dim(h, [1]), GROUPED),
     framewise("mean", lambda h: aten.mean.dim(h, [2])),
     *carried("max", lambda h: aten.max.other(h, number(TOKENS, C))),
     *carried("min", lambda h: aten.min.other(h, number(TOKENS, C))),
@@ -231,9 +217,9 @@ REDUCTIONS = [
 
 
 def along(name: str, call: Callable[[Stream, int], Any], kind: str | None = MIXES) -> list[Sample]:
-    """An operator that keeps its shape while entries along one dimension meet."""
+    """An operator that keeps its shape while entries along one dimension meet: channels, and tokens."""
     tokens = barred(name, kind, lambda h: call(h, 1)) if kind else carried(name, lambda h: call(h, 1))
-    return [*carried(name, lambda h: call(h, 2)), *tokens, framewise(name, lambda h: call(h, 1), GROUPED)]
+    return [*carried(name, lambda h: call(h, 2)), *tokens]
 
 
 ALONG = [
@@ -249,6 +235,8 @@ ALONG = [
     *along("argsort", lambda h, dim: aten.argsort.default(h, dim)),
     *along("flip", lambda h, dim: aten.flip.default(h, [dim])),
     *along("roll", lambda h, dim: aten.roll.default(h, [1], [dim])),
+    framewise("softmax", lambda h: aten.softmax.int(h, 1), GROUPED),
+    framewise("roll", lambda h: aten.roll.default(h, [1], [1]), GROUPED),
     *barred("roll", "it meets entries along", lambda h: aten.roll.default(h, [1])),
 ]
 
@@ -260,16 +248,22 @@ NORMS = [
     ),
     *barred("layer_norm", MIXES, lambda h: aten.layer_norm.default(h, [TOKENS, C])),
     *carried("native_layer_norm", lambda h: aten.native_layer_norm.default(h, [C], number(C), number(C), 1e-5)),
-    *barred("native_layer_norm", MIXES, lambda h: aten.native_layer_norm.default(across(h), [TOKENS], None, None, 1e-5)),
+    *barred(
+        "native_layer_norm", MIXES, lambda h: aten.native_layer_norm.default(across(h), [TOKENS], None, None, 1e-5)
+    ),
     *carried("rms_norm", lambda h: aten.rms_norm.default(h, [C], number(C))),
     *barred("rms_norm", MIXES, lambda h: aten.rms_norm.default(across(h), [TOKENS], number(TOKENS))),
     *carried("_fused_rms_norm", lambda h: aten._fused_rms_norm.default(h, [C], number(C), 1e-5)),
     *barred("_fused_rms_norm", MIXES, lambda h: aten._fused_rms_norm.default(across(h), [TOKENS], None, 1e-5)),
     *carried("group_norm", lambda h: aten.group_norm.default(rows(h), 2, number(C), number(C))),
     *barred("group_norm", MIXES, lambda h: aten.group_norm.default(across(h), 2, number(C), number(C))),
-    *carried("native_group_norm", lambda h: aten.native_group_norm.default(rows(h), None, None, B * TOKENS, C, 1, 2, 1e-5)),
+    *carried(
+        "native_group_norm", lambda h: aten.native_group_norm.default(rows(h), None, None, B * TOKENS, C, 1, 2, 1e-5)
+    ),
     *barred(
-        "native_group_norm", MIXES, lambda h: aten.native_group_norm.default(across(h), None, None, B, C, TOKENS, 2, 1e-5)
+        "native_group_norm",
+        MIXES,
+        lambda h: aten.native_group_norm.default(across(h), None, None, B, C, TOKENS, 2, 1e-5),
     ),
     *carried(
         "instance_norm",
@@ -289,22 +283,23 @@ def statistics() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 NORMS += [
     *carried(
-        "batch_norm",
-        lambda h: aten.batch_norm.default(across(h), *statistics(), False, 0.1, 1e-5, False),
-        lambda h: aten.batch_norm.default(rows(h), *statistics(), False, 0.1, 1e-5, False),
-    ),
-    *barred(
-        "batch_norm",
-        "it meets entries along",
-        lambda h: aten.batch_norm.default(across(h), number(C), number(C), None, None, True, 0.1, 1e-5, False),
-    ),
-    *carried(
-        "native_batch_norm",
-        lambda h: aten.native_batch_norm.default(across(h), *statistics(), False, 0.1, 1e-5)[0],
-    ),
-    *carried(
         "_native_batch_norm_legit_no_training",
         lambda h: aten._native_batch_norm_legit_no_training.default(across(h), *statistics(), 0.1, 1e-5)[0],
+        lambda h: aten._native_batch_norm_legit_no_training.default(rows(h), *statistics(), 0.1, 1e-5)[0],
+    ),
+    *barred(
+        "_native_batch_norm_legit_functional",
+        "it meets entries along",
+        lambda h: aten._native_batch_norm_legit_functional.default(across(h), *statistics(), True, 0.1, 1e-5),
+    ),
+    *carried(
+        "_native_batch_norm_legit_functional",
+        lambda h: aten._native_batch_norm_legit_functional.default(across(h), *statistics(), False, 0.1, 1e-5)[0],
+    ),
+    *barred(
+        "_native_batch_norm_legit",
+        "it meets entries along",
+        lambda h: aten._native_batch_norm_legit.no_stats(across(h), number(C), number(C), True, 0.1, 1e-5),
     ),
 ]
 
@@ -396,7 +391,9 @@ VIEWS = [
         for sample in (
             *carried(name, lambda h, name=name: getattr(aten, name).default(h, [B, TOKENS, 4, 2])),
             *carried(name, lambda h, name=name: getattr(aten, name).default(h, [B * TOKENS, 1, C])),
-            *barred(name, "it holds a part of", lambda h, name=name: getattr(aten, name).default(parts(h)[1], [B, T, N, C])),
+            *barred(
+                name, "it holds a part of", lambda h, name=name: getattr(aten, name).default(parts(h)[1], [B, T, N, C])
+            ),
             framewise(name, lambda h, name=name: getattr(aten, name).default(h, [B * T, N, C])),
         )
     ],
@@ -415,6 +412,7 @@ VIEWS = [
         lambda h: aten.expand.default(aten.unsqueeze.default(h, 1), [-1, 5, -1, -1]),
         lambda h: aten.expand.default(h, [5, B, TOKENS, C]),
     ),
+    *carried("tile", lambda h: aten.tile.default(h, [2, 3])),
     *carried("repeat", lambda h: aten.repeat.default(h, [5, 1, 1, 3]), lambda h: aten.repeat.default(h, [3, 2, 1])),
     *carried(
         "cat",
@@ -424,6 +422,8 @@ VIEWS = [
         lambda h: aten.cat.default([parts(h)[1], parts(h)[0]], 1),
         lambda h: aten.cat.default([h, h], 1),
     ),
+    *carried("concat", lambda h: aten.concat.default([h, number(B, 2, C)], 1)),
+    *carried("concatenate", lambda h: aten.concatenate.default([h, number(B, 2, C)], 1)),
     *carried("stack", lambda h: aten.stack.default([h, aten.neg.default(h)], 2), lambda h: aten.stack.default([h, h])),
     *carried(
         "slice",
@@ -444,11 +444,11 @@ VIEWS = [
     *barred("split_with_sizes", MIXES, lambda h: aten.split_with_sizes.default(h, [4, TOKENS - 4], 1)),
     *carried("unsafe_split", lambda h: aten.unsafe_split.Tensor(h, 3, -1)),
     *barred("unsafe_split", MIXES, lambda h: aten.unsafe_split.Tensor(h, 5, 1)),
-    *carried("unsafe_chunk", lambda h: aten.unsafe_chunk.default(h, 2, -1)),
-    *barred("unsafe_chunk", MIXES, lambda h: aten.unsafe_chunk.default(h, 2, 1)),
+    *carried("unsafe_split_with_sizes", lambda h: aten.unsafe_split_with_sizes.default(h, [1, T * N], 1)),
+    *barred("unsafe_split_with_sizes", MIXES, lambda h: aten.unsafe_split_with_sizes.default(h, [4, TOKENS - 4], 1)),
     *carried("unbind", lambda h: aten.unbind.int(h, 2)),
     *barred("unbind", MIXES, lambda h: aten.unbind.int(h, 1)),
     framewise("unbind", lambda h: aten.unbind.int(h, 1), GROUPED),
 ]
 
-SAMPLES = (*families(), *POINTWISE, *REDUCTIONS, *ALONG, *NORMS, *PRODUCTS, *VIEWS)
+SAMPLES = (*FAMILIES, *POINTWISE, *REDUCTIONS, *ALONG, *NORMS, *PRODUCTS, *VIEWS)

@@ -90,4 +90,3 @@ def graphs_for_inductor() -> Iterator[list[fx.GraphModule]]:
 
     with mock.patch("torch._inductor.compile_fx.compile_fx", compile_fx):
         yield graphs
-

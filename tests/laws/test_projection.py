@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
@@ -44,42 +44,50 @@ def test_every_option_of_every_model(case: Case, options: dict[str, Any]) -> Non
 
 
 def entries() -> st.SearchStrategy[int | float]:
-    return st.integers(0, 40) | st.floats(0.0, 0.9) | st.sampled_from([0.25, 0.5])
+    return st.sampled_from([7, 0.5, 0]) | st.integers(0, 40) | st.floats(0.0, 0.9)
 
 
 @st.composite
-def plans(draw: st.DrawFn, name: str, attn: Attn) -> tuple[Case, int, dict[str, Any]]:
-    """A model of other sizes, a batch, and options with a schedule that some site can follow."""
-    tubes = FAMILIES[name].frames == 6
-    image, frames = draw(st.sampled_from([16, 24, 32])), draw(st.sampled_from([2, 6] if tubes else [1, 2, 3]))
-    # A temporal site comes before every spatial one of TimeSformer, and never merges.
+def models(draw: st.DrawFn, name: str, attn: Attn) -> tuple[Case, int]:
+    """The model at another size, and a batch. Attention over one frame is no attention over frames: at least two."""
+    frames = [6, 2] if FAMILIES[name].frames == 6 else [3, 2 if name == "timesformer" else 1]
+    image = draw(st.sampled_from([24, 16, 32]))
+    return case(name, attn, image=image, frames=draw(st.sampled_from(frames))), draw(st.integers(1, 3))
+
+
+@st.composite
+def plans(draw: st.DrawFn, name: str) -> dict[str, Any]:
+    """Options with a schedule that can be followed: every other site of TimeSformer is temporal, and cannot merge."""
     able = [site % 2 == 1 or name != "timesformer" for site in range(SITES[name])]
     schedule = tuple(draw(entries()) if merges else 0 for merges in able[: draw(st.integers(2, SITES[name]))])
-    options = {
+    saliency = draw(st.sampled_from(["attention", "uniform"]))
+    return {
         "schedule": draw(st.just(schedule) | st.floats(0.3, 0.7)),
-        "saliency": draw(st.sampled_from(["attention", "uniform"])),
+        "saliency": saliency,
+        "reduction": draw(st.sampled_from(["merge", "random", "slice", *["drop"] * (saliency == "attention")])),
         "metric": draw(st.sampled_from(["tokens", "keys"])),
         "pooling": draw(st.sampled_from(["mass", "plain"])),
         "proportional": draw(st.booleans()),
         "outputs": draw(st.sampled_from(["restore", "merged"])),
     }
-    lost = ["drop"] if options["saliency"] == "attention" else []
-    options["reduction"] = draw(st.sampled_from(["merge", "random", "slice", *lost]))
-    return case(name, attn, image=image, frames=frames), draw(st.integers(1, 3)), options
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2)
 @given(data=st.data())
 @every_case
 def test_any_plan(case: Case, data: st.DataObject) -> None:
-    drawn, batch, options = data.draw(plans(case.name, case.attn))
-    schedule = options["schedule"]
+    sized, batch = data.draw(models(case.name, case.attn))
+    for options in data.draw(st.lists(plans(case.name), min_size=3, max_size=5)):  # a capture takes longer than a plan
+        merged = check_any(sized, batch, options)
+        assert merged is None or len(merged.plan.sites) == SITES[case.name]
+
+
+def check_any(sized: Case, batch: int, options: dict[str, Any]) -> passes.Merged | None:
     try:
-        merged = check(drawn, batch, **options)
+        return check(sized, batch, **options)
     except tldr_compile.NothingToMerge:
-        assert all(isinstance(entry, float) or not entry for entry in schedule)  # fractions may round down to 0
-    else:
-        assert len(merged.plan.sites) == SITES[case.name]
+        assert not any(entry for entry in options["schedule"] if isinstance(entry, int))  # fractions may round to 0
+        return None
 
 
 @every_case
@@ -93,7 +101,7 @@ def test_other_inputs_than_those_of_the_capture(case: Case) -> None:
 def test_verify_at_compile_time_runs_the_law() -> None:
     umt = case("umt")
     with (
-        mock.patch.object(_Rewriter, "_weight", lambda *_: None),
+        mock.patch.object(_Rewriter, "_weight", return_value=None),
         pytest.raises(VerificationError, match=r"output 0 \(\w+\) differs from its meaning by .* report the model"),
     ):
         tldr_compile.apply(umt.build(), umt.inputs(), schedule=umt.schedule, verify=True)
@@ -176,7 +184,11 @@ def unheld(self: _Rewriter, weighing: Weighing, node: fx.Node, operands: Any) ->
     return WEIGHT(self, weighing, node, operands) if weighing.held else None
 
 
-COUNTS, SHARE, WEIGHT = _Rewriter._counts, _Rewriter._share, _Rewriter._weight
+def shifted(self: _Rewriter, resolution: Any) -> fx.Node:
+    return self.layout.call(torch.ops.aten.roll.default, ASSIGN(self, resolution), [1], [1])
+
+
+ASSIGN, COUNTS, SHARE, WEIGHT = _Rewriter._assign, _Rewriter._counts, _Rewriter._share, _Rewriter._weight
 WRONG_REWRITERS = {
     "no sum is weighed": ("umt", "_weight", lambda *_: None),
     "restored keys are not weighed": ("timesformer", "_weight", unheld),
@@ -184,11 +196,7 @@ WRONG_REWRITERS = {
     "the mass of the merge before is forgotten": ("umt", "_counts", ones),
     "tables are averaged": ("vjepa2", "_down", always(How.MERGE)),
     "the stream is picked": ("umt", "_down", always(How.PICK)),
-    "groups are restored from another merge": (
-        "umt",
-        "_assign",
-        lambda self, resolution: self.groupings[min(self.groupings)]["assign"],
-    ),
+    "restored tokens are off by one": ("umt", "_assign", shifted),
 }
 
 
@@ -199,5 +207,5 @@ def test_a_wrong_rewriter_is_refused(wrong: str) -> None:
     check(model)
     with mock.patch.object(_Rewriter, method, changed):
         merged = merge(model)
-    with pytest.raises((VerificationError, RuntimeError)):
+    with pytest.raises(VerificationError):
         passes.verify(merged, flat_inputs(model))

@@ -1,8 +1,8 @@
 """Law 4: every rule agrees with the operator that it describes.
 
-The operators of `samples` really run on the shortened tokens, in another order and grouped differently in every sample of the
-batch, and have to give what their types predict: the shapes, and the values that they give at full length on a stream whose
-tokens equal their groups. A rule without a sample fails, so that a new rule brings its own.
+The operators of `samples` really run on the shortened tokens, in another order and grouped differently in every sample
+of the batch, and have to give what their types predict: the shapes, and the values that they give at full length on a
+stream whose tokens equal their groups. A rule without a sample fails, so that a new rule brings its own.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 import passes
+from passes.attention import fuse
 from passes.canonicalize import from_dynamo
 from passes.plan import Plan
 from passes.rules import TABLE
 from passes.typing import infer, size, tensors
 from passes.verify import record
-from tests.laws.samples import SAMPLES, B, N, Sample, T, W
+from tests.laws.samples import SAMPLES, B, C, N, Sample, T, W
 from tests.tracing import captured, named, number, operator
 from tldr_compile import TokenMerging, ops
 
 OPTIONS = TokenMerging(schedule=(2,))
 CLIP = number(B, T, N, W)
+
+NUMBERS = {f"aten::sym_{name}" for name in ("size", "stride", "numel", "storage_offset")}
 
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 
@@ -40,10 +43,10 @@ def merged(sample: Sample) -> passes.Merged:
     return passes.merge(graph(sample), OPTIONS, ops)
 
 
-def called(plan: Plan, sample: Sample) -> fx.Node:
-    """The operator under test: the last of its name. (Finding attention spells all views `reshape`.)"""
-    name = "reshape" if "view" in sample.name else sample.name
-    return named(plan.typed.captured.graph.graph, name)[-1]
+def called(plan: Plan, sample: Sample) -> list[fx.Node]:
+    """The operators under test: the last of their names. (Finding attention spells all views `reshape`.)"""
+    names = ["reshape" if "view" in name else name for name in sample.names]
+    return [named(plan.typed.captured.graph.graph, name)[-1] for name in names]
 
 
 @every_sample
@@ -61,13 +64,14 @@ def test_predicts_the_sizes(sample: Sample) -> None:
 @every_sample
 def test_is_carried_or_says_why_not(sample: Sample) -> None:
     plan = merged(sample).plan
-    step = plan.steps[called(plan, sample)]
-    if sample.barrier is None:
-        assert not step.barriers
-        assert step.held == (plan.merges[0].target,)
-    else:
-        assert not step.held
-        assert sample.barrier in step.barriers[0].reason
+    for node in called(plan, sample):
+        step = plan.steps[node]
+        if sample.barrier is None:
+            assert not step.barriers, node
+            assert step.held == (plan.merges[0].target,), node
+        else:
+            assert not step.held, node
+            assert sample.barrier in step.barriers[0].reason
 
 
 @every_sample
@@ -82,3 +86,37 @@ def test_the_samples_of_a_batch_are_grouped_differently(framewise: bool) -> None
     assign = groupings[1]["assign"]
     assert len(assign) == (B * T if framewise else B)
     assert len(assign.unique(dim=0)) == len(assign)
+
+
+def test_every_rule_has_a_sample_that_is_carried_or_a_reason() -> None:
+    assert {f"aten::{name}" for sample in SAMPLES for name in sample.names} == set(TABLE) - NUMBERS
+
+
+def test_a_number_is_that_of_the_original() -> None:
+    """Sizes follow from the inputs, whatever the operand was merged to."""
+
+    def model(clip: Tensor) -> list[Any]:
+        x = F.linear(clip.flatten(1, 2), number(C, W))
+        stream = x + F.scaled_dot_product_attention(x, x, x)
+        late = stream.neg()[1:]
+        return [stream, late.size(1), late.stride(0), late.numel(), late.storage_offset()]
+
+    graph = captured(model, CLIP, mode="symbolic")
+    assert {operator(node) for node in graph.graph.graph.nodes} >= NUMBERS
+    assert passes.merge(graph, OPTIONS, ops).graph(CLIP)[1:] == tuple(model(CLIP)[1:])
+
+
+@cache
+def dialect() -> frozenset[str]:
+    """Every operator that captures of all samples hold, before attention is found and after."""
+
+    def model(clip: Any) -> Any:
+        return [sample.model(clip) for sample in SAMPLES]
+
+    found = from_dynamo(fx.symbolic_trace(model), [CLIP])
+    return frozenset(operator(node) for graph in (found, fuse(found)[0]) for node in graph.graph.graph.nodes)
+
+
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_every_rule_is_of_an_operator_that_a_capture_can_hold(name: str) -> None:
+    assert name in dialect() | NUMBERS

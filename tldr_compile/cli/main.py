@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="tokens to remove at each attention, as counts or fractions (default: about the paper's, 0.25,0.12,0.06)",
     )
-    run.add_argument("--attn", choices=("sdpa", "eager"), default="sdpa", help="how the model spells its attention")
+    run.add_argument("--attn", choices=("sdpa", "eager"), help="spelling of its attention (default: the model's own)")
     run.add_argument("--device", default="cpu", help="where to run: cpu (default), cuda, ...")
     run.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed pairs of calls (default: 7)")
     run.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")

@@ -33,15 +33,16 @@ class Subject:
     origin: str
 
 
-def load(model: str | None, *, attention: str, seed: int) -> Subject:
+def load(model: str | None, *, attention: str | None, seed: int) -> Subject:
     """`model` is a hub id or a local folder; None builds VideoMAE-Base with random weights.
 
+    `attention` is what transformers calls `attn_implementation`; None leaves it to the model.
     Raises ModelError when it cannot be had or its configuration names no clip.
     """
     return _random(attention, seed) if model is None else _pretrained(model, attention)
 
 
-def _random(attention: str, seed: int) -> Subject:
+def _random(attention: str | None, seed: int) -> Subject:
     torch.manual_seed(seed)
     config = VideoMAEConfig(attn_implementation=attention)
     return _subject(
@@ -52,7 +53,7 @@ def _random(attention: str, seed: int) -> Subject:
     )
 
 
-def _pretrained(name: str, attention: str) -> Subject:
+def _pretrained(name: str, attention: str | None) -> Subject:
     try:
         model = AutoModelForVideoClassification.from_pretrained(name, attn_implementation=attention)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

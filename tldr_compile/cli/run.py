@@ -65,11 +65,13 @@ def run(arguments: argparse.Namespace) -> None:
 def _compare(
     console: Console, bar: Progress, calls: dict[str, Callable[[], torch.Tensor]], device: torch.device, rounds: int
 ) -> None:
+    with _step(bar, "warming up"):
+        outputs = {name: call() for name, call in calls.items()}
     task = bar.add_task("timing in pairs", total=rounds * len(calls))
     taken = measure.alternate(calls, device, rounds=rounds, tick=lambda: bar.advance(task))
     with _step(bar, "measuring memory"):
         peak = {name: measure.peak_bytes(call, device) / 2**20 for name, call in calls.items()}
-    far = measure.distance(calls["dense"](), calls["tldr"]())
+    far = measure.distance(outputs["dense"], outputs["tldr"])
     times = measure.ratio(taken["dense"], taken["tldr"])
 
     console.print(f"latency, both compiled, {rounds} pairs")
@@ -77,7 +79,7 @@ def _compare(
         spread = measure.Spread.of([1e3 * second for second in seconds])
         console.print(f"  {name:6} {spread.median:8.1f} ms  (min {spread.min:.1f}, max {spread.max:.1f})")
     console.print(f"  {'ratio':6} {times.median:8.2f}     (min {times.min:.2f}, max {times.max:.2f}), dense by tldr")
-    console.print(f"peak memory  {peak['dense']:.0f} -> {peak['tldr']:.0f} MiB in tensors of one call, without weights")
+    console.print(f"peak memory  {peak['dense']:.1f} -> {peak['tldr']:.1f} MiB in tensors of one call, without weights")
     console.print(
         f"outputs apart  largest {far.largest:.3g}, relative {far.relative:.3g}, cosine {far.cosine:.5f}, "
         f"{'the same' if far.same_top else 'another'} top-1"

@@ -1,0 +1,99 @@
+"""The authors' numbers, block by block, to 1e-5 of the largest magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import pytest
+import torch
+from torch import Tensor
+
+import tldr_compile
+from tests.laws.support import graphs_for_inductor
+from tests.umt import ENCODERS, GoldenEncoder, assert_golden, golden_encoder
+from tests.zoo import Attn
+from tldr_compile.inspection import inspect
+
+Road: TypeAlias = Callable[..., tuple[Tensor, ...]]
+
+EVERY_ENCODER = [(name, attn) for name in ENCODERS for attn in ("sdpa", "eager")]
+
+
+def applied(golden: GoldenEncoder, **options: Any) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = tldr_compile.apply(golden.model, (golden.video,), **options)(golden.video)
+    return outputs
+
+
+def compiled(golden: GoldenEncoder, **options: Any) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = torch.compile(golden.model, backend="tldr", options=options)(golden.video)
+    return outputs
+
+
+def interpreted(golden: GoldenEncoder, **options: Any) -> tuple[Tensor, ...]:
+    """The graph that the backend hands to Inductor, as it is."""
+    with graphs_for_inductor() as graphs:
+        outputs = compiled(golden, **options)
+    assert len(graphs) == 1
+    return outputs
+
+
+@torch.no_grad()
+def assert_merged(golden: GoldenEncoder, road: Road) -> None:
+    outputs = road(golden, schedule=golden.schedule, outputs="merged")
+    assert [block.shape[1] for block in outputs[1:]] == list(golden.tokens[1:])
+    for actual, expected in zip(outputs, golden.merged, strict=True):
+        assert_golden(actual, expected)
+
+
+@torch.no_grad()
+def assert_dense(golden: GoldenEncoder, road: Road) -> None:
+    for actual, expected in zip(road(golden, schedule=0.0), golden.base, strict=True):
+        assert_golden(actual, expected)
+
+
+@pytest.mark.parametrize("road", [applied, interpreted])
+@pytest.mark.parametrize(("name", "attn"), EVERY_ENCODER)
+def test_merged_encoders_are_golden(name: str, attn: Attn, road: Road) -> None:
+    assert_merged(golden_encoder(name, attn), road)
+
+
+@pytest.mark.parametrize("road", [applied, interpreted])
+@pytest.mark.parametrize(("name", "attn"), EVERY_ENCODER)
+def test_dense_encoders_are_golden(name: str, attn: Attn, road: Road) -> None:
+    assert_dense(golden_encoder(name, attn), road)
+
+
+@pytest.mark.parametrize(("name", "attn"), [("encoder0", "sdpa"), ("encoder1", "eager")])
+def test_compiled_encoders_are_golden(name: str, attn: Attn) -> None:
+    assert_merged(golden_encoder(name, attn), compiled)
+
+
+@pytest.mark.parametrize(("name", "attn"), EVERY_ENCODER)
+def test_masses_are_golden(name: str, attn: Attn) -> None:
+    golden = golden_encoder(name, attn)
+    merged = tldr_compile.apply(golden.model, (golden.video,), schedule=golden.schedule)
+    last = inspect(merged, golden.video)[-1]
+    held = torch.zeros_like(golden.mass[..., 0]).scatter(1, last.assign, last.mass)
+    assert_golden(held.unsqueeze(-1), golden.mass)
+
+
+@pytest.mark.parametrize(("name", "attn"), EVERY_ENCODER)
+def test_restored_tokens_are_those_of_their_group(name: str, attn: Attn) -> None:
+    golden = golden_encoder(name, attn)
+    merged = tldr_compile.apply(golden.model, (golden.video,), schedule=golden.schedule)
+    with torch.no_grad():
+        restored, *_ = merged(golden.video)
+    assign = inspect(merged, golden.video)[-1].assign
+    for actual, groups, expected in zip(restored, assign, golden.merged[0], strict=True):
+        assert_golden(actual, expected[groups])
+
+
+def test_the_numbers_are_those_of_saliency_and_mass() -> None:
+    """Each ingredient left out shows, far beyond the bound."""
+    golden = golden_encoder("encoder0")
+    with torch.no_grad():
+        for left_out in ({"saliency": "uniform"}, {"proportional": False}, {"metric": "keys"}):
+            out, *_ = applied(golden, schedule=golden.schedule, outputs="merged", **left_out)
+            with pytest.raises(AssertionError, match="of the largest magnitude"):
+                assert_golden(out, golden.merged[0], bound=1e-2)
