@@ -95,6 +95,7 @@ class Axis:
 
 Axes: TypeAlias = tuple[Axis, ...]
 UNIT = Axis(((),))
+EMPTY = Axis(())
 Border: TypeAlias = tuple[int, Size]
 
 
@@ -128,10 +129,17 @@ def axis(*atoms: Atom) -> Axis:
     return Axis((tuple(atoms),))
 
 
+def born(atom: Atom) -> Axis:
+    """The axis of a newly born dimension: of size 1 or 0 it carries no atom, for there is nothing to tell apart."""
+    return UNIT if atom.size == 1 else EMPTY if atom.size == 0 else axis(atom)
+
+
 def product(axes: Iterable[Axis | Factor]) -> Axis:
     """The flattening of several axes into one, the first varying slowest."""
     factors: list[Factor] = []
     for each in axes:
+        if each == EMPTY:
+            return EMPTY
         factors.extend(each.factors if isinstance(each, Axis) else (each,))
     if len(factors) == 1 and isinstance(factors[0], Axis):
         return factors[0]
@@ -264,8 +272,8 @@ class Substitution:
                 taken.append(head)
                 size = left
             elif (over := divide(head.size, size)) is not None and isinstance(head, Atom):
-                first = Atom(size, head.label, head.clip, head.strength)
-                second = Atom(over, head.label, head.clip, head.strength)
+                first = Atom(size, _part(head.label, 1), head.clip, head.strength)
+                second = Atom(over, _part(head.label, 2), head.clip, head.strength)
                 solved = solved.bind(head, axis(first, second))
                 taken.append(first)
                 rest.insert(0, second)
@@ -273,6 +281,10 @@ class Substitution:
             else:
                 raise Conflict(f"{head!r} of size {head.size} has no part of size {size}")
         return solved, product(taken), tuple(rest)
+
+
+def _part(label: str, number: int) -> str:
+    return f"{label}{number}" if label else ""
 
 
 def _larger(one: Size, two: Size) -> bool:

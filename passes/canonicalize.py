@@ -125,12 +125,10 @@ def inherit(new: fx.GraphModule, old: fx.GraphModule) -> fx.GraphModule:
 
 
 def with_writes(graph: fx.GraphModule, mutated: Sequence[str]) -> fx.GraphModule:
-    """`graph` with its first `len(mutated)` outputs turned into writes to the placeholders of those names.
+    """A copy of `graph` with its first `len(mutated)` outputs turned into writes to the placeholders of those names.
 
-    The result has the calling convention of the tracer's own graph. `graph` itself where there is nothing to write.
+    The result has the calling convention of the tracer's own graph.
     """
-    if not mutated:
-        return graph
     result = inherit(fx.GraphModule(graph, _copy(graph.graph)), graph)
     output = result.graph.output_node()
     values = list(output.args[0])  # type: ignore[arg-type]

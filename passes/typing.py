@@ -20,7 +20,6 @@ from passes.attention import Attention
 from passes.axes import (
     BORN,
     CONSTANT,
-    UNIT,
     Atom,
     Axes,
     Axis,
@@ -28,6 +27,7 @@ from passes.axes import (
     Size,
     Substitution,
     axis,
+    born,
     concat,
     simplify,
     subaxis,
@@ -188,7 +188,7 @@ def _protecting(solved: Substitution, tokens: Iterable[Axis], count: int) -> Sub
 def _split(atom: Atom, count: int) -> Axis:
     """A protected part of `count` and the rest of the atom."""
     left = simplify(atom.size - count)
-    first = UNIT if count == 1 else axis(Atom(count, strength=BORN))
+    first = born(Atom(count, strength=BORN))
     return concat([first, axis(Atom(left, atom.label, atom.clip, atom.strength))]) if left != 0 else first
 
 
@@ -201,7 +201,7 @@ def _born(tensor: torch.Tensor, constant: bool, clip: bool) -> Value:
     labels = ["b", *"t" * (rank - 3), "H", "W"] if rank > 3 else ["b", "n", "c"][:rank]
     strength = CONSTANT if constant else BORN
     axes = tuple(
-        UNIT if size(s) == 1 else axis(Atom(size(s), label if clip else "", clip, strength))
+        born(Atom(size(s), label if clip else "", clip, strength))
         for s, label in zip(tensor.shape, labels, strict=True)
     )
     return Value(axes, not constant, clip, tensor.is_floating_point())

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from passes.canonicalize import Captured
+from passes.nodes import operator_name
 
 
 def captured(function: Callable[..., Any], *inputs: Tensor, mode: str = "fake") -> Captured:
@@ -31,9 +32,4 @@ def number(*shape: int, seed: int = 0) -> Tensor:
 
 def named(graph: fx.Graph, name: str) -> list[fx.Node]:
     """The calls of an ATen operator, overloads alike."""
-    return [node for node in graph.nodes if operator(node) == f"aten::{name}"]
-
-
-def operator(node: fx.Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name if schema else ""
+    return [node for node in graph.nodes if operator_name(node) == f"aten::{name}"]

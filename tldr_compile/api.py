@@ -114,43 +114,67 @@ class MergedModule(nn.Module):
     graph_module: fx.GraphModule
     """The merged graph: parameters, buffers and inputs in, flat outputs out."""
 
-    report: Report
-    """What was merged, and why."""
-
     def __init__(self, program: ExportedProgram, captured: Captured, merged: passes.Merged, report: Report) -> None:
         super().__init__()
-        self.report = report
-        self._merged = merged
+        self._facts = _Facts(merged, report)
         self._signature = _Signature.of(program, captured)
         self._out_spec = _out_spec(program)
         self._sources = [_source(spec.kind, spec.target) for spec in program.graph_signature.input_specs]
-        self.graph_module = with_writes(inherit(merged.graph, captured.graph), captured.mutated)
+        self.graph_module = inherit(with_writes(merged.graph, captured.mutated), captured.graph)
         for name, value in {**program.state_dict, **program.constants}.items():
             _register(self, name, value, persistent=name in program.state_dict)
 
+    @property
+    def report(self) -> Report:
+        """What was merged, and why."""
+        return self._facts.report
+
+    @property
+    def _merged(self) -> passes.Merged:
+        return self._facts.merged
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, in the model's structure. Raises `ShapeError` before anything runs."""
-        return tree_unflatten(self.graph_module(*self._flat_inputs(args, kwargs)), self._out_spec)
+        return tree_unflatten(self.graph_module(*self._inputs(args, kwargs)), self._out_spec)
 
     def verify(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        """Compare the merged graph with its definition on these inputs.
+        """Compare the merged graph with its definition on these inputs, on the device of the capture.
 
         Raises `VerificationError` with the first value that differs.
         """
         with torch.no_grad():
             passes.verify(self._merged, self._flat_inputs(args, dict(kwargs or {})))
 
-    def _flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """What `graph_module` is called with."""
         leaves = iter(self._signature.flatten(args, kwargs))
         return [next(leaves) if source is None else functools.reduce(getattr, source, self) for source in self._sources]
+
+    def _flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """What the graphs of `_merged` are called with: the same, where the model was captured."""
+        examples = (node.meta["val"] for node in self._merged.graph.graph.find_nodes(op="placeholder"))
+        return [
+            value.to(example.device) if isinstance(value, torch.Tensor) else value
+            for value, example in zip(self._inputs(args, kwargs), examples, strict=True)
+        ]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MergedModule:
         before = _device(self)
         super()._apply(fn, recurse)
         after = _device(self)
         if before is not None and after is not None and before != after:
-            for graph in (self.graph_module, self._merged.graph, self._merged.plan.typed.captured.graph):
-                _move(graph, before, after)
+            _move(self.graph_module, before, after)
+        return self
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known about a merged graph. Nothing changes it: copies of a module share it, on whichever device."""
+
+    merged: passes.Merged
+    report: Report
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Facts:
         return self
 
 
@@ -353,7 +377,7 @@ def _device(module: nn.Module) -> torch.device | None:
 
 
 def _move(graph: fx.GraphModule, before: torch.device, after: torch.device) -> None:
-    """Let what `graph` creates by itself (position ids, tables) be born on the new device."""
+    """Let what `graph` makes by itself (position ids, tables) be born on the new device, where strides may differ."""
 
     def moved(value: Any) -> Any:
         return after if value == before and isinstance(value, torch.device) else value
@@ -361,4 +385,8 @@ def _move(graph: fx.GraphModule, before: torch.device, after: torch.device) -> N
     for node in graph.graph.nodes:
         node.args = fx.node.map_aggregate(node.args, moved)
         node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+        if node.op == "get_attr":
+            setattr(graph, node.target, getattr(graph, node.target).to(after))
     graph.recompile()

@@ -67,7 +67,7 @@ def _merged(gm: fx.GraphModule, example_inputs: Sequence[Any], config: TokenMerg
     if config.verify:
         with torch.no_grad():
             passes.verify(merged, _concrete(example_inputs))
-    return with_writes(inherit(merged.graph, captured.graph), captured.mutated)
+    return inherit(with_writes(merged.graph, captured.mutated), gm)
 
 
 def _why_piece(gm: fx.GraphModule) -> str | None:

@@ -62,7 +62,9 @@ def _along(kind: Kind) -> Rule:
 
 
 rule("softmax", "_softmax")(_along(Kind.SOFTMAX))
-rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "flip", "roll")(_along(Kind.MIX))
+rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "flip", "roll")(
+    _along(Kind.MIX)
+)
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")

@@ -7,12 +7,12 @@ and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
 
-from passes.axes import CONSTANT, UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Size, Substitution, axis
+from passes.axes import UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Size, Substitution, born
 
 
 class Kind(Enum):
@@ -86,17 +86,15 @@ class Call:
         return tuple(self.solved.resolve(each) for each in operand.axes)
 
     def fresh(self, size: Size, *, label: str = "", strength: int = UNKNOWN, clip: bool | None = None) -> Axis:
-        """A newly born dimension; a dimension of size 1 carries no atom.
+        """A newly born dimension.
 
         A call that is typed again bears the same atoms in the same order: `births` remembers them.
         """
-        if size == 1:
-            return UNIT
         self._born += 1
         if self._born > len(self.births) or self.births[self._born - 1].size != size:
             del self.births[self._born - 1 :]
             self.births.append(Atom(size, label, self.clip if clip is None else clip, strength))
-        return axis(self.births[self._born - 1])
+        return born(self.births[self._born - 1])
 
     def same(self, *axes: Axis) -> Axis:
         """All axes are one, up to broadcasting. Axes with nothing of the clip may disagree: nothing rests on them."""
@@ -166,8 +164,3 @@ def broadcast(call: Call, all_axes: Sequence[Axes]) -> Axes:
     """The axes of a pointwise result."""
     rank = max(map(len, all_axes), default=0)
     return tuple(call.same(*column) for column in zip(*(aligned(axes, rank) for axes in all_axes), strict=True))
-
-
-def parameter_axes(sizes: Iterable[Size]) -> Axes:
-    """The axes of a constant: every dimension is born there and has nothing of the clip."""
-    return tuple(UNIT if size == 1 else axis(Atom(size, strength=CONSTANT)) for size in sizes)

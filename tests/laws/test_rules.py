@@ -17,12 +17,14 @@ from torch import Tensor, fx
 import passes
 from passes.attention import fuse
 from passes.canonicalize import from_dynamo
+from passes.nodes import operator_name, size, tensors
 from passes.plan import Plan
 from passes.rules import TABLE
-from passes.typing import infer, size, tensors
+from passes.typing import infer
 from passes.verify import record
-from tests.laws.samples import SAMPLES, B, C, N, Sample, T, W
-from tests.tracing import captured, named, number, operator
+from tests.laws.samples import SAMPLES, Sample
+from tests.laws.samples.sample import B, C, N, T, W
+from tests.tracing import captured, named, number
 from tldr_compile import TokenMerging, ops
 
 OPTIONS = TokenMerging(schedule=(2,))
@@ -102,7 +104,7 @@ def test_a_number_is_that_of_the_original() -> None:
         return [stream, late.size(1), late.stride(0), late.numel(), late.storage_offset()]
 
     graph = captured(model, CLIP, mode="symbolic")
-    assert {operator(node) for node in graph.graph.graph.nodes} >= NUMBERS
+    assert {operator_name(node) for node in graph.graph.graph.nodes} >= NUMBERS
     assert passes.merge(graph, OPTIONS, ops).graph(CLIP)[1:] == tuple(model(CLIP)[1:])
 
 
@@ -114,7 +116,7 @@ def dialect() -> frozenset[str]:
         return [sample.model(clip) for sample in SAMPLES]
 
     found = from_dynamo(fx.symbolic_trace(model), [CLIP])
-    return frozenset(operator(node) for graph in (found, fuse(found)[0]) for node in graph.graph.graph.nodes)
+    return frozenset(operator_name(node) for graph in (found, fuse(found)[0]) for node in graph.graph.graph.nodes)
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))

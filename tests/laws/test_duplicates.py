@@ -1,0 +1,117 @@
+"""Where all tokens of each group are equal wherever they are read, merging changes nothing.
+
+It holds for uniform saliency, proportional attention and pooling by mass. Models without positions, on a video whose
+frames repeat and whose patches are of three kinds, have such tokens: equal in, equal after every layer. V-JEPA 2 is
+not among them: it turns queries and keys by their places, which no two tokens share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tldr_compile
+from passes.plan import _Walk
+from tests.laws.support import assert_same, distance, graphs_for_inductor
+from tests.zoo import CASES, Case
+from tldr_compile import MergedModule
+from tldr_compile.inspection import inspect
+
+PATCH = 8
+KINDS = torch.tensor([[0, 0, 1, 1, 2, 2, 0, 1, 1], [2, 2, 2, 0, 0, 1, 1, 0, 0]])
+"""The kind of every patch of a frame, by sample."""
+LAW: dict[str, Any] = {"saliency": "uniform", "proportional": True, "pooling": "mass"}
+
+every_case = pytest.mark.parametrize("case", [case for case in CASES if case.name != "vjepa2"], ids=str)
+
+
+def without_positions(case: Case) -> nn.Module:
+    """The case, its tables of positions and times set to zero."""
+    model = case.build()
+    tables = [
+        value
+        for module in model.modules()
+        for name, value in {**vars(module), **module._parameters, **module._buffers, **module._modules}.items()
+        if any(word in name for word in ("position_embedding", "time_embeddings", "pos_embed"))
+    ]
+    for table in tables:
+        with torch.no_grad():
+            (table.weight if isinstance(table, nn.Embedding) else table).zero_()
+    assert tables
+    return model
+
+
+def repeating(case: Case) -> Tensor:
+    """A video `[2, ...]` with the same frame at all times, made of three patches."""
+    patches = torch.randn(3, 3, PATCH, PATCH, generator=torch.Generator().manual_seed(3))
+    side = case.image // PATCH
+    frame = patches[KINDS].unflatten(1, (side, side)).permute(0, 3, 1, 4, 2, 5).reshape(2, 3, case.image, case.image)
+    (like,) = case.inputs()
+    time = {5: like.shape[1:].index(case.frames) + 1, 4: None}[like.ndim]
+    return frame if time is None else frame.unsqueeze(time).expand_as(like).contiguous()
+
+
+def assert_groups_are_pure(case: Case, merged: MergedModule, video: Tensor) -> None:
+    """The premise: no group holds tokens of two kinds."""
+    for decision in inspect(merged, video):
+        cells = [length for label, length in zip(decision.labels, decision.grid, strict=True) if label[0] != "t"]
+        times = [length for label, length in zip(decision.labels, decision.grid, strict=True) if label[0] == "t"]
+        first = decision.labels[0].startswith("t") or not times
+        shape = (*times, *cells) if first else (*cells, *times)
+        kinds = KINDS.unflatten(1, (case.image // PATCH, -1))
+        spread = (kinds[:, None] if first else kinds[..., None]) if times else kinds
+        tokens = spread.expand(2, *shape).flatten(1)
+        for kind, groups in zip(tokens, decision.assign, strict=True):
+            assert all(len(kind[groups == group].unique()) == 1 for group in groups.unique())
+        assert len(decision.assign[0].unique()) < decision.assign.shape[1]
+
+
+def pair(case: Case, **options: Any) -> tuple[Any, Any]:
+    """The merged and the dense outputs on a repeating video, and the premise checked."""
+    model, video = without_positions(case), repeating(case)
+    merged = tldr_compile.apply(model, (video,), schedule=case.schedule, **options)
+    assert_groups_are_pure(case, merged, video)
+    with torch.no_grad():
+        return merged(video), model(video)
+
+
+@pytest.mark.parametrize("metric", ["tokens", "keys"])
+@every_case
+def test_merging_duplicates_changes_nothing(case: Case, metric: str) -> None:
+    assert_same(*pair(case, metric=metric, **LAW))
+
+
+@every_case
+def test_nor_in_the_graph_for_inductor(case: Case) -> None:
+    model, video = without_positions(case), repeating(case)
+    options = {"schedule": case.schedule, **LAW}
+    with graphs_for_inductor(), torch.no_grad():
+        assert_same(torch.compile(model, backend="tldr", options=options)(video), model(video))
+
+
+# --- the law can fail ---
+
+
+def off_by(merged: Any, dense: Any) -> float:
+    leaves = zip(torch.utils._pytree.tree_leaves(merged), torch.utils._pytree.tree_leaves(dense), strict=True)
+    return max(distance(one, two) for one, two in leaves if isinstance(two, Tensor))
+
+
+@every_case
+def test_attention_without_mass_shows(case: Case) -> None:
+    assert off_by(*pair(case, **{**LAW, "proportional": False})) > 1e-3
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name == "videomae"], ids=str)
+def test_a_mean_without_mass_shows(case: Case) -> None:
+    assert off_by(*pair(case, **{**LAW, "pooling": "plain"})) > 1e-3
+
+
+@every_case
+def test_a_plan_that_forgets_a_sum_shows(case: Case) -> None:
+    with mock.patch.object(_Walk, "_weighings", return_value=iter(())):
+        assert off_by(*pair(case, **LAW)) > 1e-3

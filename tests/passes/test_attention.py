@@ -1,0 +1,230 @@
+"""Finding attention: every spelling is the one operator, and what only looks like attention says why it is not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import passes
+from passes.attention import SDPA, Attention, fuse
+from passes.canonicalize import Captured
+from tests.tracing import captured, named, number
+
+B, HEADS, N, D = 2, 4, 6, 5
+Q, K, V = (number(B, HEADS, N, D, seed=seed) for seed in range(3))
+MASK = number(N, N)
+KEPT = number(B, 1, 1, N, seed=1) > -1
+SCALE = D**-0.5
+
+Spelling = Callable[[Tensor, Tensor, Tensor], Any]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.transpose(-2, -1)) * SCALE).softmax(-1) @ v
+
+
+def folded(x: Tensor) -> Tensor:
+    """Heads in the batch, as `bmm` wants them."""
+    return x.reshape(B * HEADS, N, D)
+
+
+def folded_scores(q: Tensor, k: Tensor, mask: Tensor, **factors: float) -> Tensor:
+    return torch.baddbmm(mask.expand(B * HEADS, N, N), folded(q), folded(k).transpose(1, 2), **factors)
+
+
+def low(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores and probabilities in one dtype, the rest in another, as models in half precision have it."""
+    return (q @ k.mT * SCALE).softmax(-1, dtype=torch.float64).to(dtype) @ v
+
+
+SPELLINGS: dict[str, Spelling] = {
+    "product, scale": plain,
+    "product, quotient": lambda q, k, v: ((q @ k.mT) / D**0.5).softmax(-1) @ v,
+    "scale, product": lambda q, k, v: ((q * SCALE) @ k.mT).softmax(-1) @ v,
+    "scale on both sides": lambda q, k, v: ((q * D**-0.25) @ (k * D**-0.25).mT).softmax(-1) @ v,
+    "no scale": lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+    "permuted keys": lambda q, k, v: ((q @ k.permute(0, 1, 3, 2)) * SCALE).softmax(-1) @ v,
+    "keys that were never transposed": lambda q, k, v: ((q @ k.mT.clone()) * SCALE).softmax(-1) @ v,
+    "scale, then mask": lambda q, k, v: (q @ k.mT * SCALE + MASK).softmax(-1) @ v,
+    "mask on the left": lambda q, k, v: (MASK + q @ k.mT * SCALE).softmax(-1) @ v,
+    "two masks": lambda q, k, v: (q @ k.mT * SCALE + MASK + MASK.mT).softmax(-1) @ v,
+    "masked with nothing": lambda q, k, v: (q @ k.mT * SCALE).masked_fill(~KEPT, -torch.inf).softmax(-1) @ v,
+    "masked with almost nothing": lambda q, k, v: (q @ k.mT * SCALE).masked_fill(~KEPT, -1e9).softmax(-1) @ v,
+    "mask and fill": lambda q, k, v: (q @ k.mT * SCALE + MASK).masked_fill(~KEPT, -torch.inf).softmax(-1) @ v,
+    "softmax of another dtype": lambda q, k, v: low(q, k, v, torch.float32),
+    "dropout at rest": lambda q, k, v: F.dropout((q @ k.mT * SCALE).softmax(-1), 0.5, training=False) @ v,
+    "heads in the batch": lambda q, k, v: torch.bmm(
+        (torch.bmm(folded(q), folded(k).mT) * SCALE).softmax(-1), folded(v)
+    ).reshape(q.shape),
+    "a sum that is ignored": lambda q, k, v: torch.bmm(
+        folded_scores(q, k, MASK, beta=0, alpha=SCALE).softmax(-1), folded(v)
+    ),
+    "a sum that is a mask": lambda q, k, v: torch.bmm(
+        folded_scores(q, k, MASK, beta=1, alpha=SCALE).softmax(-1), folded(v)
+    ),
+    "fused": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "fused with a mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, KEPT, scale=0.3),
+}
+
+
+def capture(spelling: Spelling) -> Captured:
+    return captured(spelling, Q, K, V)
+
+
+def close(one: Any, other: Any) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=list(SPELLINGS))
+def test_every_spelling_becomes_the_one_operator(spelling: Spelling) -> None:
+    fused, (attention,), misses = fuse(capture(spelling))
+    assert not misses
+    assert attention.node.target is SDPA
+    assert attention.probabilities is None
+    assert not named(fused.graph.graph, "softmax")
+    assert not named(fused.graph.graph, "bmm") + named(fused.graph.graph, "matmul")
+    close(fused.graph(Q, K, V)[0], spelling(Q, K, V))
+    assert attention.node.meta["val"].shape == spelling(Q, K, V).reshape(attention.node.meta["val"].shape).shape
+
+
+def test_the_captured_graph_is_left_alone() -> None:
+    found = capture(plain)
+    before = str(found.graph.graph)
+    fuse(found)
+    assert str(found.graph.graph) == before
+
+
+def found(spelling: Spelling) -> Attention:
+    _, (attention,), _ = fuse(capture(spelling))
+    return attention
+
+
+def test_what_was_spelled_is_told() -> None:
+    attention = found(SPELLINGS["product, quotient"])
+    assert attention.scale == pytest.approx(SCALE)
+    assert not attention.masks
+    assert not attention.causal
+    assert found(SPELLINGS["no scale"]).scale == 1.0
+    assert found(SPELLINGS["fused"]).scale is None
+    assert [each.meta["val"].shape for each in (attention.q, attention.k, attention.v)] == [Q.shape] * 3
+    assert len(found(SPELLINGS["mask and fill"]).masks) == 1
+    assert found(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)).causal
+    assert found(lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)).grouped
+
+
+def test_dropout_is_kept() -> None:
+    assert found(lambda q, k, v: torch.dropout((q @ k.mT).softmax(-1), 0.25, False) @ v).dropout == 0.0
+    assert found(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.25)).dropout == 0.25
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_a_real_capture_is_kept(training: bool) -> None:
+    """Functional ATen spells dropout by its native operator, which returns the mask too."""
+
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.dropout((q @ k.mT).softmax(-1), 0.25, self.training) @ v
+
+    program = torch.export.export(Model().train(training), (Q, K, V))
+    fused, (attention,), misses = fuse(passes.from_export(program))
+    assert not misses
+    assert attention.dropout == (0.25 if training else 0.0)
+    assert not named(fused.graph.graph, "native_dropout")
+
+
+def test_attentions_are_told_in_execution_order() -> None:
+    def two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = plain(q, k, v)
+        second = F.scaled_dot_product_attention(first, k, v, scale=0.3)
+        return plain(second, k, first)
+
+    fused, attentions, _ = fuse(capture(two))
+    assert [each.node for each in attentions] == named(fused.graph.graph, "scaled_dot_product_attention")
+    assert [each.scale for each in attentions] == pytest.approx([SCALE, 0.3, SCALE])
+    close(fused.graph(Q, K, V)[0], two(Q, K, V))
+
+
+def test_probabilities_that_something_else_reads_stay() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = ((q @ k.transpose(-2, -1)) * SCALE + MASK).softmax(-1)
+        return probabilities @ v, probabilities
+
+    fused, (attention,), misses = fuse(capture(model))
+    assert not misses
+    (softmax,) = named(fused.graph.graph, "softmax")
+    assert attention.probabilities is softmax
+    assert attention.node is named(fused.graph.graph, "matmul")[-1]
+    assert attention.scale == pytest.approx(SCALE)
+    assert attention.k.meta["val"].shape == K.shape
+    assert len(attention.masks) == 1
+    for one, other in zip(fused.graph(Q, K, V), model(Q, K, V), strict=True):
+        close(one, other)
+
+
+def talking(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads mix between the softmax and the values."""
+    probabilities = (q @ k.mT).softmax(-1)
+    return F.linear(probabilities.movedim(1, -1), number(HEADS, HEADS)).movedim(-1, 1) @ v
+
+
+NEAR_MISSES: dict[str, tuple[Spelling, str]] = {
+    "talking heads": (talking, r"the probabilities \(softmax\) are not multiplied with values but read by aten"),
+    "heads that talk before": (
+        lambda q, k, v: (
+            F.linear((q @ k.mT).permute(0, 2, 3, 1), number(HEADS, HEADS)).permute(0, 3, 1, 2).softmax(-1) @ v
+        ),
+        r"aten.permute.default \(permute.*\) stands between the product and the softmax",
+    ),
+    "another dimension": (
+        lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
+        "the softmax does not run over the last of at least three dimensions",
+    ),
+    "too few dimensions": (
+        lambda q, k, v: (q[0, 0] @ k[0, 0].T).softmax(-1) @ v[0, 0],
+        "the softmax does not run over the last of at least three dimensions",
+    ),
+    "the probabilities alone": (
+        lambda q, k, v: (q @ k.mT).softmax(-1),
+        r"the probabilities \(softmax\) are not multiplied with values but read by output",
+    ),
+    "probabilities on the right": (
+        lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1),
+        r"the probabilities \(softmax\) are not multiplied with values but read by aten.matmul.default",
+    ),
+    "no product": (lambda q, k, v: v.softmax(-1), "the scores do not come from a product of queries and keys"),
+    "capped scores": (
+        lambda q, k, v: (q @ k.mT).tanh().softmax(-1) @ v,
+        r"aten.tanh.default \(tanh\) stands between the product and the softmax",
+    ),
+    "a mask that is scaled too": (
+        lambda q, k, v: ((q @ k.mT + MASK) * SCALE).softmax(-1) @ v,
+        r"aten.add.Tensor \(add\) stands between the product and the softmax",
+    ),
+    "a mask that a sum scales": (
+        lambda q, k, v: torch.bmm(folded_scores(q, k, MASK, beta=0.5).softmax(-1), folded(v)),
+        r"baddbmm \(baddbmm\) scales its mask",
+    ),
+    "a fill that leaves something": (
+        lambda q, k, v: (q @ k.mT).masked_fill(~KEPT, -3.0).softmax(-1) @ v,
+        r"aten.masked_fill.Scalar \(masked_fill\) stands between the product and the softmax",
+    ),
+    "a sum without a product": (
+        lambda q, k, v: ((q + k) @ k.mT + (q - k).sum(-1, keepdim=True)).softmax(-1).tanh() @ v,
+        r"the probabilities \(softmax\) are not multiplied with values but read by aten.tanh.default",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spelling", "reason"), NEAR_MISSES.values(), ids=list(NEAR_MISSES))
+def test_near_misses_say_why(spelling: Spelling, reason: str) -> None:
+    fused, attentions, ((node, said),) = fuse(capture(spelling))
+    assert not attentions
+    assert node.target is torch.ops.aten.softmax.int
+    assert re.search(reason, said), said
+    close(fused.graph(Q, K, V)[0], spelling(Q, K, V))
