@@ -100,7 +100,7 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tup
     for match in search.found:
         if not match.escapes:
             _replace(graph, match)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.target is not _DROPOUT and node.is_impure())
     kept = {match.output: match for match in search.found if match.escapes}
     attentions = tuple(_attentions(graph, kept))
     module.recompile()

@@ -231,7 +231,7 @@ def _restore_attributes(graph: fx.GraphModule, attributes: Mapping[str, Any], wr
             raise CaptureError(f"the module's attribute {target!r} is written to; make it a buffer")
         _set_attribute(graph, target, value)
         with graph.graph.inserting_before(node):
-            attribute = graph.graph.get_attr(target)
+            attribute = graph.graph.create_node("get_attr", target)
         attribute.meta = node.meta
         node.replace_all_uses_with(attribute)
         graph.graph.erase_node(node)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from passes.canonicalize import Captured
+from passes.canonicalize import Captured, from_dynamo
 from passes.nodes import operator_name
 
 
@@ -23,6 +24,12 @@ def captured(function: Callable[..., Any], *inputs: Tensor, mode: str = "fake") 
 
     graph = make_fx(flat, pre_dispatch=True, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
     return Captured(graph, frozenset(), {})
+
+
+def canonical(function: Callable[..., Any], *inputs: Tensor) -> Captured:
+    """The same in the one dialect, as every capture is."""
+    mode = FakeTensorMode()
+    return from_dynamo(captured(function, *inputs).graph, [mode.from_tensor(each) for each in inputs])
 
 
 def number(*shape: int, seed: int = 0) -> Tensor:
