@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +16,7 @@ from passes.canonicalize import Captured, from_dynamo
 from passes.nodes import operator_name
 
 
-def captured(function: Callable[..., Any], *inputs: Tensor, mode: str = "fake") -> Captured:
+def captured(function: Callable[..., Any], *inputs: Tensor, mode: Literal["fake", "symbolic"] = "fake") -> Captured:
     """`function` of `inputs` in pre-dispatch ATen; tensors that it closes over are constants."""
 
     def flat(*arguments: Tensor) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from passes.rules import TABLE
 from passes.typing import infer
 from passes.verify import record
 from tests.laws.samples import SAMPLES, Sample
-from tests.laws.samples.sample import B, C, N, T, W
+from tests.laws.samples.sample import B, C, N, T, W, merged_stream
 from tests.tracing import captured, named, number
 from tldr_compile import TokenMerging, ops
 
@@ -98,7 +98,7 @@ def test_a_number_is_that_of_the_original() -> None:
     """Sizes follow from the inputs, whatever the operand was merged to."""
 
     def model(clip: Tensor) -> list[Any]:
-        x = F.linear(clip.flatten(1, 2), number(C, W))
+        x = F.linear(clip.reshape(clip.shape[0], -1, W), number(C, W))
         stream = x + F.scaled_dot_product_attention(x, x, x)
         late = stream.neg()[1:]
         return [stream, late.size(1), late.stride(0), late.numel(), late.storage_offset()]
@@ -113,7 +113,8 @@ def dialect() -> frozenset[str]:
     """Every operator that captures of all samples hold, before attention is found and after."""
 
     def model(clip: Any) -> Any:
-        return [sample.model(clip) for sample in SAMPLES]
+        streams = [merged_stream(clip, framewise) for framewise in (False, True)]
+        return [sample.build(streams[sample.framewise]) for sample in SAMPLES]
 
     found = from_dynamo(fx.symbolic_trace(model), [CLIP])
     return frozenset(operator_name(node) for graph in (found, fuse(found)[0]) for node in graph.graph.graph.nodes)

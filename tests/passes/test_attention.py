@@ -33,8 +33,8 @@ def folded(x: Tensor) -> Tensor:
     return x.reshape(B * HEADS, N, D)
 
 
-def folded_scores(q: Tensor, k: Tensor, mask: Tensor, **factors: float) -> Tensor:
-    return torch.baddbmm(mask.expand(B * HEADS, N, N), folded(q), folded(k).transpose(1, 2), **factors)
+def folded_scores(q: Tensor, k: Tensor, mask: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    return torch.baddbmm(mask.expand(B * HEADS, N, N), folded(q), folded(k).mT, beta=beta, alpha=alpha)
 
 
 def low(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:

@@ -168,7 +168,7 @@ def test_symbolic_sizes_are_read_off_the_inputs() -> None:
     graph.output((layout.narrow(flat, 0, 2, half, half), layout.length(half)))
     module = fx.GraphModule({}, graph)
     for size in ((2, 6, 7), (3, 4, 5)):
-        x = torch.randn(size)
-        rest, count = module(x)
-        assert torch.equal(rest, x.flatten(0, 1)[2:])
+        value = torch.randn(size)
+        rest, count = module(value)
+        assert torch.equal(rest, value.flatten(0, 1)[2:])
         assert count == prod(size[:2])

@@ -42,13 +42,17 @@ class Sample:
 
         As an output the stream has a second reader: a norm that alone reads it would belong to the residual step.
         """
-        x = aten.linear.default(clip, number(C, W))
-        if not self.framewise:
-            protected = aten.expand.default(number(1, 1, C), [B, -1, -1])
-            x = aten.cat.default([protected, aten.reshape.default(x, [B, T * N, C])], 1)
-        q, k, v = (aten.linear.default(x, number(C, C, seed=seed)) for seed in range(3))
-        stream = aten.add.Tensor(x, aten.scaled_dot_product_attention.default(q, k, v))
+        stream = merged_stream(clip, self.framewise)
         return stream, self.build(stream)
+
+
+def merged_stream(clip: Stream, framewise: bool) -> Stream:
+    x = aten.linear.default(clip, number(C, W))
+    if not framewise:
+        protected = aten.expand.default(number(1, 1, C), [B, -1, -1])
+        x = aten.cat.default([protected, aten.reshape.default(x, [B, T * N, C])], 1)
+    q, k, v = (aten.linear.default(x, number(C, C, seed=seed)) for seed in range(3))
+    return aten.add.Tensor(x, aten.scaled_dot_product_attention.default(q, k, v))
 
 
 def carried(name: str, *builds: Callable[[Stream], Any]) -> list[Sample]:

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import sys
 
-from tests.laws.samples.sample import GROUPED, MIXES, TOKENS, B, C, N, T, aten, barred, carried, framewise, parts, rows
+from tests.laws.samples.sample import (
+    GROUPED,
+    MIXES,
+    TOKENS,
+    B,
+    C,
+    N,
+    Sample,
+    T,
+    aten,
+    barred,
+    carried,
+    framewise,
+    parts,
+    rows,
+)
 from tests.tracing import number
 
+
+def view(name: str) -> list[Sample]:
+    call = getattr(aten, name).default
+    return [
+        *carried(name, lambda h: call(h, [B, TOKENS, 4, 2]), lambda h: call(h, [B * TOKENS, 1, C])),
+        *barred(name, "it holds a part of", lambda h: call(parts(h)[1], [B, T, N, C])),
+        framewise(name, lambda h: call(h, [B * T, N, C])),
+    ]
+
+
 VIEWS = [
-    *[
-        sample
-        for name in ("view", "_unsafe_view", "reshape")
-        for sample in (
-            *carried(name, lambda h, name=name: getattr(aten, name).default(h, [B, TOKENS, 4, 2])),
-            *carried(name, lambda h, name=name: getattr(aten, name).default(h, [B * TOKENS, 1, C])),
-            *barred(
-                name, "it holds a part of", lambda h, name=name: getattr(aten, name).default(parts(h)[1], [B, T, N, C])
-            ),
-            framewise(name, lambda h, name=name: getattr(aten, name).default(h, [B * T, N, C])),
-        )
-    ],
+    *view("view"),
+    *view("_unsafe_view"),
+    *view("reshape"),
     *carried("unsqueeze", lambda h: aten.unsqueeze.default(h, 1)),
     *carried(
         "squeeze",
