@@ -64,6 +64,7 @@ def plan(captured: Captured, options: Options) -> Plan:
     return make_plan(
         typed,
         found,
+        attentions,
         misses,
         options.entries,
         default=options.is_default_schedule,

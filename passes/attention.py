@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from passes.canonicalize import Captured
-from passes.nodes import named, operands
+from passes.nodes import named, operands, operator_name
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -30,31 +30,31 @@ _PRODUCT = frozenset({aten.matmul.default, aten.bmm.default})
 _DROPOUT = aten.native_dropout.default
 _THROUGH = frozenset({aten.clone.default, aten._to_copy.default, aten.alias.default})
 _TRANSPOSE = frozenset({aten.transpose.int, aten.permute.default})
+_KERNEL = "aten::_scaled_dot_product_"
 # A finite fill this low leaves exactly nothing after the exponential, in every dtype that has it.
 _NOTHING = -1e4
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a graph.
+    """One attention of a graph; `node` is its result.
 
-    `q [..., H, N, d]`, `k [..., H, M, d]`, `v [..., H, M, e]` as they enter the products; `masks` are additive, or
-    boolean with
-    True where a key is kept; `scale` None is 1 / sqrt(d). `probabilities` is the softmax of a spelled-out attention
-    that
-    something else reads too, so that it must stay.
+    It is `scaled_dot_product_attention`, or spelled out where it has `probabilities [..., H, N, M]`: something else
+    reads them, or something that the operator does not know stands before the softmax. All dimensions of `queries` but
+    the last are the batch, the heads and the queries; `keys [..., H, M, d]` may be unknown where it is spelled out.
     """
 
     node: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
+    queries: fx.Node
+    keys: fx.Node | None
     masks: tuple[fx.Node, ...] = ()
-    scale: float | None = None
-    dropout: float = 0.0
     causal: bool = False
-    grouped: bool = False
     probabilities: fx.Node | None = None
+
+    @property
+    def scored(self) -> fx.Node:
+        """Where queries meet keys."""
+        return self.probabilities or self.node
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,14 @@ class _Search:
 class _Match:
     softmax: fx.Node
     output: fx.Node
-    scores: _Scores
+    scores: _Scores | None
     dropout: float
-    escapes: bool
 
 
 def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tuple[fx.Node, str], ...]]:
     """A copy in which every attention is one operator, with all attentions in execution order and the near misses.
 
-    A spelled-out attention whose probabilities something else reads stays, and is found where it stands.
+    An attention that the operator cannot say (see `Attention`) stays, and is found where it stands.
     """
     graph = copy.deepcopy(captured.graph.graph)
     module = fx.GraphModule(captured.graph, graph)
@@ -96,15 +95,23 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tup
     for target in (aten.view.default, aten._unsafe_view.default):
         for node in graph.find_nodes(op="call_function", target=target):
             node.target = aten.reshape.default  # another attention kernel may lay its result out in another order
+    for node in graph.find_nodes(op="call_function", target=getitem):
+        if operator_name(node.args[0]).startswith(_KERNEL) and node.args[1] == 0:
+            _replace_kernel(graph, node)
     search = _search(graph)
     for match in search.found:
-        if not match.escapes:
-            _replace(graph, match)
-    graph.eliminate_dead_code(lambda node: node.target is not _DROPOUT and node.is_impure())
-    kept = {match.output: match for match in search.found if match.escapes}
+        if match.scores is not None:
+            _replace(graph, match, match.scores)
+    graph.eliminate_dead_code(lambda node: not _draws(node) and node.is_impure())
+    kept = {match.output: match for match in search.found if match.scores is None}
     attentions = tuple(_attentions(graph, kept))
     module.recompile()
     return replaced(captured, graph=module), attentions, tuple(search.misses)
+
+
+def _draws(node: fx.Node) -> bool:
+    """Operators that may draw random numbers, which is no reason to keep one whose result nobody reads."""
+    return node.target in (_DROPOUT, SDPA) or operator_name(node).startswith(_KERNEL)
 
 
 def _attentions(graph: fx.Graph, kept: dict[fx.Node, _Match]) -> Iterator[Attention]:
@@ -112,33 +119,16 @@ def _attentions(graph: fx.Graph, kept: dict[fx.Node, _Match]) -> Iterator[Attent
         if node.target is SDPA:
             given = named(node)
             mask = given.get("attn_mask")
-            yield Attention(
-                node,
-                given["query"],
-                given["key"],
-                given["value"],
-                (mask,) if isinstance(mask, fx.Node) else (),
-                given.get("scale"),
-                given.get("dropout_p", 0.0),
-                given.get("is_causal", False),
-                given.get("enable_gqa", False),
-            )
+            masks = (mask,) if isinstance(mask, fx.Node) else ()
+            yield Attention(node, given["query"], given["key"], masks, given.get("is_causal", False))
         elif node in kept:
-            match = kept[node]
-            with graph.inserting_before(node):
-                key = _untransposed(graph, match.scores.keys)
-                masks = tuple(_masks(graph, match.scores))
-            assert match.scores.q is not None
-            yield Attention(
-                node,
-                match.scores.q,
-                key,
-                node.args[1],
-                masks,
-                match.scores.scale,
-                match.dropout,
-                probabilities=match.softmax,
-            )
+            softmax = kept[node].softmax
+            scores = _up(softmax.args[0], _Scores())
+            keys = None
+            if not isinstance(scores, str):
+                with graph.inserting_before(node):
+                    keys = _untransposed(graph, scores.keys)
+            yield Attention(node, softmax, keys, probabilities=softmax)
 
 
 def _search(graph: fx.Graph) -> _Search:
@@ -150,16 +140,14 @@ def _search(graph: fx.Graph) -> _Search:
         if rank < 3 or softmax.args[1] % rank != rank - 1:
             search.misses.append((softmax, "the softmax does not run over the last of at least three dimensions"))
             continue
-        scores = _up(softmax.args[0], _Scores())
-        if isinstance(scores, str):
-            search.misses.append((softmax, scores))
-            continue
         down = _down(softmax)
         if isinstance(down, str):
             search.misses.append((softmax, down))
             continue
         output, dropout, escapes = down
-        search.found.append(_Match(softmax, output, scores, dropout, escapes))
+        scores = _up(softmax.args[0], _Scores())
+        fits = not escapes and not isinstance(scores, str)
+        search.found.append(_Match(softmax, output, scores if fits else None, dropout))  # type: ignore[arg-type]
     return search
 
 
@@ -235,8 +223,21 @@ def _down(softmax: fx.Node) -> tuple[fx.Node, float, bool] | str:
             dropout = float(named(node)["p"])
 
 
-def _replace(graph: fx.Graph, match: _Match) -> None:
-    output, scores = match.output, match.scores
+def _replace_kernel(graph: fx.Graph, output: fx.Node) -> None:
+    """One of the kernels that the operator is dispatched to, where a tracer looked below it."""
+    kernel: Any = output.args[0]
+    given = named(kernel)
+    mask = given.get("attn_mask", given.get("attn_bias"))
+    with graph.inserting_before(output):
+        arguments = (given["query"], given["key"], given["value"], mask, given.get("dropout_p", 0.0))
+        options = {"is_causal": given.get("is_causal", False), "scale": given.get("scale")}
+        fused = graph.call_function(SDPA, arguments, options)
+    fused.meta.update(output.meta)
+    output.replace_all_uses_with(fused)
+
+
+def _replace(graph: fx.Graph, match: _Match, scores: _Scores) -> None:
+    output = match.output
     with graph.inserting_before(output):
         key = _untransposed(graph, scores.keys)
         mask = None

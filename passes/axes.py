@@ -39,6 +39,11 @@ class Atom:
     clip: bool = False
     strength: int = UNKNOWN
 
+    @property
+    def born(self) -> bool:
+        """Whether the atom is one of the clip's own dimensions, not a name for something still unknown."""
+        return self.clip and self.strength == BORN
+
     def __repr__(self) -> str:
         return self.label if self.clip and self.label else str(self.size)
 
@@ -178,6 +183,19 @@ def border(whole: Axis, offset: Size) -> Border | None:
     return (len(whole.segments), 0) if at == offset else None
 
 
+def spread(axes: Axes, run: Axis) -> tuple[int, int] | None:
+    """The neighbouring dimensions `[first, last)`, two or more, that hold a run together and nothing else."""
+    for first in range(len(axes)):
+        factors: Segment = ()
+        for last in range(first, len(axes)):
+            factors = (*factors, *axes[last].factors)
+            if axes[last] == UNIT or factors != run.factors[: len(factors)]:
+                break
+            if factors == run.factors and last > first:
+                return first, last + 1
+    return None
+
+
 def replace(whole: Axis, run: Axis, by: Atom) -> Axis:
     """`whole` with every whole occurrence of `run` replaced by one atom: a merge is a substitution."""
     if (place := find(whole, run)) is not None:
@@ -216,6 +234,8 @@ class Substitution:
         """`atom := to`, after the occurs check."""
         if atom in to.atoms:
             raise Conflict(f"{atom!r} would contain itself: {to!r}")
+        if atom.born and not to.lone and any(other.born for other in to.atoms):
+            raise Conflict(f"{atom!r} and {to!r} were born apart: that their sizes agree is a coincidence")
         return Substitution({**self.bindings, atom: to})
 
     def identify(self, keep: Axis, other: Axis) -> Substitution:
@@ -274,7 +294,7 @@ class Substitution:
             elif (over := divide(head.size, size)) is not None and isinstance(head, Atom):
                 first = Atom(size, _part(head.label, 1), head.clip, head.strength)
                 second = Atom(over, _part(head.label, 2), head.clip, head.strength)
-                solved = solved.bind(head, axis(first, second))
+                solved = Substitution({**solved.bindings, head: axis(first, second)})
                 taken.append(first)
                 rest.insert(0, second)
                 size = 1

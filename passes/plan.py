@@ -19,7 +19,8 @@ import sympy
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv
 
-from passes.axes import Atom, Axes, Axis, Size, axis, replace, simplify
+from passes.attention import Attention
+from passes.axes import UNIT, Atom, Axes, Axis, Size, axis, replace, simplify, spread
 from passes.errors import NothingToMerge, ScheduleError
 from passes.rules import Kind, Typed, Use
 from passes.sites import Site
@@ -61,9 +62,15 @@ def tokens_at(run: Axis, resolution: Resolution | None) -> Axis:
 
 
 def at(axes: Axes, resolutions: Iterable[Resolution]) -> Axes:
-    """Axes of the original graph as they are held at some resolutions."""
+    """Axes of the original graph as they are held at some resolutions.
+
+    A run that lies on several dimensions is held on the first of them, and the others have length 1.
+    """
     for resolution in resolutions:
         axes = tuple(replace(each, resolution.run, resolution.groups) for each in axes)
+        while (dims := spread(axes, resolution.run)) is not None:
+            first, last = dims
+            axes = (*axes[:first], resolution.axis, *(UNIT,) * (last - first - 1), *axes[last:])
     return axes
 
 
@@ -211,6 +218,7 @@ def removed(entry: Entry, tokens: Size) -> Size:
 def make_plan(
     typed: TypedGraph,
     sites: tuple[Site, ...],
+    attentions: tuple[Attention, ...],
     misses: tuple[tuple[fx.Node, str], ...],
     schedule: Sequence[Entry] | Entry,
     *,
@@ -218,10 +226,10 @@ def make_plan(
     merged_outputs: bool = False,
 ) -> Plan:
     """Decide everything. Raises `ScheduleError`, or `NothingToMerge` if a positive schedule would remove nothing."""
-    entries = bind_schedule(schedule, sites, default=default)
-    positive = any(entries) or (default or (isinstance(schedule, float) and bool(schedule)))
+    positive = any(schedule) if isinstance(schedule, Sequence) else schedule > 0
     if positive and not any(site.reason is None for site in sites):
-        raise NothingToMerge(_nothing(sites, misses))
+        raise NothingToMerge(_nothing(sites, misses, attentions))
+    entries = bind_schedule(schedule, sites, default=default)
     walk = _Walk(
         typed, {s.stream.node: (s, e) for s, e in zip(sites, entries, strict=True) if e and s.stream}, merged_outputs
     )
@@ -235,7 +243,7 @@ def make_plan(
     return Plan(typed, sites, misses, entries, tuple(walk.merges), walk.steps)
 
 
-def _nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]]) -> str:
+def _nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]], others: Sequence[Attention]) -> str:
     searched = "searched for scaled_dot_product_attention and for product - softmax - product over the tokens of a clip"
     if sites:
         near = "; ".join(
@@ -245,6 +253,12 @@ def _nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]]) -> st
     if misses:
         node, reason = misses[0]
         return f"this graph has no attention site ({searched}). Nearest miss: {node.target} ({node.name}): {reason}."
+    if others:
+        names = ", ".join(each.node.name for each in others[:3])
+        return (
+            f"this graph has no attention site ({searched}). Its attentions ({names}) have keys other than their "
+            "queries or no tokens of the clip; clip= names the inputs that carry the video, if that was not told right."
+        )
     return (
         f"this graph has no attention site ({searched}; it has no softmax over tokens either). "
         "Is this the part of the model that holds the transformer? on_nothing='warn' compiles it as it is."
@@ -313,15 +327,18 @@ class _Walk:
                     target = None
             if target is not None:
                 held.append(target)
-            conversions.extend(self._conversions(operands, run, target))
+            conversions.extend(self._conversions(operands, typed.reads, run, target))
             weighings.extend(self._weighings(operands, typed, run, target))
         return Step(tuple(held), tuple(conversions), tuple(weighings), tuple(barriers))
 
-    def _conversions(self, operands: Sequence[fx.Node], run: Axis, target: Resolution | None) -> Iterator[Conversion]:
+    def _conversions(
+        self, operands: Sequence[fx.Node], reads: Sequence[Axes], run: Axis, target: Resolution | None
+    ) -> Iterator[Conversion]:
         for number, operand in enumerate(operands):
             value = self.typed.value(operand)
             source = _of(self.held.get(operand, ()), run)
-            if source is target or not _holds(value.axes, run):
+            touches = any(axis.atoms & run.atoms for axis in value.axes)
+            if source is target or not touches or (source is None and not _holds(reads[number], run)):
                 continue
             if target is None or (source is not None and source not in target.chain):
                 yield Conversion(number, run, source, None, How.RESTORE)
@@ -353,8 +370,11 @@ class _Walk:
             for dim in use.dims:
                 if touched[dim].atoms & target.batch.atoms:
                     return f"it meets entries along {touched[dim]!r}, over which {target!r} was grouped"
-                if use.kind is Kind.MIX and target.groups in touched[dim].atoms:
+                if use.kind is Kind.MIX and typed.reads[use.operand][dim].atoms & run.atoms:
                     return f"it mixes the tokens along {run!r}"
+            dims = set(range(*(spread(typed.reads[use.operand], run) or (0, 0))))
+            if dims & set(use.dims) and not dims <= set(use.dims):
+                return f"it meets entries along a part of {run!r}"
         for axes in (*typed.reads, *typed.outputs):
             if not _holds(axes, run):
                 if any(each.atoms & run.atoms for each in axes):
@@ -400,9 +420,9 @@ def _of(resolutions: Iterable[Resolution], run: Axis) -> Resolution | None:
 
 
 def _holds(axes: Axes, run: Axis) -> bool:
-    """Whether some axis holds the whole run."""
+    """Whether some axis holds the whole run, or some neighbouring ones together."""
     probe = Atom(run.size)
-    return any(probe in replace(each, run, probe).atoms for each in axes)
+    return spread(axes, run) is not None or any(probe in replace(each, run, probe).atoms for each in axes)
 
 
 def _free_atoms(axes: Axes) -> set[Atom]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.attention import SDPA
-from passes.axes import Atom, Axes, Axis, Factor, Size, product, replace
+from passes.axes import Atom, Axes, Axis, Factor, Size, product, replace, spread
 from passes.nodes import named
 from passes.plan import Conversion, How, Plan, Resolution, Weighing
 from passes.rewrite import Policy
@@ -170,13 +170,19 @@ class Projection(fx.Interpreter):
         groups = self.groups[resolution.index]
         mass = self.policy.pooling == "mass" if kind in (Kind.MEAN, Kind.SUM) else self.policy.proportional
         share = (groups.mass if mass else torch.ones_like(groups.mass)) / groups.size
-        token = self._across(axes, resolution.run.factors, weighing.use.dims)
-        sample = self._across(axes, resolution.batch.factors)
+        probe = Atom(resolution.run.size)
+        marked = tuple(replace(axis, resolution.run, probe) for axis in axes)
+        whole = any(probe in axis.atoms for axis in marked)
+        token = self._across(marked, [probe] if whole else resolution.run.factors, weighing.use.dims)
+        sample = self._across(marked, resolution.batch.factors)
         sample, token = torch.broadcast_tensors(sample, token)
         return share[sample.clamp(min=0), token.clamp(min=0)].masked_fill(token < 0, 1.0)
 
     def _project(self, x: Tensor, axes: Axes, resolution: Resolution, how: How) -> Tensor:
-        """`up(down(x))` along every dimension that holds the run whole."""
+        """`up(down(x))` along every dimension that holds the run whole, or neighbouring ones that do together."""
+        if (dims := spread(axes, resolution.run)) is not None:
+            flat = (*axes[: dims[0]], resolution.run, *axes[dims[1] :])
+            return self._project(x.flatten(dims[0], dims[1] - 1), flat, resolution, how).reshape(x.shape)
         probe = Atom(resolution.run.size)
         for dim, axis in enumerate(axes):
             marked = replace(axis, resolution.run, probe)
@@ -203,6 +209,10 @@ class Projection(fx.Interpreter):
 
     def shorten(self, x: Tensor, axes: Axes, resolution: Resolution) -> Tensor:
         """A projected value `[..., run, ...]` with one entry for each group, as it is held."""
+        if (dims := spread(axes, resolution.run)) is not None:
+            flat = (*axes[: dims[0]], resolution.run, *axes[dims[1] :])
+            short = self.shorten(x.flatten(dims[0], dims[1] - 1), flat, resolution)
+            return short[(..., *(None,) * (dims[1] - dims[0] - 1), *(slice(None),) * (len(axes) - dims[1]))]
         probe = Atom(resolution.run.size)
         for dim, axis in enumerate(axes):
             marked = replace(axis, resolution.run, probe)

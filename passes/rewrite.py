@@ -25,8 +25,9 @@ import torch
 from torch import fx
 
 from passes.attention import SDPA
-from passes.axes import UNIT, Atom, Axes, Axis, Factor, find, product, replace
+from passes.axes import UNIT, Atom, Axes, Axis, Factor, find, product, replace, spread
 from passes.axes import axis as atom_axis
+from passes.errors import OptionError
 from passes.layout import Layout
 from passes.nodes import named, operator_name, size
 from passes.plan import Conversion, How, Merge, Plan, Resolution, Step, Weighing, at, tokens_at
@@ -81,7 +82,7 @@ class _Rewriter:
         self.axes: dict[fx.Node, tuple[Axes, ...]] = {}
         self.groupings: dict[int, dict[str, fx.Node]] = {}
         self.sharpness: dict[fx.Node, Laid] = {}
-        self.keys: dict[fx.Node, Laid] = {}
+        self.keys: dict[fx.Node, Laid | None] = {}
         self._indices: dict[tuple[Resolution, str], fx.Node] = {}
         self._restored: dict[tuple[fx.Node, Resolution], Laid] = {}
 
@@ -139,9 +140,17 @@ class _Rewriter:
         reads = self.typed.calls[node].reads if node in self.typed.calls else None
         laid = [Laid(self.env[o], self.axes[o][0]) for o in self.typed.operands(node)]
         for conversion in step.conversions:
-            number = conversion.operand
+            number, operand = conversion.operand, self.typed.operands(node)[conversion.operand]
             laid[number] = self._convert(laid[number], conversion, reads[number] if reads else None)
+            if conversion.how is How.RESTORE:
+                laid[number] = self._reshaped(laid[number], self.typed.value(operand).axes)
         return laid
+
+    def _reshaped(self, laid: Laid, full: Axes) -> Laid:
+        """A restored value with its run on as many dimensions as it had."""
+        atoms = {atom for axis in laid.axes for atom in axis.atoms}
+        wanted = at(full, [merge.target for merge in self.plan.merges if merge.target.groups in atoms])
+        return Laid(self.layout.reshape(laid.node, laid.axes, wanted), wanted)
 
     def _call(self, node: fx.Node, step: Step, operands: Sequence[Laid]) -> Any:
         if node.target is SDPA:
@@ -308,14 +317,17 @@ class _Rewriter:
 
     def _canonical(self, merge: Merge, operands: Sequence[Laid]) -> list[Laid]:
         """Queries, keys and values as `[batch, heads, tokens, d]`; heads follow the batch, so this is a view."""
-        batch = set(merge.site.clip_batch.factors)
         result = []
         for each in operands[:3]:
-            factors = [f for axis in each.axes[:-2] for f in axis.factors]
-            heads = product(f for f in factors if f not in batch)
-            axes = (product(f for f in factors if f in batch), heads, *each.axes[-2:])
+            axes = (*self._batch_and_heads(merge, each.axes[:-2]), *each.axes[-2:])
             result.append(Laid(self.layout.reshape(each.node, each.axes, axes), axes))
         return result
+
+    def _batch_and_heads(self, merge: Merge, axes: Axes) -> Axes:
+        """Leading axes of an attention as two: the clip's, and the heads."""
+        batch = set(merge.site.clip_batch.factors)
+        factors = [f for axis in axes for f in axis.factors]
+        return product(f for f in factors if f in batch), product(f for f in factors if f not in batch)
 
     def _canonical_scores(self, merge: Merge, operands: Sequence[Laid], mask: fx.Node | None) -> fx.Node | None:
         """An addend of the scores in the same form; broadcast first where batch and heads share or split dimensions."""
@@ -329,12 +341,12 @@ class _Rewriter:
     def _sharpness(self, merge: Merge, operands: Sequence[Laid], mask: fx.Node | None, scale: float | None) -> fx.Node:
         query, key, _ = self._canonical(merge, operands)
         mask = self._canonical_scores(merge, operands, mask)
-        grouped = merge.site.attention.grouped
+        grouped = bool(named(merge.site.attention.node).get("enable_gqa", False))
         return self.layout.call(
             self.operators.sharpness, query.node, key.node, scale=scale, mask=mask, enable_gqa=grouped
         )
 
-    def _note(self, merge: Merge, key: Laid, sharpness: fx.Node | None) -> None:
+    def _note(self, merge: Merge, key: Laid | None, sharpness: fx.Node | None) -> None:
         """Keep what the merge of this site will ask for."""
         site = merge.site
         self.keys[site.attention.node] = key
@@ -343,20 +355,21 @@ class _Rewriter:
 
     def _site_tokens(self, merge: Merge) -> Axis:
         """The token axis of a site as its attention is computed."""
-        site = merge.site
-        return at((site.tokens,), self.plan.steps[site.attention.node].held)[0]
+        return at((merge.site.tokens,), self._held_at(merge))[0]
+
+    def _held_at(self, merge: Merge) -> tuple[Resolution, ...]:
+        return self.plan.steps[merge.site.attention.scored].held
 
     def _spelled_out(self, merge: Merge) -> None:
-        """At an attention whose probabilities something else reads, the saliency is computed beside it."""
+        """Where the probabilities are at hand, their sharpness is read off them."""
         attention = merge.site.attention
-        held = self.plan.steps[attention.node].held
-        query, key, value = (self._brought(each, held) for each in (attention.q, attention.k, attention.v))
-        mask = None
-        for each in attention.masks:
-            laid = self._brought(each, held).node
-            mask = laid if mask is None else self.layout.call(aten.add.Tensor, mask, laid)
-        sharpness = self._sharpness(merge, (query, key, value), mask, attention.scale) if self._salient else None
-        self._note(merge, key, sharpness)
+        assert attention.probabilities is not None
+        laid = Laid(self.env[attention.probabilities], self.axes[attention.probabilities][0])
+        sharpness = None
+        if self._salient:
+            axes = (*self._batch_and_heads(merge, laid.axes[:-2]), *laid.axes[-2:])
+            sharpness = self.layout.call(self.operators.sharpness_of, self.layout.reshape(laid.node, laid.axes, axes))
+        self._note(merge, self._brought(attention.keys, self._held_at(merge)) if attention.keys else None, sharpness)
 
     def _brought(self, node: fx.Node, wanted: Sequence[Resolution]) -> Laid:
         """A value of the original graph at the wanted resolutions."""
@@ -412,7 +425,9 @@ class _Rewriter:
         assert site.stream is not None
         if self.policy.metric == "keys":
             return self._key_metric(merge)
-        dim, batch = site.stream.dim, site.stream.batch
+        batch = site.stream.batch
+        stream = self._flat(stream, tokens)
+        (dim,) = _holding(stream.axes, tokens)
         place = find(stream.axes[dim], tokens)
         assert place is not None
         part = self.layout.segments(stream.node, stream.axes, dim, place)
@@ -422,9 +437,12 @@ class _Rewriter:
 
     def _key_metric(self, merge: Merge) -> fx.Node:
         key = self.keys[merge.site.attention.node]
-        batch = set(merge.site.clip_batch.factors)
-        factors = [f for axis in key.axes[:-2] for f in axis.factors]
-        axes = (merge.site.clip_batch, product(f for f in factors if f not in batch), *key.axes[-2:])
+        if key is None:
+            raise OptionError(
+                f"metric='keys' needs the keys of site {merge.site.index} ({merge.site.attention.node.name}), and "
+                "something that is no scale and no mask is between their product and the softmax; use metric='tokens'"
+            )
+        axes = (*self._batch_and_heads(merge, key.axes[:-2]), *key.axes[-2:])
         node = self.layout.reshape(key.node, key.axes, axes)
         node = self.layout.call(aten.mean.dim, node, [1])
         return self._laid_along_stream(merge, Laid(node, (axes[0], axes[2], axes[3])))
@@ -435,7 +453,7 @@ class _Rewriter:
         assert stream is not None
         (run,) = maximal_runs(merge.site.tokens)
         whole = run == stream.run
-        held = next((r for r in self.plan.steps[merge.site.attention.node].held if r.run == stream.run), None)
+        held = next((r for r in self._held_at(merge) if r.run == stream.run), None)
         piece = tokens_at(run, held) if whole else run
         place = find(laid.axes[1], piece)
         assert place is not None
@@ -467,7 +485,7 @@ class _Rewriter:
             return laid
         axes = (UNIT,) * (len(reads) - len(laid.axes)) + laid.axes
         wide = tuple(
-            read if axis == UNIT and read.atoms & target.batch.atoms else axis
+            read if axis == UNIT and read.atoms & (target.batch.atoms | target.run.atoms) else axis
             for axis, read in zip(axes, reads, strict=True)
         )
         if wide == axes:
@@ -504,10 +522,20 @@ class _Rewriter:
             fields = ("kept", "source", "target", "kept_weight", "source_weight")
             return self.layout.call(self.operators.down, part, *map(along, fields), dim=dim)
 
+        wanted, laid = at(laid.axes, [target]), self._flat(laid, tokens)
         node, axes = laid.node, laid.axes
         while holding := _holding(axes, tokens):
             node, axes = self.layout.along(node, axes, holding[-1], tokens, target.axis, apply)
+        if target.parent is None:
+            node, axes = self.layout.reshape(node, axes, wanted), wanted
         return Laid(node, axes)
+
+    def _flat(self, laid: Laid, tokens: Axis) -> Laid:
+        """A run that lies on several dimensions on one of its own."""
+        while (dims := spread(laid.axes, tokens)) is not None:
+            axes = (*laid.axes[: dims[0]], tokens, *laid.axes[dims[1] :])
+            laid = Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
+        return laid
 
     def _assign(self, resolution: Resolution) -> fx.Node:
         """The group of every token of the run at full length, `[B, N]`."""

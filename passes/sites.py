@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,7 +23,7 @@ _THROUGH = frozenset({aten.clone.default, aten._to_copy.default})
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the merge of a site stands: after `node`, whose axis `dim` holds the run of clip segments `run`.
+    """Where the merge of a site stands: after `node`, which holds the run of clip segments `run` from axis `dim` on.
 
     `batch` is the product of the other clip atoms: the grouping is computed for each of their values.
     """
@@ -130,12 +130,15 @@ def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) 
 
 
 def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
-    queries, keys = typed.value(attention.q).axes[-2], typed.value(attention.k).axes[-2]
-    return queries == keys and bool(maximal_runs(queries)) and typed.value(attention.q).clip
+    value = typed.value(attention.queries)
+    keys = value.axes[-1]
+    if attention.probabilities is None and attention.keys is not None:
+        keys = typed.value(attention.keys).axes[-2]
+    return value.axes[-2] == keys and bool(maximal_runs(value.axes[-2])) and value.clip
 
 
 def _site(flow: Flow, index: int, attention: Attention, protect: int) -> Site:
-    axes = flow.typed.value(attention.q).axes
+    axes = flow.typed.value(attention.queries).axes
     tokens, batch = axes[-2], product(axes[:-2])
     heads = product(f for f in batch.factors if not (isinstance(f, Atom) and f.clip))
     stream = _stream(flow, attention, tokens)
@@ -155,14 +158,14 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
         return "no residual addition follows it on every path"
     axes = flow.typed.value(node).axes
     holding = [dim for dim, axis in enumerate(axes) if runs[0].atoms & axis.atoms]
-    if len(holding) != 1:
+    if not holding or holding != list(range(holding[0], holding[-1] + 1)):
         return f"its tokens {tokens!r} lie on {len(holding)} axes of the residual stream {_text(axes)}"
-    (dim,) = holding
-    candidates = [run for run in maximal_runs(axes[dim]) if runs[0].atoms <= run.atoms]
-    if len(candidates) != 1:
+    together = product(axes[dim] for dim in holding) if len(holding) > 1 else axes[holding[0]]
+    candidates = [run for run in maximal_runs(together) if runs[0].atoms <= run.atoms]
+    if len(candidates) != 1 or (len(holding) > 1 and candidates[0] != together):
         return f"its tokens {tokens!r} are no one run of the residual stream {_text(axes)}"
-    others = [f for d, axis in enumerate(axes) if d != dim for f in axis.factors]
-    return Stream(node, dim, candidates[0], product(f for f in others if isinstance(f, Atom) and f.clip))
+    others = [f for d, axis in enumerate(axes) if d not in holding for f in axis.factors]
+    return Stream(node, holding[0], candidates[0], product(f for f in others if isinstance(f, Atom) and f.clip))
 
 
 def _refusal(
@@ -170,6 +173,8 @@ def _refusal(
 ) -> str | None:
     run = maximal_runs(tokens)[0]
     clip_batch = [f for f in batch.factors if f not in heads.factors]
+    if len(run.atoms) < sum(len(segment) for segment in run.segments):
+        return f"its tokens {tokens!r} hold the same dimension of the clip twice: several samples packed in a row"
     if attention.causal:
         return "it is causal: the order of its tokens carries meaning"
     if stream.run.atoms > run.atoms and _temporal(run):
@@ -179,7 +184,7 @@ def _refusal(
     if set(clip_batch) | run.atoms != stream.batch.atoms | stream.run.atoms:
         along = _text(typed.value(stream.node).axes)
         return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {along}"
-    for mask in attention.masks:
+    for mask in _masks(typed, attention):
         value = typed.value(mask)
         if value.varies and any(axis.atoms & run.atoms for axis in value.axes):
             return f"its mask ({mask.name}) differs by token and by sample: a masked token must not merge with another"
@@ -187,6 +192,20 @@ def _refusal(
     if isinstance(lead, int) and lead < protect:
         return f"protect={protect} would take apart {run!r}, which is one block of tokens"
     return None
+
+
+def _masks(typed: TypedGraph, attention: Attention) -> Iterator[fx.Node]:
+    """What is added to the scores, or decides on them, and does not descend from the clip itself."""
+    yield from attention.masks
+    pending = [attention.probabilities] if attention.probabilities else []
+    while pending:
+        node = pending.pop()
+        for operand in typed.operands(node):
+            value = typed.value(operand)
+            if value.clip and value.axes[-2:] == typed.value(attention.queries).axes[-2:] and operand in typed.calls:
+                pending.append(operand)
+            elif not value.clip:
+                yield operand
 
 
 def _temporal(run: Axis) -> bool:

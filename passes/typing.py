@@ -121,7 +121,7 @@ def infer(
     """
     walk = _Walk(captured, clip_inputs(captured, clip))
     first = walk.run(Substitution())
-    tokens = [first.value(each.q).axes[-2] for each in attentions] if protect else []
+    tokens = [first.value(each.queries).axes[-2] for each in attentions] if protect else []
     return walk.run(_protecting(walk.solved, tokens, protect))
 
 

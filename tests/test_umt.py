@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.handwritten import Handwritten
+from benchmarks.randomize import randomize
 from benchmarks.umt import UMT, UMTConfig, sinusoid
 from tests.umt import ENCODERS, assert_golden, golden_encoder
-from tests.zoo import randomize
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

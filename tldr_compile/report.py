@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import passes
@@ -83,12 +83,13 @@ class Report:
     def _token_axis(self, site: Site) -> tuple[Axis, tuple[Sequence[Resolution], Sequence[Resolution]]]:
         """The token axis that a site is counted on, and the resolutions it has before and after."""
         if site.stream is None:
-            held = self.plan.held(site.attention.q)
+            held = self.plan.steps[site.attention.scored].held
             return site.tokens, (held, held)
         merges = [merge for merge in self.plan.merges if merge.target.run == site.stream.run]
         earlier = [merge.target for merge in merges if merge.site.index < site.index][-1:]
         here = [merge.target for merge in merges if merge.site is site] or earlier
-        return self.plan.typed.value(site.stream.node).axes[site.stream.dim], (earlier, here)
+        axis = self.plan.typed.value(site.stream.node).axes[site.stream.dim]
+        return axis if axis.atoms >= site.stream.run.atoms else site.stream.run, (earlier, here)
 
     def _restorations(self) -> Iterator[dict[str, Any]]:
         for node, step in self.plan.steps.items():
@@ -164,7 +165,14 @@ def _hint(value: Any) -> Any:
 
 
 def _gflops(graph: fx.GraphModule) -> float:
-    """Count on fake tensors of the example sizes: nothing is computed."""
+    """Count on fake tensors of the example sizes: nothing is computed. NaN where sizes depend on the data."""
+    try:
+        return _counted(graph)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return float("nan")
+
+
+def _counted(graph: fx.GraphModule) -> float:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         inputs = [
             torch.empty([_hint(s) for s in value.shape], dtype=value.dtype, device=value.device)

@@ -62,9 +62,17 @@ def _along(kind: Kind) -> Rule:
 
 
 rule("softmax", "_softmax")(_along(Kind.SOFTMAX))
-rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "flip", "roll")(
-    _along(Kind.MIX)
-)
+rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort")(_along(Kind.MIX))
+
+
+@rule("flip", "roll")
+def moved(call: Call) -> Typed:
+    """Entries change places along `dims`, which are therefore other dimensions than before."""
+    (operand,) = call.operands
+    axes = call.axes(operand)
+    dims = _dims(call.given.get("dims"), len(axes))
+    call.use(Kind.MIX, operand, *dims)
+    return call.typed(tuple(call.fresh(each.size) if dim in dims else each for dim, each in enumerate(axes)))
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")

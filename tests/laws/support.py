@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 import passes
-from tests.zoo import CASES, Case
+from tests.zoo import CASES, FAMILIES, Case, case
 from tldr_compile import TokenMerging, ops
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_family = pytest.mark.parametrize("case", [case(name, each.attns[0]) for name, each in FAMILIES.items()], ids=str)
 
 
 @cache
@@ -72,6 +73,10 @@ def assert_same(actual: Any, expected: Any, bound: float = 1e-5) -> None:
         assert (one.shape, one.dtype, one.device) == (two.shape, two.dtype, two.device)
         error = distance(one, two)
         assert error <= bound, f"output {number} is off by {error:.2e} of the largest magnitude"
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def distance(one: Tensor, two: Tensor) -> float:

@@ -19,7 +19,7 @@ import passes
 import tldr_compile
 from passes.plan import How, Weighing
 from passes.rewrite import _Rewriter
-from tests.laws.support import but, check, every_case, flat_inputs, merge
+from tests.laws.support import but, check, every_case, flat_inputs, merge, program
 from tests.zoo import FAMILIES, Attn, Case, case
 from tldr_compile import VerificationError, ops
 
@@ -92,7 +92,7 @@ def check_any(sized: Case, batch: int, options: dict[str, Any]) -> passes.Merged
 
 @every_case
 def test_other_inputs_than_those_of_the_capture(case: Case) -> None:
-    merged = tldr_compile.apply(case.build(), case.inputs(), schedule=case.schedule)
+    merged = tldr_compile.apply(program(case, 2), schedule=case.schedule)
     (video,) = case.inputs()
     for other in (video.flip(0) * 2, torch.zeros_like(video), video[:1].expand_as(video)):
         merged.verify((other,))

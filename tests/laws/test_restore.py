@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten
 
 import tldr_compile
-from tests.laws.support import every_case, graphs_for_inductor
-from tests.zoo import CASES, Case
+from tests.laws.support import every_case, every_family, graphs_for_inductor, program, tensors
+from tests.zoo import FAMILIES, Attn, Case, case
 
 
 def look(tree: Any) -> Any:
@@ -22,20 +22,26 @@ def look(tree: Any) -> Any:
     ]
 
 
-def assert_restored(model: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> tldr_compile.MergedModule:
+def assert_restored(model: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> Any:
+    """Returns the outputs of the merged model."""
     merged = tldr_compile.apply(model, inputs, **options)
     with torch.no_grad():
         outputs, expected = merged(*inputs), model(*inputs)
     assert type(outputs) is type(expected)
     assert look(outputs) == look(expected)
-    assert all(leaf.isfinite().all() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
-    return merged
+    assert all(leaf.isfinite().all() for leaf in tensors(outputs))
+    return outputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @every_case
-def test_outputs_look_as_they_did(case: Case, dtype: torch.dtype) -> None:
-    inputs = tree_map(lambda x: x.to(dtype), case.inputs())
+def test_outputs_look_as_they_did(case: Case) -> None:
+    assert_restored(case.build(), case.inputs(), schedule=case.schedule)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@every_family
+def test_outputs_keep_the_precision_of_the_model(case: Case, dtype: torch.dtype) -> None:
+    inputs = tuple(each.to(dtype) for each in case.inputs())
     assert_restored(case.build().to(dtype), inputs, schedule=case.schedule)
 
 
@@ -57,17 +63,16 @@ def telling(case: Case, **told: bool) -> nn.Module:
     return model
 
 
-def of_transformers(*attns: str) -> Any:
-    cases = [case for case in CASES if case.name != "umt" and case.attn in attns]
-    return pytest.mark.parametrize("case", cases, ids=str)
+def of_transformers(attn: Attn) -> pytest.MarkDecorator:
+    """The models of transformers, with this attention where they have it."""
+    cases = [case(name, attn if attn in each.attns else each.attns[0]) for name, each in FAMILIES.items()]
+    return pytest.mark.parametrize("case", [case for case in cases if case.name != "umt"], ids=str)
 
 
-@of_transformers("sdpa", "eager")
+@of_transformers("sdpa")
 def test_hidden_states_are_restored(case: Case) -> None:
     model = telling(case, output_hidden_states=True)
-    merged = assert_restored(model, case.inputs(), schedule=case.schedule, verify=True)
-    with torch.no_grad():
-        states = merged(*case.inputs()).hidden_states
+    states = assert_restored(model, case.inputs(), schedule=case.schedule, verify=True).hidden_states
     assert len({state.shape for state in states}) == 1
     assert len(states) >= 4
 
@@ -75,12 +80,11 @@ def test_hidden_states_are_restored(case: Case) -> None:
 @of_transformers("eager")
 def test_attentions_are_restored(case: Case) -> None:
     model = telling(case, output_attentions=True)
-    merged = assert_restored(model, case.inputs(), schedule=case.schedule, verify=True)
-    with torch.no_grad():
-        assert len(merged(*case.inputs()).attentions) >= 3
+    outputs = assert_restored(model, case.inputs(), schedule=case.schedule, verify=True)
+    assert len(outputs.attentions) >= 3
 
 
-@of_transformers("sdpa", "eager")
+@of_transformers("sdpa")
 def test_tuples_stay_tuples(case: Case) -> None:
     model, plain = case.build(), {"return_dict": False}
     merged = tldr_compile.apply(model, case.inputs(), plain, schedule=case.schedule)
@@ -93,7 +97,7 @@ def test_tuples_stay_tuples(case: Case) -> None:
 @every_case
 def test_merged_outputs_are_short_only_along_tokens(case: Case) -> None:
     model, inputs = case.build(), case.inputs()
-    merged = tldr_compile.apply(model, inputs, schedule=case.schedule, outputs="merged")
+    merged = tldr_compile.apply(program(case, 2), schedule=case.schedule, outputs="merged")
     with torch.no_grad():
         (outputs, structure), (expected, same) = tree_flatten(merged(*inputs)), tree_flatten(model(*inputs))
     assert structure == same

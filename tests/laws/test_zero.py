@@ -72,9 +72,8 @@ def assert_handed_on(case: Case, zeros: Any) -> None:
         assert_identical(outputs, model(*inputs))
 
 
-@pytest.mark.parametrize("name", ["umt", "vivit"])
-def test_compiled_is_what_inductor_alone_compiles(name: str) -> None:
-    model, inputs = case(name).build(), case(name).inputs()
+def test_compiled_is_what_inductor_alone_compiles() -> None:
+    model, inputs = case("umt").build(), case("umt").inputs()
     with torch.no_grad():
         merged = torch.compile(model, backend="tldr", options={"schedule": [0]})(*inputs)
         torch.compiler.reset()

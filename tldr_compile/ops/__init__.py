@@ -2,7 +2,7 @@
 
 from .attention import attend, attend_and_sharpness, sharpness
 from .grouping import Grouping, down, group, pick, up
-from .reference import match, saliency
+from .reference import match, saliency, sharpness_of
 from .sums import mean, softmax, sum  # noqa: A004
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "pick",
     "saliency",
     "sharpness",
+    "sharpness_of",
     "softmax",
     "sum",
     "up",

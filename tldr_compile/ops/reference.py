@@ -34,6 +34,16 @@ def row_sharpness(attention: Tensor) -> Tensor:
     return (attention * attention.clamp_min(torch.finfo(attention.dtype).tiny).log()).sum(-1)
 
 
+def sharpness_of(probabilities: Tensor) -> Tensor:
+    """The sharpness of an attention whose matrix is at hand: `[..., H, Nq, Nk]` to `[..., Nq]`.
+
+    In float32 (float64 of float64). Rows may have any positive sum: a softmax that mass has weighed has another than 1.
+    """
+    rows = probabilities.to(wide(probabilities.dtype))
+    total = rows.sum(-1, keepdim=True)
+    return row_sharpness((rows / total.clamp_min(torch.finfo(rows.dtype).tiny)).mean(-3))
+
+
 def attention_with_sharpness(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None, log_mass: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

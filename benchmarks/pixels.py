@@ -1,0 +1,150 @@
+"""Inputs for any encoder, by what its `forward` asks for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from benchmarks.tiny import CHANNELS, number, patch, side
+
+BATCH = 2
+FRAMES = 4
+Grids = tuple[tuple[int, int, int], ...]
+CLIPS: Grids = ((2, 8, 4), (2, 4, 4))
+PICTURES: Grids = ((1, 8, 4), (1, 4, 4))
+
+
+def candidates(model: nn.Module, config: PreTrainedConfig) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Inputs that the model may take, with what they are; the likeliest first."""
+    takes = inspect.signature(model.forward).parameters
+    for kind, make in KINDS.items():
+        made = make(config, takes)
+        if made is not None:
+            yield kind, made | _rest(takes, made)
+
+
+Parameters = Mapping[str, inspect.Parameter]
+Maker = Callable[[PreTrainedConfig, Parameters], "dict[str, Tensor] | None"]
+
+
+def _pictures(*lead: int, height: int = 1) -> Maker:
+    """`[*lead, C, H, W]`, of which a model may take several."""
+
+    def make(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+        if (pixels := _pixels(takes)) is None or any("grid_thw" in name and _required(takes, name) for name in takes):
+            return None
+        shape = (*lead, number(config, CHANNELS) or 3, side(config) // height, side(config))
+        others = [name for name in takes if name.startswith("prompt_") and _required(takes, name)]
+        return {name: _random(*shape, seed=seed) for seed, name in enumerate((pixels, *others))}
+
+    return make
+
+
+def _packed(grids: Grids, layout: str) -> Maker:
+    """Patches of several pictures or clips in one row, with their grids."""
+
+    def make(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+        grid = next((name for name in takes if name.endswith("grid_thw")), None)
+        if grid is None:
+            return None
+        across, channels = patch(config), number(config, CHANNELS) or 3
+        tokens = sum(prod(each) for each in grids)
+        time = number(config, ("temporal_patch_size",)) or 1
+        shapes = {
+            "flat": (tokens, channels * time * across * across),
+            "square": (tokens, channels, across, across),
+            "batch": (1, tokens, channels, across, across),
+        }
+        merge = number(config, ("spatial_merge_size",)) or 1
+        shapes["merged"] = (tokens, across * merge, across * merge, channels)
+        first = _pixels(takes) or next(iter(takes))
+        return {first: _random(*shapes[layout]), grid: torch.tensor(grids)}
+
+    return make
+
+
+def _padded(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+    """Patches of pictures of their own size, padded to one length: `[B, N, C p p]`."""
+    pixels = _pixels(takes)
+    if pixels is None or "spatial_shapes" not in takes:
+        return None
+    inputs = {
+        pixels: _random(BATCH, 24, (number(config, CHANNELS) or 3) * patch(config) ** 2),
+        "spatial_shapes": torch.tensor([[6, 4], [4, 5]]),
+    }
+    mask = next((name for name in takes if name.endswith("attention_mask")), None)
+    return inputs if mask is None else inputs | {mask: torch.arange(24) < torch.tensor([[24], [20]])}
+
+
+def _patches(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+    """Patches of pictures of one size: `[B, N, C p p]`, with their places where the model asks for them."""
+    pixels = _pixels(takes)
+    if pixels is None:
+        return None
+    places = next((name for name in takes if name.endswith("position_ids") and _required(takes, name)), None)
+    known = number(config, ("num_position_embeddings",)) if places is None else None
+    tokens = known or 36
+    inputs = {pixels: _random(BATCH, tokens, (number(config, CHANNELS) or 3) * patch(config) ** 2)}
+    if places is not None:
+        inputs[places] = torch.cartesian_prod(torch.arange(6), torch.arange(6)).expand(BATCH, 36, 2).contiguous()
+    return inputs
+
+
+def _tiled(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+    """Pictures cut into tiles: `[B, 1, tiles, C, H, W]`, with the tiles' layout."""
+    pixels, tiles = _pixels(takes), number(config, ("max_num_tiles",))
+    if pixels is None or tiles is None or "aspect_ratio_ids" not in takes:
+        return None
+    shape = (BATCH, 1, tiles, number(config, CHANNELS) or 3, side(config), side(config))
+    mask = torch.ones(BATCH, 1, tiles, dtype=torch.long)
+    return {pixels: _random(*shape), "aspect_ratio_ids": mask[..., 0], "aspect_ratio_mask": mask}
+
+
+KINDS: Mapping[str, Maker] = {
+    "pictures": _pictures(BATCH),
+    "clips": _pictures(BATCH, FRAMES),
+    "pairs of pictures": _pictures(BATCH, 2),
+    "frames": _pictures(BATCH * FRAMES),
+    "pictures of half the height": _pictures(BATCH, height=2),
+    "tiles": _tiled,
+    "packed patches of clips": _packed(CLIPS, "flat"),
+    "packed patches of pictures": _packed(PICTURES, "flat"),
+    "packed squares": _packed(PICTURES, "square"),
+    "a batch of packed squares": _packed(PICTURES, "batch"),
+    "packed merged squares": _packed(PICTURES, "merged"),
+    "padded patches": _padded,
+    "patches": _patches,
+}
+
+
+def _rest(takes: Parameters, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What else `forward` cannot do without: numbers of tokens, and nothing masked."""
+    rest = {}
+    for name in takes:
+        if name in made or not _required(takes, name):
+            continue
+        if name.endswith("mask"):
+            rest[name] = torch.ones(BATCH, 5, dtype=torch.long)
+        elif name.endswith("merge_sizes"):
+            rest[name] = torch.full((2,), 2)
+        elif name.endswith(("ids", "inputs")):
+            rest[name] = torch.arange(10).reshape(BATCH, 5)
+    return rest
+
+
+def _pixels(takes: Parameters) -> str | None:
+    return next((name for name in takes if name.startswith("pixel_values")), None)
+
+
+def _required(takes: Parameters, name: str) -> bool:
+    parameter = takes[name]
+    return parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2 + seed))
