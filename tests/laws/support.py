@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_leaves
 
@@ -60,6 +60,10 @@ def but(**changed: Callable[..., Any]) -> ModuleType:
     module = ModuleType("but")
     module.__dict__.update({name: getattr(ops, name) for name in ops.__all__}, **changed)
     return module
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="tldr", options=options)
 
 
 def assert_same(actual: Any, expected: Any, bound: float = 1e-5) -> None:

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 import tldr_compile
 from passes.plan import _Walk
-from tests.laws.support import assert_same, distance, graphs_for_inductor, tensors
+from tests.laws.support import assert_same, compiled, distance, graphs_for_inductor, tensors
 from tests.zoo import CASES, Case
 from tldr_compile import MergedModule
 from tldr_compile.inspection import Decision, inspect
@@ -97,9 +97,8 @@ def test_merging_duplicates_changes_nothing(case: Case) -> None:
 @every_case
 def test_nor_in_the_graph_for_inductor(case: Case) -> None:
     model, video = without_positions(case), repeating(case)
-    options = {"schedule": case.schedule, **LAW}
     with graphs_for_inductor(), torch.no_grad():
-        assert_same(torch.compile(model, backend="tldr", options=options)(video), model(video))
+        assert_same(compiled(model, schedule=case.schedule, **LAW)(video), model(video))
 
 
 # --- the law can fail ---

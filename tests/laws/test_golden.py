@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tldr_compile
-from tests.laws.support import graphs_for_inductor
+from tests.laws.support import compiled, graphs_for_inductor
 from tests.umt import ENCODERS, GoldenEncoder, assert_golden, golden_encoder
 from tests.zoo import Attn
 from tldr_compile.inspection import inspect
@@ -25,15 +25,15 @@ def applied(golden: GoldenEncoder, **options: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def compiled(golden: GoldenEncoder, **options: Any) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = torch.compile(golden.model, backend="tldr", options=options)(golden.video)
+def through_inductor(golden: GoldenEncoder, **options: Any) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = compiled(golden.model, **options)(golden.video)
     return outputs
 
 
 def interpreted(golden: GoldenEncoder, **options: Any) -> tuple[Tensor, ...]:
     """The graph that the backend hands to Inductor, as it is."""
     with graphs_for_inductor() as graphs:
-        outputs = compiled(golden, **options)
+        outputs = through_inductor(golden, **options)
     assert len(graphs) == 1
     return outputs
 
@@ -66,7 +66,7 @@ def test_dense_encoders_are_golden(name: str, attn: Attn, road: Road) -> None:
 
 @pytest.mark.parametrize(("name", "attn"), [("encoder0", "sdpa"), ("encoder1", "eager")])
 def test_compiled_encoders_are_golden(name: str, attn: Attn) -> None:
-    assert_merged(golden_encoder(name, attn), compiled)
+    assert_merged(golden_encoder(name, attn), through_inductor)
 
 
 @pytest.mark.parametrize(("name", "attn"), EVERY_ENCODER)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import tldr_compile
-from tests.laws.support import every_case, every_family, graphs_for_inductor, program, tensors
+from tests.laws.support import compiled, every_case, every_family, graphs_for_inductor, program, tensors
 from tests.zoo import FAMILIES, Attn, Case, case
 
 
@@ -49,7 +49,7 @@ def test_outputs_keep_the_precision_of_the_model(case: Case, dtype: torch.dtype)
 def test_compiled_outputs_look_as_they_did(case: Case) -> None:
     model, inputs = case.build(), case.inputs()
     with graphs_for_inductor(), torch.no_grad():
-        outputs = torch.compile(model, backend="tldr", options={"schedule": case.schedule})(*inputs)
+        outputs = compiled(model, schedule=case.schedule)(*inputs)
         expected = model(*inputs)
     assert type(outputs) is type(expected)
     assert look(outputs) == look(expected)

@@ -12,12 +12,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tldr_compile
-from tests.laws.support import assert_same, every_case, graphs_for_inductor, program, tensors
+from tests.laws.support import assert_same, compiled, every_case, graphs_for_inductor, program, tensors
 from tests.zoo import Attn, Case, case
-
-
-def compiled(case: Case, **options: Any) -> Callable[..., Any]:
-    return torch.compile(case.build(), backend="tldr", options={"schedule": case.schedule, **options})
 
 
 @cache
@@ -30,14 +26,14 @@ def merged(case: Case) -> Any:
 @torch.no_grad()
 def test_the_backend_is_a_twin(case: Case) -> None:
     with graphs_for_inductor() as graphs:
-        assert_same(compiled(case)(*case.inputs()), merged(case))
+        assert_same(compiled(case.build(), schedule=case.schedule)(*case.inputs()), merged(case))
     assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("case", [case("vjepa2"), case("timesformer", "eager")], ids=str)
 @torch.no_grad()
 def test_inductor_is_a_twin(case: Case) -> None:
-    assert_same(compiled(case)(*case.inputs()), merged(case))
+    assert_same(compiled(case.build(), schedule=case.schedule)(*case.inputs()), merged(case))
 
 
 @every_case
@@ -47,11 +43,12 @@ def test_the_module_is_a_twin_of_its_export(case: Case) -> None:
     assert_same(tldr_compile.apply(model, inputs, schedule=case.schedule)(*inputs), merged(case))
 
 
+@pytest.mark.parametrize("pre_dispatch", [True, False])
 @every_case
 @torch.no_grad()
-def test_the_graph_of_make_fx_is_a_twin(case: Case) -> None:
+def test_the_graph_of_make_fx_is_a_twin(case: Case, pre_dispatch: bool) -> None:
     model, inputs = case.build(), case.inputs()
-    graph = make_fx(lambda *args: tensors(model(*args)), pre_dispatch=True)(*inputs)
+    graph = make_fx(lambda *args: tensors(model(*args)), pre_dispatch=pre_dispatch)(*inputs)
     assert isinstance(graph, fx.GraphModule)
     outputs = tldr_compile.apply(graph, inputs, schedule=case.schedule)(*inputs)
     assert_same(tensors(outputs), tensors(merged(case)))

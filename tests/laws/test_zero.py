@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 import tldr_compile
-from tests.laws.support import captured, every_case, graphs_for_inductor, merge, program
+from tests.laws.support import captured, compiled, every_case, graphs_for_inductor, merge, program
 from tests.zoo import Case, case
 from tldr_compile.backend import tldr
 
@@ -75,7 +75,7 @@ def assert_handed_on(case: Case, zeros: Any) -> None:
 def test_compiled_is_what_inductor_alone_compiles() -> None:
     model, inputs = case("umt").build(), case("umt").inputs()
     with torch.no_grad():
-        merged = torch.compile(model, backend="tldr", options={"schedule": [0]})(*inputs)
+        merged = compiled(model, schedule=[0])(*inputs)
         torch.compiler.reset()
         plain = torch.compile(model, backend="inductor")(*inputs)
     assert_identical(merged, plain)

@@ -26,8 +26,13 @@ from tests.tracing import number
 def view(name: str) -> list[Sample]:
     call = getattr(aten, name).default
     return [
-        *carried(name, lambda h: call(h, [B, TOKENS, 4, 2]), lambda h: call(h, [B * TOKENS, 1, C])),
-        *barred(name, "it holds a part of", lambda h: call(parts(h)[1], [B, T, N, C])),
+        *carried(
+            name,
+            lambda h: call(h, [B, TOKENS, 4, 2]),
+            lambda h: call(h, [B * TOKENS, 1, C]),
+            lambda h: call(parts(h)[1], [B, T, N, C]),
+        ),
+        *barred(name, "it holds a part of", lambda h: call(parts(h)[1], [B, T, N * C])),
         framewise(name, lambda h: call(h, [B * T, N, C])),
     ]
 

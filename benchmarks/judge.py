@@ -1,0 +1,180 @@
+"""What the pass makes of one encoder: a verdict, the reason, and the laws that it keeps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.utils import _pytree as pytree
+
+import tldr_compile
+from benchmarks.encoders import Built, Encoder, Unbuildable, build
+from tldr_compile.errors import NothingToMerge, VerificationError
+
+MERGED, PARTLY, REFUSED = "merged", "partly merged", "refused"
+WRONG, CRASHED, NOT_BUILT = "wrong", "crashed", "not built"
+VERDICTS = (MERGED, PARTLY, REFUSED, WRONG, CRASHED, NOT_BUILT)
+
+SCHEDULE = 0.2
+NO_RULE = "it has no rule"
+
+Record = dict[str, Any]
+"""Plain data, as it is kept as JSON."""
+
+
+class Untraceable(Exception):
+    """`torch.export` cannot capture a model; the text is the tracer's."""
+
+
+def judge(encoder: Encoder, say: Callable[[str], None]) -> Record:
+    """The record of one encoder. `say` is told what is being done.
+
+    A model that makes the pass crash raises what the pass raised.
+    """
+    facts: Record = {"name": encoder.name, "module": encoder.module}
+    say("building it")
+    try:
+        built = build(encoder)
+    except (Unbuildable, ImportError) as reason:
+        return facts | {"verdict": NOT_BUILT, "reason": str(reason)}
+    facts |= {"sizes": built.sizes, "inputs": {name: list(value.shape) for name, value in built.inputs.items()}}
+    say("tracing it")
+    try:
+        program = _export(built)
+    except Untraceable as reason:
+        return facts | {"verdict": REFUSED, "reason": f"does not trace: {reason}"}
+    facts["attends"] = attends(program)
+    return facts | _merged(built, program, say)
+
+
+def verdict(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The verdict on a traced model, and the reason for it, from its sites, restorations and laws."""
+    broken = [f"{law}: {text}" for law, text in record["laws"].items() if text != "kept"]
+    if broken:
+        return WRONG, "; ".join(broken)
+    refused = Counter(site["reason"] for site in record["sites"] if site["status"] == "refused")
+    if not any(site["status"] == "merged" for site in record["sites"]):
+        return REFUSED, _why_not(record, refused)
+    barriers = Counter[str]()
+    for operator, reason, count in record["restorations"]:
+        barriers[f"{operator}: {reason}"] += count
+    if not barriers and not refused:
+        return MERGED, ""
+    return PARTLY, (barriers or refused).most_common(1)[0][0]
+
+
+def attends(program: ExportedProgram) -> bool:
+    """Whether a graph has self-attention over tokens, told without the pass.
+
+    That is fused attention with as many keys as queries, or a softmax over the last dimension of square matrices.
+    """
+    calls = program.graph.find_nodes
+    fused = calls(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    spelled = calls(op="call_function", target=torch.ops.aten.softmax.int)
+    return any(_square(*(argument.meta["val"].shape[-2] for argument in node.args[:2])) for node in fused) or any(
+        _square(*node.meta["val"].shape[-2:])
+        for node in spelled
+        if node.meta["val"].ndim >= 3 and node.args[1] in (-1, node.meta["val"].ndim - 1)
+    )
+
+
+def _square(queries: int | torch.SymInt, keys: int | torch.SymInt) -> bool:
+    return guard_or_false(queries == keys) and not guard_or_false(keys == 1)
+
+
+def _export(built: Built) -> ExportedProgram:
+    try:
+        return torch.export.export(built.model, (), built.inputs)
+    except Exception as reason:  # the tracer runs the model's own code, which can raise anything
+        raise Untraceable(f"{type(reason).__name__}: {reason}") from reason
+
+
+def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) -> Record:
+    say("a schedule of zeros")
+    zero = tldr_compile.apply(program, schedule=())
+    dense, traced = _run(built.model, built.inputs), _run(program.module(), built.inputs)
+    laws = {"Zero": _same(traced, _run(zero, built.inputs))}
+    report, nothing = zero.report, None
+    say("merging it")
+    try:
+        merged = tldr_compile.apply(program, schedule=SCHEDULE)
+    except NothingToMerge as reason:
+        nothing = str(reason)
+    else:
+        report = merged.report
+        say("running it merged")
+        laws["Restore"] = _restored(dense, _run(merged, built.inputs))
+        say("comparing it with its meaning")
+        laws["Projection"] = _verified(merged, built.inputs)
+    facts = _facts(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(dense, traced)}
+    return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
+
+
+def _facts(report: Mapping[str, Any]) -> Record:
+    forced = Counter((each["operator"], each["reason"]) for each in report["restorations"])
+    return {
+        "sites": [{key: site[key] for key in ("tokens", "batch", "status", "reason")} for site in report["sites"]],
+        "restorations": [
+            [operator, reason, count] for (operator, reason), count in forced.most_common() if operator != "output"
+        ],
+        "misses": [[miss["operator"], miss["reason"]] for miss in report["not_attention"]],
+        "gflops": [report["gflops_before"], report["gflops_after"]],
+    }
+
+
+def _why_not(record: Mapping[str, Any], refused: Counter[str]) -> str:
+    if refused:
+        return refused.most_common(1)[0][0]
+    if record["sites"]:
+        return record["nothing"] or "the schedule removes no token"
+    if record["misses"]:
+        operator, reason = record["misses"][0]
+        return f"no attention site; nearest: {operator}: {reason}"
+    return "no attention"
+
+
+def _run(module: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Any:
+    torch.manual_seed(0)  # some encoders draw at random
+    with torch.no_grad():
+        return module(**inputs)
+
+
+def _same(expected: Any, actual: Any) -> str:
+    """ "kept" where all tensors are equal, bit for bit."""
+    ones, others = _tensors(expected), _tensors(actual)
+    if len(ones) != len(others):
+        return f"{len(others)} tensors instead of {len(ones)}"
+    for number, (one, other) in enumerate(zip(ones, others, strict=True)):
+        if one.shape != other.shape or not torch.equal(_bits(one), _bits(other)):
+            return f"output {number} differs"
+    return "kept"
+
+
+def _restored(expected: Any, actual: Any) -> str:
+    if pytree.tree_structure(expected) != pytree.tree_structure(actual):
+        return "the outputs have another structure"
+    for number, (one, other) in enumerate(zip(_tensors(expected), _tensors(actual), strict=True)):
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            return f"output {number} was {one.dtype} {list(one.shape)} and is {other.dtype} {list(other.shape)}"
+    return "kept"
+
+
+def _verified(merged: tldr_compile.api.MergedModule, inputs: dict[str, Tensor]) -> str:
+    try:
+        merged.verify((), inputs)
+    except VerificationError as reason:
+        return str(reason)
+    return "kept"
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [each for each in pytree.tree_leaves(tree) if isinstance(each, Tensor)]
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.nan_to_num() if value.is_floating_point() else value
