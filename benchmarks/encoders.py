@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TypeVar
 import torch
 import transformers.models
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks.pixels import FRAMES, candidates
 from benchmarks.randomize import randomize
@@ -54,7 +55,11 @@ class Built:
 
 
 class Unbuildable(Exception):
-    """No tiny configuration of a model runs; the text says why not."""
+    """No tiny configuration of a model runs; the text says why not. `depth` is how many calls deep it failed."""
+
+    def __init__(self, reason: str, depth: int = 0) -> None:
+        super().__init__(reason)
+        self.depth = depth
 
 
 def discover() -> tuple[list[Encoder], dict[str, str]]:
@@ -69,7 +74,7 @@ def discover() -> tuple[list[Encoder], dict[str, str]]:
             continue
         for each in vars(module).values():
             if inspect.isclass(each) and issubclass(each, PreTrainedModel) and each.__module__ == path and _sees(each):
-                by_config[each.config_class].append(each)  # type: ignore[index]
+                by_config[each.config_class].append(each)
     chosen = [min(classes, key=_distance) for classes in by_config.values()]
     return sorted((Encoder(c.__module__, c.__name__) for c in chosen), key=lambda e: (e.name, e.module)), absent
 
@@ -87,7 +92,7 @@ def build(encoder: Encoder) -> Built:
 
 
 def _built(cls: type[PreTrainedModel], recipe: Recipe) -> Built:
-    config = _attempt(lambda: shrink(cls.config_class(), recipe))  # type: ignore[misc]
+    config = _attempt(lambda: shrink(cls.config_class(), recipe))
     with torch.device("meta"):
         size = _attempt(lambda: sum(parameter.numel() for parameter in cls(config).parameters()))
     if size > LARGEST:
@@ -95,27 +100,30 @@ def _built(cls: type[PreTrainedModel], recipe: Recipe) -> Built:
     torch.manual_seed(0)
     model = _attempt(lambda: cls(config).eval())
     randomize(model, seed=1)
-    return _fed(model, config, recipe)
-
-
-def _fed(model: nn.Module, config: PreTrainedConfig, recipe: Recipe) -> Built:
-    reasons: list[str] = []
-    for kind, inputs in candidates(model, config):
+    refusals: list[Unbuildable] = []
+    for kind, inputs in candidates(model, config, recipe.grid):
         try:
-            with torch.no_grad():
-                _attempt(lambda inputs=inputs: model(**inputs))  # type: ignore[misc]
-        except Unbuildable as reason:
-            reasons.append(f"{kind}: {reason}")
+            _attempt(lambda: _run(model, inputs))  # noqa: B023 - called at once
+        except Unbuildable as refusal:
+            refusals.append(Unbuildable(f"{kind}: {refusal}", refusal.depth))
         else:
             return Built(model, inputs, f"{recipe}; {kind}")
-    raise Unbuildable(reasons[0] if reasons else "its forward takes no pixels that can be made")
+    if not refusals:
+        raise Unbuildable("nothing is known to make the inputs of its forward from")
+    raise max(refusals, key=lambda refusal: refusal.depth)
+
+
+def _run(model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        model(**inputs)
 
 
 def _attempt(action: Callable[[], T]) -> T:
     try:
         return action()
     except Exception as reason:  # a model's own checks and code, which can raise anything
-        raise Unbuildable(f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}") from reason
+        text = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
+        raise Unbuildable(text, len(traceback.extract_tb(reason.__traceback__))) from reason
 
 
 def _modeling_modules() -> Iterator[str]:

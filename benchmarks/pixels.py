@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -19,26 +20,47 @@ CLIPS: Grids = ((2, 8, 4), (2, 4, 4))
 PICTURES: Grids = ((1, 8, 4), (1, 4, 4))
 
 
-def candidates(model: nn.Module, config: PreTrainedConfig) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Inputs that the model may take, with what they are; the likeliest first."""
+@dataclass(frozen=True)
+class Facts:
+    """What a configuration says about its inputs.
+
+    Attributes:
+        channels: of a picture.
+        side: pixels across a picture.
+        patch: pixels across a patch.
+    """
+
+    config: PreTrainedConfig
+    channels: int
+    side: int
+    patch: int
+
+    @property
+    def patch_values(self) -> int:
+        return self.channels * self.patch**2
+
+
+def candidates(model: nn.Module, config: PreTrainedConfig, grid: int | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Inputs that the model may take, with what they are; the likeliest first. Pictures are `grid` patches across."""
     takes = inspect.signature(model.forward).parameters
+    facts = Facts(config, number(config, CHANNELS) or 3, side(config, grid), patch(config))
     for kind, make in KINDS.items():
-        made = make(config, takes)
+        made = make(facts, takes)
         if made is not None:
             yield kind, made | _rest(takes, made)
 
 
 Parameters = Mapping[str, inspect.Parameter]
-Maker = Callable[[PreTrainedConfig, Parameters], "dict[str, Tensor] | None"]
+Maker = Callable[[Facts, Parameters], "dict[str, Tensor] | None"]
 
 
 def _pictures(*lead: int, height: int = 1) -> Maker:
     """`[*lead, C, H, W]`, of which a model may take several."""
 
-    def make(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+    def make(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
         if (pixels := _pixels(takes)) is None or any("grid_thw" in name and _required(takes, name) for name in takes):
             return None
-        shape = (*lead, number(config, CHANNELS) or 3, side(config) // height, side(config))
+        shape = (*lead, facts.channels, facts.side // height, facts.side)
         others = [name for name in takes if name.startswith("prompt_") and _required(takes, name)]
         return {name: _random(*shape, seed=seed) for seed, name in enumerate((pixels, *others))}
 
@@ -48,19 +70,18 @@ def _pictures(*lead: int, height: int = 1) -> Maker:
 def _packed(grids: Grids, layout: str) -> Maker:
     """Patches of several pictures or clips in one row, with their grids."""
 
-    def make(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+    def make(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
         grid = next((name for name in takes if name.endswith("grid_thw")), None)
         if grid is None:
             return None
-        across, channels = patch(config), number(config, CHANNELS) or 3
-        tokens = sum(prod(each) for each in grids)
-        time = number(config, ("temporal_patch_size",)) or 1
+        across, channels, tokens = facts.patch, facts.channels, sum(map(prod, grids))
+        time = number(facts.config, ("temporal_patch_size",)) or 1
         shapes = {
             "flat": (tokens, channels * time * across * across),
             "square": (tokens, channels, across, across),
             "batch": (1, tokens, channels, across, across),
         }
-        merge = number(config, ("spatial_merge_size",)) or 1
+        merge = number(facts.config, ("spatial_merge_size",)) or 1
         shapes["merged"] = (tokens, across * merge, across * merge, channels)
         first = _pixels(takes) or next(iter(takes))
         return {first: _random(*shapes[layout]), grid: torch.tensor(grids)}
@@ -68,41 +89,49 @@ def _packed(grids: Grids, layout: str) -> Maker:
     return make
 
 
-def _padded(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+def _padded(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
     """Patches of pictures of their own size, padded to one length: `[B, N, C p p]`."""
     pixels = _pixels(takes)
     if pixels is None or "spatial_shapes" not in takes:
         return None
     inputs = {
-        pixels: _random(BATCH, 24, (number(config, CHANNELS) or 3) * patch(config) ** 2),
+        pixels: _random(BATCH, 24, facts.patch_values),
         "spatial_shapes": torch.tensor([[6, 4], [4, 5]]),
     }
     mask = next((name for name in takes if name.endswith("attention_mask")), None)
     return inputs if mask is None else inputs | {mask: torch.arange(24) < torch.tensor([[24], [20]])}
 
 
-def _patches(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+def _patches(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
     """Patches of pictures of one size: `[B, N, C p p]`, with their places where the model asks for them."""
     pixels = _pixels(takes)
     if pixels is None:
         return None
     places = next((name for name in takes if name.endswith("position_ids") and _required(takes, name)), None)
-    known = number(config, ("num_position_embeddings",)) if places is None else None
+    known = number(facts.config, ("num_position_embeddings",)) if places is None else None
     tokens = known or 36
-    inputs = {pixels: _random(BATCH, tokens, (number(config, CHANNELS) or 3) * patch(config) ** 2)}
+    inputs = {pixels: _random(BATCH, tokens, facts.patch_values)}
     if places is not None:
         inputs[places] = torch.cartesian_prod(torch.arange(6), torch.arange(6)).expand(BATCH, 36, 2).contiguous()
     return inputs
 
 
-def _tiled(config: PreTrainedConfig, takes: Parameters) -> dict[str, Tensor] | None:
+def _tiled(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
     """Pictures cut into tiles: `[B, 1, tiles, C, H, W]`, with the tiles' layout."""
-    pixels, tiles = _pixels(takes), number(config, ("max_num_tiles",))
+    pixels, tiles = _pixels(takes), number(facts.config, ("max_num_tiles",))
     if pixels is None or tiles is None or "aspect_ratio_ids" not in takes:
         return None
-    shape = (BATCH, 1, tiles, number(config, CHANNELS) or 3, side(config), side(config))
+    shape = (BATCH, 1, tiles, facts.channels, facts.side, facts.side)
     mask = torch.ones(BATCH, 1, tiles, dtype=torch.long)
     return {pixels: _random(*shape), "aspect_ratio_ids": mask[..., 0], "aspect_ratio_mask": mask}
+
+
+def _cubes(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
+    """Patches of clips with the channels last: `[N, T, p, p, C]`."""
+    pixels, time = _pixels(takes), number(facts.config, ("temporal_patch_size",))
+    if pixels is None or time is None:
+        return None
+    return {pixels: _random(BATCH * 36, time, facts.patch, facts.patch, facts.channels)}
 
 
 KINDS: Mapping[str, Maker] = {
@@ -119,6 +148,7 @@ KINDS: Mapping[str, Maker] = {
     "packed merged squares": _packed(PICTURES, "merged"),
     "padded patches": _padded,
     "patches": _patches,
+    "cubes": _cubes,
 }
 
 

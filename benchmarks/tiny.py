@@ -86,14 +86,14 @@ def patch(config: PreTrainedConfig) -> int:
     return number(config, PATCH[:-1]) or number(config, PATCH[-1:], last=True) or 16
 
 
-def side(config: PreTrainedConfig) -> int:
+def side(config: PreTrainedConfig, grid: int | None) -> int:
     """Pixels across a picture."""
-    return number(config, IMAGE) or _image(config, 7)
+    return number(config, IMAGE) or _image(config, grid)
 
 
 def _image(config: PreTrainedConfig, grid: int | None) -> int:
     if grid is None:
-        return number(config, IMAGE) or 224
+        return number(config, IMAGE) or patch(config) * (number(config, ("num_patches",)) or 16)
     return patch(config) * max(grid, -(-LEAST_IMAGE // patch(config)))
 
 

@@ -27,6 +27,7 @@ SDPA = aten.scaled_dot_product_attention.default
 
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 _PRODUCT = frozenset({aten.matmul.default, aten.bmm.default})
+_EINSUM = aten.einsum.default
 _DROPOUT = aten.native_dropout.default
 _THROUGH = frozenset({aten.clone.default, aten._to_copy.default, aten.alias.default})
 _TRANSPOSE = frozenset({aten.transpose.int, aten.permute.default})
@@ -146,7 +147,7 @@ def _search(graph: fx.Graph) -> _Search:
             continue
         output, dropout, escapes = down
         scores = _up(softmax.args[0], _Scores())
-        fits = not escapes and not isinstance(scores, str)
+        fits = not escapes and not isinstance(scores, str) and output.target is not _EINSUM
         search.found.append(_Match(softmax, output, scores if fits else None, dropout))  # type: ignore[arg-type]
     return search
 
@@ -210,12 +211,12 @@ def _down(softmax: fx.Node) -> tuple[fx.Node, float, bool] | str:
     escapes = False
     while True:
         readers = list(node.users)
-        onward = [user for user in readers if user.target in (*_THROUGH, *_PRODUCT, _DROPOUT, getitem)]
-        products = [user for user in onward if user.target in _PRODUCT and user.args[0] is node]
+        onward = [user for user in readers if user.target in (*_THROUGH, *_PRODUCT, _EINSUM, _DROPOUT, getitem)]
+        products = [user for user in onward if user.target in (*_PRODUCT, _EINSUM) and next(operands(user)) is node]
         escapes = escapes or len(readers) > 1
         if products:
             return products[0], dropout, escapes
-        if len(onward) != 1 or onward[0].target in _PRODUCT:
+        if len(onward) != 1 or onward[0].target in (*_PRODUCT, _EINSUM):
             names = ", ".join(str(user.target) for user in readers) or "nothing"
             return f"the probabilities ({node.name}) are not multiplied with values but read by {names}"
         node = onward[0]

@@ -10,7 +10,7 @@ from passes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unkn
 def linear(call: Call) -> Typed:
     """`x [..., in]`, `weight [out, in]`: each entry of `out` mixes all of `in`."""
     x, weight, *bias = call.operands
-    call.absorb(weight.axes[-1], x.axes[-1])
+    call.absorb(weight.axes[-1], x.axes[-1], channel=False)
     call.use(Kind.MIX, x, -1)
     call.use(Kind.MIX, weight, *range(len(weight.axes)))
     out = call.axes(weight)[:-1]
@@ -58,7 +58,7 @@ def _contract(call: Call, one: Operand, dim: int, two: Operand, other: int, inne
         kind = Kind.CONTRACT
     else:
         weight, activation = (inner, one.axes[dim]) if one.varies else (one.axes[dim], inner)
-        call.absorb(weight, activation)
+        call.absorb(weight, activation, channel=False)
         kind = Kind.MIX
     call.use(kind, one, dim)
     call.use(Kind.MIX if kind is Kind.MIX else Kind.INVARIANT, two, other)

@@ -110,11 +110,16 @@ class Call:
                         raise
         return self.solved.resolve(result)
 
-    def absorb(self, weight: Axis, activation: Axis) -> None:
-        """A contraction of an activation with a parameter: the parameter names the dimension, now a channel."""
+    def absorb(self, weight: Axis, activation: Axis, *, channel: bool = True) -> None:
+        """A parameter names the dimension of an activation that it meets, which is therefore a channel.
+
+        Where that is not certain (`channel=False`: a linear layer may run along any dimension), one that was born the
+        clip's own stays so.
+        """
         weight, activation = self.solved.resolve(weight), self.solved.resolve(activation)
-        if weight.lone and activation.lone and activation.lone.clip and weight.size == activation.size:
-            self.solved = self.solved.bind(activation.lone, weight)
+        lone = activation.lone
+        if weight.lone and lone and lone.clip and (channel or not lone.born) and weight.size == activation.size:
+            self.solved = self.solved.bind(lone, weight)
         else:
             self.same(activation, weight)
 

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tldr_compile
 from tests.laws.support import assert_same, compiled, every_case, graphs_for_inductor, program, tensors
-from tests.zoo import Attn, Case, case
+from tests.zoo import CASES, Attn, Case, case
 
 
 @cache
@@ -43,10 +43,20 @@ def test_the_module_is_a_twin_of_its_export(case: Case) -> None:
     assert_same(tldr_compile.apply(model, inputs, schedule=case.schedule)(*inputs), merged(case))
 
 
-@pytest.mark.parametrize("pre_dispatch", [True, False])
 @every_case
 @torch.no_grad()
-def test_the_graph_of_make_fx_is_a_twin(case: Case, pre_dispatch: bool) -> None:
+def test_the_graph_of_make_fx_is_a_twin(case: Case) -> None:
+    assert_traced_is_a_twin(case, pre_dispatch=True)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.attn == "sdpa"], ids=str)
+@torch.no_grad()
+def test_the_graph_below_the_dispatcher_is_a_twin(case: Case) -> None:
+    """Of kernels: what `make_fx` traces where it is not told otherwise."""
+    assert_traced_is_a_twin(case, pre_dispatch=False)
+
+
+def assert_traced_is_a_twin(case: Case, pre_dispatch: bool) -> None:
     model, inputs = case.build(), case.inputs()
     graph = make_fx(lambda *args: tensors(model(*args)), pre_dispatch=pre_dispatch)(*inputs)
     assert isinstance(graph, fx.GraphModule)
