@@ -42,7 +42,7 @@ class Encoder:
     name: str
 
     def load(self) -> type[PreTrainedModel]:
-        return getattr(importlib.import_module(self.module), self.name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def discover() -> tuple[list[Encoder], dict[str, str]]:
             absent[path] = str(reason)
             continue
         for each in vars(module).values():
-            if inspect.isclass(each) and issubclass(each, PreTrainedModel) and each.__module__ == path and _sees(each):
+            if isinstance(each, type) and issubclass(each, PreTrainedModel) and each.__module__ == path and _sees(each):
                 by_config[each.config_class].append(each)
     chosen = [min(classes, key=_distance) for classes in by_config.values()]
     return sorted((Encoder(c.__module__, c.__name__) for c in chosen), key=lambda e: (e.name, e.module)), absent

@@ -20,7 +20,7 @@ MERGED, PARTLY, REFUSED = "merged", "partly merged", "refused"
 WRONG, CRASHED, NOT_BUILT = "wrong", "crashed", "not built"
 VERDICTS = (MERGED, PARTLY, REFUSED, WRONG, CRASHED, NOT_BUILT)
 
-SCHEDULE = 0.2
+FRACTION = 0.2
 NO_RULE = "it has no rule"
 
 Record = dict[str, Any]
@@ -102,7 +102,7 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
     report, nothing = zero.report, None
     say("merging it")
     try:
-        merged = tldr_compile.apply(program, schedule=SCHEDULE)
+        merged = tldr_compile.apply(program, schedule=FRACTION)
     except NothingToMerge as reason:
         nothing = str(reason)
     else:

@@ -57,12 +57,12 @@ def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join((HEAD, *(line(title, report) for title, report in reports.items())))
 
 
-def replaced(text: str, block: str) -> str:
+def replaced(text: str, block: str, marker: str = MARKER) -> str:
     """`text` with `block` between its two markers. Raises ValueError where there are not exactly two."""
-    parts = text.split(MARKER)
+    parts = text.split(marker)
     if len(parts) != 3:
-        raise ValueError(f"expected two lines {MARKER}, found {len(parts) - 1}")
-    return f"{parts[0]}{MARKER}\n{block}\n{MARKER}{parts[2]}"
+        raise ValueError(f"expected two lines {marker}, found {len(parts) - 1}")
+    return f"{parts[0]}{marker}\n{block}\n{marker}{parts[2]}"
 
 
 def collect(names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -36,10 +36,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write(name: str, record: Mapping[str, Any]) -> Path:
-    """Keep a record as `results/name.json`."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Keep a record as `name.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 

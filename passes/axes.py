@@ -239,14 +239,14 @@ class Substitution:
         return Substitution({**self.bindings, atom: to})
 
     def identify(self, keep: Axis, other: Axis) -> Substitution:
-        """The two axes are one. Of two lone atoms the clip's stays, then the firmer one, then the first."""
+        """The two axes are one. Of two lone atoms the firmer one stays, then the clip's, then the first."""
         keep, other = self.resolve(keep), self.resolve(other)
         if keep == other:
             return self
         if keep.size != other.size:
             raise Conflict(f"{keep!r} has size {keep.size}, {other!r} has size {other.size}")
         mine, theirs = keep.lone, other.lone
-        if theirs and (not mine or (mine.clip, mine.strength) >= (theirs.clip, theirs.strength)):
+        if theirs and (not mine or (mine.strength, mine.clip) >= (theirs.strength, theirs.clip)):
             return self.bind(theirs, keep)
         if mine:
             return self.bind(mine, other)

@@ -20,7 +20,8 @@ BINARY = """
 
 @rule(*BINARY.split())
 def pointwise(call: Call) -> Typed:
-    axes = broadcast(call, [operand.axes for operand in call.operands])
+    varying = [operand.axes for operand in call.operands if operand.varies]
+    axes = broadcast(call, varying, [operand.axes for operand in call.operands if not operand.varies])
     return call.typed(*[axes] * len(call.sizes), reads={operand.index: axes for operand in call.operands})
 
 

@@ -110,6 +110,13 @@ class Call:
                         raise
         return self.solved.resolve(result)
 
+    def adopt(self, activation: Axis, table: Axis) -> Axis:
+        """A constant meets an activation, up to broadcasting: its dimension is the activation's."""
+        activation, table = self.solved.resolve(activation), self.solved.resolve(table)
+        if table.lone and activation != UNIT and activation != table and activation.size == table.size:
+            self.solved = self.solved.bind(table.lone, activation)
+        return self.same(activation, table)
+
     def absorb(self, weight: Axis, activation: Axis, *, channel: bool = True) -> None:
         """A parameter names the dimension of an activation that it meets, which is therefore a channel.
 
@@ -165,7 +172,12 @@ def aligned(axes: Axes, rank: int) -> Axes:
     return (UNIT,) * (rank - len(axes)) + axes
 
 
-def broadcast(call: Call, all_axes: Sequence[Axes]) -> Axes:
-    """The axes of a pointwise result."""
-    rank = max(map(len, all_axes), default=0)
-    return tuple(call.same(*column) for column in zip(*(aligned(axes, rank) for axes in all_axes), strict=True))
+def broadcast(call: Call, all_axes: Sequence[Axes], constants: Sequence[Axes] = ()) -> Axes:
+    """The axes of a pointwise result; those of constants follow the others'."""
+    rank = max(map(len, (*all_axes, *constants)), default=0)
+    result = tuple(
+        call.same(*column) for column in zip(*(aligned(axes, rank) for axes in (*all_axes, ())), strict=True)
+    )
+    for table in constants:
+        result = tuple(call.adopt(*pair) for pair in zip(result, aligned(table, rank), strict=True))
+    return result

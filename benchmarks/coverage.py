@@ -1,0 +1,238 @@
+"""What the pass makes of every image and video encoder of `transformers`: one verdict per model.
+
+    python -m benchmarks.coverage [--write docs/coverage.md README.md]
+    python -m benchmarks.coverage --shard 2/4            a quarter of them
+    python -m benchmarks.coverage --only Siglip CLIP     those whose name contains one of these
+    python -m benchmarks.coverage --join FILE ...        no walk: the tables of walks that were kept, such as shards
+
+Every model is built tiny with random weights, traced, merged at every site by one fraction, and held to the laws:
+
+    Zero         a schedule of zeros gives the traced model's numbers, bit for bit
+    Restore      all outputs have the shapes, dtypes and structure that they had
+    Projection   the merged graph equals its definition, an interpreter that runs the original graph at full length
+
+A walk is kept as JSON in `benchmarks/results`. The exit status is 1 where a model is wrong or crashed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).parent.parent)
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import timing
+from benchmarks.encoders import Encoder, discover
+from benchmarks.judge import (
+    CRASHED,
+    FRACTION,
+    MERGED,
+    NO_RULE,
+    NOT_BUILT,
+    PARTLY,
+    REFUSED,
+    VERDICTS,
+    WRONG,
+    Record,
+    judge,
+)
+from benchmarks.table import replaced
+from benchmarks.walk import walk
+
+MARKER = "<!-- coverage -->"
+TITLE = "# Coverage"
+LONGEST = 300
+FAULTS = (WRONG, CRASHED)
+MEANING = {
+    MERGED: "at every attention site, and nothing inside the model is restored",
+    PARTLY: "some sites are not, or an operator inside the model needs the full length; it is named",
+    REFUSED: "no site is, for the reason given",
+    WRONG: "a law is broken",
+    CRASHED: "the pass failed, or took too long",
+    NOT_BUILT: "no tiny configuration of it runs here",
+}
+
+T = TypeVar("T")
+
+
+def shard(items: Sequence[T], number: int, count: int) -> list[T]:
+    """Part `number` (from 1) of `count` that are about as long."""
+    return list(items[number - 1 :: count])
+
+
+def restored(record: Record) -> Counter[str]:
+    """How many values were restored inside a model, by the operator that forced it."""
+    found = Counter[str]()
+    for operator, _, count in record.get("restorations", ()):
+        found[operator] += count
+    return found
+
+
+def ruleless(records: Iterable[Record]) -> Counter[str]:
+    """How many restorations the operators without a rule cost, by operator."""
+    found = Counter[str]()
+    for record in records:
+        for operator, reason, count in record.get("restorations", ()):
+            if reason == NO_RULE:
+                found[operator] += count
+    return found
+
+
+def summary(records: Sequence[Record]) -> str:
+    """The sums, as Markdown."""
+    verdicts = Counter(record["verdict"] for record in records)
+    attending = [record for record in records if record.get("attends")]
+    covered = sum(record["verdict"] in (MERGED, PARTLY) for record in attending)
+    untraced = sum(record["verdict"] == REFUSED and "attends" not in record for record in records)
+    costly = ", ".join(f"`{operator}` ({count})" for operator, count in ruleless(records).most_common(8))
+    share = f"{covered} of {len(attending)} ({covered / len(attending):.0%})" if attending else "none"
+    return "\n".join(
+        (
+            "| verdict | encoders | |",
+            "| --- | --- | --- |",
+            *(f"| {verdict} | {verdicts[verdict]} | {MEANING[verdict]} |" for verdict in VERDICTS),
+            "",
+            f"Of the encoders that trace and have self-attention over tokens, {share} are merged or partly merged. "
+            f"{untraced} encoders do not trace: `torch.export` refuses them. "
+            f"Operators without a rule, by the restorations that they cost: {costly or 'none'}.",
+        )
+    )
+
+
+def table(records: Iterable[Record]) -> str:
+    """One line per model, as Markdown."""
+    head = (
+        "| model | verdict | sites (merged) | restored before | laws | seconds | reason |\n| --- " + "| --- " * 6 + "|"
+    )
+    return "\n".join((head, *map(line, records)))
+
+
+def line(record: Record) -> str:
+    """One model's line of the table."""
+    sites = record.get("sites")
+    merged = sum(site["status"] == "merged" for site in sites or ())
+    laws = record.get("laws", {})
+    notes = [record["reason"]] if record["reason"] else []
+    if record.get("trace", "kept") != "kept":
+        notes.append(f"its trace is not the eager model, bit for bit: {record['trace']}")
+    cells = (
+        record["name"],
+        record["verdict"],
+        "-" if sites is None else f"{len(sites)} ({merged})",
+        ", ".join(f"`{operator}` x {count}" for operator, count in restored(record).most_common()) or "-",
+        ", ".join(law for law, text in laws.items() if text == "kept") or "-",
+        f"{record['seconds']:.0f}",
+        _short("; ".join(notes)) or "-",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def page(records: Sequence[Record], absent: Mapping[str, str]) -> str:
+    """The whole of `docs/coverage.md`."""
+    missing = [f"- `{module}` does not import here: {_short(reason)}" for module, reason in absent.items()]
+    parts = (
+        TITLE,
+        "Every image and video encoder of `transformers`, one class per configuration, built tiny with random weights "
+        f"and merged at every site by {FRACTION:.0%} of the tokens. Nothing is known of any model. "
+        "`python -m benchmarks.coverage --write docs/coverage.md` makes this page.",
+        summary(records),
+        table(records),
+        "\n".join(missing),
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write(path: Path, records: Sequence[Record], absent: Mapping[str, str]) -> None:
+    """Bring a file up to date: the sums between its two markers, or all of it where it is the page of the table.
+
+    Raises ValueError where it is neither.
+    """
+    text = path.read_text() if path.exists() else TITLE
+    new = page(records, absent) if text.startswith(TITLE) else replaced(text, summary(records), MARKER)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(new)
+
+
+def collect(encoders: Sequence[Encoder], *, jobs: int, limit: float) -> list[Record]:
+    """The records of all encoders by name, with a progress bar."""
+    records: list[Record] = []
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(encoders))
+        for record in walk(encoders, judge, jobs=jobs, limit=limit):
+            records.append(record)
+            progress.update(task, advance=1, description=f"{record['name']}: {record['verdict']}")
+            if record["verdict"] in FAULTS:
+                progress.console.print(f"{record['name']}: {record['verdict']}: {record['reason']}", markup=False)
+    return ordered(records)
+
+
+def ordered(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: (record["name"], record["module"]))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shard", type=part, default=(1, 1), metavar="I/N", help="part I of N, for example 2/4")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="models whose name contains one of these"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1)")
+    parser.add_argument("--limit-s", type=float, default=120.0, help="seconds a model may take (default 120)")
+    parser.add_argument("--write", type=Path, nargs="+", default=[], help="files to bring up to date")
+    parser.add_argument(
+        "--out", type=Path, default=timing.RESULTS, help="folder for coverage.json (default %(default)s)"
+    )
+    parser.add_argument("--join", type=Path, nargs="+", help="JSON of earlier walks, instead of a walk")
+    return parser.parse_args()
+
+
+def part(text: str) -> tuple[int, int]:
+    """`I/N` as two numbers. Raises ArgumentTypeError."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N")
+    return int(number), int(count)
+
+
+def main() -> int:
+    chosen = arguments()
+    if chosen.join:
+        kept = [json.loads(path.read_text()) for path in chosen.join]
+        records = ordered(record for each in kept for record in each["encoders"])
+        absent = {module: reason for each in kept for module, reason in each["absent"].items()}
+    else:
+        encoders, absent = discover()
+        named = [encoder for encoder in encoders if any(text in encoder.name for text in chosen.only)]
+        records = collect(shard(named, *chosen.shard), jobs=chosen.jobs, limit=chosen.limit_s)
+    whole = {
+        "machine": timing.machine(torch.device("cpu")),
+        "fraction": FRACTION,
+        "absent": absent,
+        "encoders": records,
+    }
+    timing.write("coverage", whole, chosen.out)
+    print(table(records), summary(records), sep="\n\n")
+    for path in chosen.write:
+        write(path, records, absent)
+    return int(any(record["verdict"] in FAULTS for record in records))
+
+
+def _short(text: str) -> str:
+    """A cell of a table: one line, not too long."""
+    flat = " ".join(text.split()).replace("|", "\\|")
+    return flat if len(flat) <= LONGEST else f"{flat[:LONGEST]} ..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""A rule from outside: what CONTRIBUTING promises to whoever has an operator of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tldr_compile
+from passes.rules import TABLE, Call, Kind, Typed, rule
+from tests.generated.model import Recipe
+
+
+@torch.library.custom_op("tldr_tests::smooth", mutates_args=())
+def smooth(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+@smooth.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Smoothed(nn.Module):
+    """An operator that nobody here knows, in the middle of a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Recipe(tail="tokens").build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model.embedded(x)
+        for block in self.model.blocks:
+            x = block(x)
+            x = x + smooth(x)
+        return x.mean(1)
+
+
+@pytest.fixture
+def table() -> Iterator[None]:
+    before = dict(TABLE)
+    yield
+    TABLE.clear()
+    TABLE.update(before)
+
+
+def forced() -> list[str]:
+    merged = tldr_compile.apply(Smoothed().eval(), Recipe().inputs(), schedule=[3, 1], verify=True)
+    return [restoration["operator"] for restoration in merged.report.restorations]
+
+
+def test_an_unknown_operator_is_a_barrier_that_the_report_names() -> None:
+    assert set(forced()) == {"tldr_tests.smooth.default"}
+
+
+def test_a_rule_from_outside_carries_it(table: None) -> None:
+    @rule("tldr_tests::smooth")
+    def channels_meet(call: Call) -> Typed:
+        (x,) = call.operands
+        call.use(Kind.MIX, x, -1)
+        return call.typed(call.axes(x))
+
+    assert not forced()
+
+
+def test_a_wrong_rule_breaks_the_law(table: None) -> None:
+    """Claiming that a sum over the tokens maps them is found out on the first run."""
+
+    @rule("sum")
+    def maps(call: Call) -> Typed:
+        (x,) = call.operands
+        return call.typed(tuple(axis for d, axis in enumerate(call.axes(x)) if d not in {1}))
+
+    class Summed(Smoothed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model.blocks[0](self.model.embedded(x)).sum(1)
+
+    with pytest.raises(tldr_compile.VerificationError, match="differs from its meaning|would become"):
+        tldr_compile.apply(Summed().eval(), Recipe().inputs(), schedule=[3], verify=True)
