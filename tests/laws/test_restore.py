@@ -1,4 +1,7 @@
-"""Shapes, dtypes, devices and structure of all outputs are those of the original."""
+"""Shapes, dtypes, devices and structure of all outputs are those of the original.
+
+`apply` against the model; that the backend's outputs are those of `apply` is a law of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import tldr_compile
-from tests.laws.support import compiled, every_case, every_family, graphs_for_inductor, program, tensors
+from tests.laws.support import every_case, every_family, program, tensors
 from tests.zoo import FAMILIES, Attn, Case, case
 
 
@@ -38,21 +41,10 @@ def test_outputs_look_as_they_did(case: Case) -> None:
     assert_restored(case.build(), case.inputs(), schedule=case.schedule)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @every_family
-def test_outputs_keep_the_precision_of_the_model(case: Case, dtype: torch.dtype) -> None:
-    inputs = tuple(each.to(dtype) for each in case.inputs())
-    assert_restored(case.build().to(dtype), inputs, schedule=case.schedule)
-
-
-@every_case
-def test_compiled_outputs_look_as_they_did(case: Case) -> None:
-    model, inputs = case.build(), case.inputs()
-    with graphs_for_inductor(), torch.no_grad():
-        outputs = compiled(model, schedule=case.schedule)(*inputs)
-        expected = model(*inputs)
-    assert type(outputs) is type(expected)
-    assert look(outputs) == look(expected)
+def test_outputs_keep_the_precision_of_the_model(case: Case) -> None:
+    (video,) = case.inputs()
+    assert_restored(case.build().bfloat16(), (video.bfloat16(),), schedule=case.schedule)
 
 
 def telling(case: Case, **told: bool) -> nn.Module:

@@ -173,13 +173,13 @@ def test_a_border_is_a_place(whole: Axis, offset: int) -> None:
     ("keep", "other", "stays"),
     [
         (Atom(6), Atom(6, clip=True), 1),
-        (Atom(6, strength=BORN), Atom(6, clip=True, strength=CONSTANT), 1),
+        (Atom(6, strength=BORN), Atom(6, clip=True, strength=CONSTANT), 0),
         (Atom(6, strength=CONSTANT), Atom(6, strength=BORN), 1),
         (Atom(6, strength=BORN), Atom(6, strength=CONSTANT), 0),
         (Atom(6), Atom(6), 0),
     ],
 )
-def test_of_two_atoms_the_clip_stays_then_the_firmer_then_the_first(keep: Atom, other: Atom, stays: int) -> None:
+def test_of_two_atoms_the_firmer_stays_then_the_clips_then_the_first(keep: Atom, other: Atom, stays: int) -> None:
     found = NOTHING.identify(axis(keep), axis(other))
     assert found.resolve(axis(keep)).lone is (keep, other)[stays]
 
