@@ -1,6 +1,6 @@
 """Latency and memory of a merged model beside what it competes with, all in one alternating run.
 
-    python -m benchmarks.speed --model umt-b
+    python -m benchmarks.speed --model umt-b [--write README.md]
     python -m benchmarks.speed --model umt-b --device cuda --dtype bfloat16 --batch 8
 
 Rows: the dense model (SDPA, compiled: what a user would pick instead; and eager), `ours` through the backend, the
@@ -25,9 +25,11 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import timing
 from benchmarks.handwritten import Handwritten, Method
 from benchmarks.models import MODELS, Spec
+from benchmarks.table import replaced
 from benchmarks.timing import Spread
 from benchmarks.umt import UMT
 
+MARKER = "<!-- speed -->"
 DENSE, OURS, FLOOR = "dense compiled", "ours", "floor by hand"
 
 
@@ -155,6 +157,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each row")
     parser.add_argument("--inductor", type=ast.literal_eval, default={}, help="Inductor options, the same for all rows")
     parser.add_argument("--cached", action="store_true", help="reuse compiled code of earlier runs (first calls lie)")
+    parser.add_argument("--write", type=Path, help=f"file with two lines {MARKER} to put the table between")
     parser.add_argument("--name", help="file name of the JSON in benchmarks/results, without its ending")
     return parser.parse_args()
 
@@ -190,6 +193,8 @@ def main() -> None:
     path, table = record(MODELS[chosen.model], chosen)
     print(table)
     print(f"\nkept in {path}")
+    if chosen.write is not None:
+        chosen.write.write_text(replaced(chosen.write.read_text(), table, MARKER))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tldr_compile
-from tests.laws.support import assert_same, compiled, every_case, graphs_for_inductor, program, tensors
+from tests.laws.support import assert_same, compiled, every_case, every_family, graphs_for_inductor, program, tensors
 from tests.zoo import CASES, Attn, Case, case
 
 
@@ -36,7 +36,7 @@ def test_inductor_is_a_twin(case: Case) -> None:
     assert_same(compiled(case.build(), schedule=case.schedule)(*case.inputs()), merged(case))
 
 
-@every_case
+@every_family
 @torch.no_grad()
 def test_the_module_is_a_twin_of_its_export(case: Case) -> None:
     model, inputs = case.build(), case.inputs()
@@ -73,7 +73,7 @@ def test_the_symbolic_trace_is_a_twin(attn: Attn) -> None:
     assert_same(tldr_compile.apply(graph, umt.inputs(), schedule=umt.schedule)(*umt.inputs()), merged(umt))
 
 
-@every_case
+@every_family
 @torch.no_grad()
 def test_the_graph_of_dynamo_is_a_twin(case: Case) -> None:
     """Its parameters are inputs like any other, so the clip has to be named."""

@@ -77,5 +77,5 @@ def test_a_wrong_rule_breaks_the_law(table: None) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.model.blocks[0](self.model.embedded(x)).sum(1)
 
-    with pytest.raises(tldr_compile.VerificationError, match="differs from its meaning|would become"):
+    with pytest.raises(tldr_compile.VerificationError, match=r"differs from its meaning|would become"):
         tldr_compile.apply(Summed().eval(), Recipe().inputs(), schedule=[3], verify=True)
