@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-import traceback
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ from benchmarks.randomize import randomize
 from benchmarks.tiny import Recipe, shrink
 
 LARGEST = 150_000_000  # parameters
+TOO_LARGE = "million parameters"
+PATIENCE = 45.0
 RECIPES = tuple(
     Recipe(factor, layers, grid, FRAMES) for factor, layers, grid in product((8, 4, 2, 1), (3, None), (7, 8, 6, None))
 )
@@ -55,11 +57,7 @@ class Built:
 
 
 class Unbuildable(Exception):
-    """No tiny configuration of a model runs; the text says why not. `depth` is how many calls deep it failed."""
-
-    def __init__(self, reason: str, depth: int = 0) -> None:
-        super().__init__(reason)
-        self.depth = depth
+    """No tiny configuration of a model runs; the text says why not."""
 
 
 def discover() -> tuple[list[Encoder], dict[str, str]]:
@@ -79,16 +77,18 @@ def discover() -> tuple[list[Encoder], dict[str, str]]:
     return sorted((Encoder(c.__module__, c.__name__) for c in chosen), key=lambda e: (e.name, e.module)), absent
 
 
-def build(encoder: Encoder) -> Built:
-    """The smallest of some configurations that runs. Raises `Unbuildable`."""
-    cls = encoder.load()
+def build(encoder: Encoder, patience: float = PATIENCE) -> Built:
+    """The smallest of some configurations that runs, found within `patience` seconds. Raises `Unbuildable`."""
+    cls, started = encoder.load(), time.monotonic()
     reasons: list[str] = []
     for recipe in RECIPES:
         try:
             return _built(cls, recipe)
         except Unbuildable as reason:
             reasons.append(str(reason))
-    raise Unbuildable(next((reason for reason in reversed(reasons) if "million parameters" not in reason), reasons[-1]))
+        if time.monotonic() - started > patience:
+            break
+    raise Unbuildable(next((reason for reason in reversed(reasons) if TOO_LARGE not in reason), reasons[-1]))
 
 
 def _built(cls: type[PreTrainedModel], recipe: Recipe) -> Built:
@@ -96,21 +96,19 @@ def _built(cls: type[PreTrainedModel], recipe: Recipe) -> Built:
     with torch.device("meta"):
         size = _attempt(lambda: sum(parameter.numel() for parameter in cls(config).parameters()))
     if size > LARGEST:
-        raise Unbuildable(f"{size / 1e6:.0f} million parameters")
+        raise Unbuildable(f"{size / 1e6:.0f} {TOO_LARGE}")
     torch.manual_seed(0)
     model = _attempt(lambda: cls(config).eval())
     randomize(model, seed=1)
-    refusals: list[Unbuildable] = []
+    refusals: list[str] = []
     for kind, inputs in candidates(model, config, recipe.grid):
         try:
             _attempt(lambda: _run(model, inputs))  # noqa: B023 - called at once
         except Unbuildable as refusal:
-            refusals.append(Unbuildable(f"{kind}: {refusal}", refusal.depth))
+            refusals.append(f"{kind}: {refusal}")
         else:
             return Built(model, inputs, f"{recipe}; {kind}")
-    if not refusals:
-        raise Unbuildable("nothing is known to make the inputs of its forward from")
-    raise max(refusals, key=lambda refusal: refusal.depth)
+    raise Unbuildable(refusals[0] if refusals else "nothing is known to make its inputs from")
 
 
 def _run(model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -122,8 +120,7 @@ def _attempt(action: Callable[[], T]) -> T:
     try:
         return action()
     except Exception as reason:  # a model's own checks and code, which can raise anything
-        text = f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}"
-        raise Unbuildable(text, len(traceback.extract_tb(reason.__traceback__))) from reason
+        raise Unbuildable(f"{type(reason).__name__}: {' '.join(str(reason).split())[:300]}") from reason
 
 
 def _modeling_modules() -> Iterator[str]:
@@ -138,7 +135,9 @@ def _sees(model: type[PreTrainedModel]) -> bool:
     if not inspect.isclass(model.config_class) or model.__name__.endswith("PreTrainedModel"):
         return False
     takes = inspect.signature(model.forward).parameters
-    return "input_ids" not in takes and any(name.startswith("pixel_values") or name == "grid_thw" for name in takes)
+    return not any(name.endswith("input_ids") for name in takes) and any(
+        name.startswith("pixel_values") or name == "grid_thw" for name in takes
+    )
 
 
 def _distance(model: type[PreTrainedModel]) -> tuple[bool, bool, bool, int, str]:

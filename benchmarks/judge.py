@@ -100,6 +100,9 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
     dense, traced = _run(built.model, built.inputs), _run(program.module(), built.inputs)
     laws = {"Zero": _same(traced, _run(zero, built.inputs))}
     report, nothing = zero.report, None
+    if not report.sites:
+        facts = _facts(report.to_dict()) | {"nothing": None, "laws": laws, "trace": _same(dense, traced)}
+        return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
     say("merging it")
     try:
         merged = tldr_compile.apply(program, schedule=FRACTION)

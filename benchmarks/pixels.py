@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from benchmarks.tiny import CHANNELS, number, patch, side
 
+TIMES = ("temporal_patch_size", "patch_temporal")
 BATCH = 2
 FRAMES = 4
 Grids = tuple[tuple[int, int, int], ...]
@@ -47,7 +48,7 @@ def candidates(model: nn.Module, config: PreTrainedConfig, grid: int | None) -> 
     for kind, make in KINDS.items():
         made = make(facts, takes)
         if made is not None:
-            yield kind, made | _rest(takes, made)
+            yield kind, made | _rest(facts, takes, made)
 
 
 Parameters = Mapping[str, inspect.Parameter]
@@ -75,7 +76,7 @@ def _packed(grids: Grids, layout: str) -> Maker:
         if grid is None:
             return None
         across, channels, tokens = facts.patch, facts.channels, sum(map(prod, grids))
-        time = number(facts.config, ("temporal_patch_size",)) or 1
+        time = number(facts.config, TIMES) or 1
         shapes = {
             "flat": (tokens, channels * time * across * across),
             "square": (tokens, channels, across, across),
@@ -116,6 +117,16 @@ def _patches(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
     return inputs
 
 
+def _strip(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
+    """The patches of several pictures side by side: `[1, C, p, N p]`, with the pictures' grids."""
+    pixels = _pixels(takes)
+    if pixels is None or "target_sizes" not in takes:
+        return None
+    grids = torch.tensor(PICTURES)[:, 1:]
+    tokens = int(grids.prod(-1).sum())
+    return {pixels: _random(1, facts.channels, facts.patch, tokens * facts.patch), "target_sizes": grids}
+
+
 def _tiled(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
     """Pictures cut into tiles: `[B, 1, tiles, C, H, W]`, with the tiles' layout."""
     pixels, tiles = _pixels(takes), number(facts.config, ("max_num_tiles",))
@@ -128,7 +139,7 @@ def _tiled(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
 
 def _cubes(facts: Facts, takes: Parameters) -> dict[str, Tensor] | None:
     """Patches of clips with the channels last: `[N, T, p, p, C]`."""
-    pixels, time = _pixels(takes), number(facts.config, ("temporal_patch_size",))
+    pixels, time = _pixels(takes), number(facts.config, TIMES)
     if pixels is None or time is None:
         return None
     return {pixels: _random(BATCH * 36, time, facts.patch, facts.patch, facts.channels)}
@@ -141,6 +152,7 @@ KINDS: Mapping[str, Maker] = {
     "frames": _pictures(BATCH * FRAMES),
     "pictures of half the height": _pictures(BATCH, height=2),
     "tiles": _tiled,
+    "strips": _strip,
     "packed patches of clips": _packed(CLIPS, "flat"),
     "packed patches of pictures": _packed(PICTURES, "flat"),
     "packed squares": _packed(PICTURES, "square"),
@@ -152,7 +164,7 @@ KINDS: Mapping[str, Maker] = {
 }
 
 
-def _rest(takes: Parameters, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rest(facts: Facts, takes: Parameters, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What else `forward` cannot do without: numbers of tokens, and nothing masked."""
     rest = {}
     for name in takes:
@@ -163,7 +175,8 @@ def _rest(takes: Parameters, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name.endswith("merge_sizes"):
             rest[name] = torch.full((2,), 2)
         elif name.endswith(("ids", "inputs")):
-            rest[name] = torch.arange(10).reshape(BATCH, 5)
+            length = number(facts.config, ("task_seq_len",)) or 5
+            rest[name] = torch.arange(BATCH * length).reshape(BATCH, length)
     return rest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from transformers import PreTrainedConfig, ResNetConfig
@@ -13,10 +14,12 @@ WIDTH = re.compile(
     r"(^|_)(dims?|d_model|width|channels?|feats|features|inplanes|embed_dim_per_stage|channel_list|key_dim)$"
     r"|(^|_)(hidden|embed|embedding|intermediate|output|feature|projection|head|descriptor|encoder)_sizes?$"
 )
-NOT_WIDTH = re.compile(r"^(image|position)_embedding_size$|^patch_|_slice_dim$|^num_channels$|^in_(channels|chans)$")
+NOT_WIDTH = re.compile(r"^position_embedding_size$|^patch_|_slice_dim$|^num_channels$|^in_(channels|chans)$")
+MAP = re.compile(r"(^|_)feature_sizes$|^image_embedding_size$")
 DEPTH = re.compile(r"(^|_)(layers|depths?)$|^(num_blocks|blocks_per_stage)$")
 NOT_DEPTH = re.compile(r"^(min|max)_|_proj_layers$")
 CHOICE = re.compile(r"_(indexes|indices|index|idxs|ids|blocks)$")
+QUERIES = re.compile(r"^num_queries$|_num_proposals$")
 OUTPUTS = ("out_features", "out_indices", "stage_names")
 IMAGE = ("image_size", "crop_size", "img_size", "input_size", "pretrain_image_size")
 PATCH = ("patch_size", "patch_sizes", "patch_stride", "tubelet_size")
@@ -24,6 +27,7 @@ TIME = ("num_frames", "frames_per_clip", "mit_num_frames")
 CHANNELS = ("num_channels", "in_channels", "in_chans", "num_input_channels")
 LEAST_WIDTH = 32
 LEAST_IMAGE = 64
+MOST_QUERIES = 20
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,22 @@ class Recipe:
 
 
 def shrink(config: PreTrainedConfig, recipe: Recipe) -> PreTrainedConfig:
-    """A small configuration of the same class, and of the same parts."""
-    if config.model_type.startswith("timm_"):
-        return shrink(_resnet(config), recipe)
+    """A small configuration of the same class, and of the same parts, which see pictures of the same size."""
+    return _shrunk(config, recipe, _image(config, recipe.grid))
+
+
+def _shrunk(config: PreTrainedConfig, recipe: Recipe, image: int) -> PreTrainedConfig:
+    if config.model_type == "timm_backbone":
+        return _shrunk(_resnet(config), recipe, image)
     values = {name: value for name, value in config.to_dict().items() if not isinstance(value, dict)}
     plain = type(config)().to_dict()
     own = {name: value for name, value in values.items() if name not in plain or plain[name] != value}
     if recipe.layers is not None:
         own = {name: value for name, value in own.items() if name not in OUTPUTS}
-    image = _image(config, recipe.grid)
-    smaller = {
-        name: small for name, value in values.items() if (small := _smaller(name, value, recipe, image)) != value
-    }
-    return type(config)(**own | smaller | {name: shrink(part, recipe) for name, part in parts(config)})
+    scale = Fraction(1) if recipe.grid is None else Fraction(image, number(config, IMAGE) or image)
+    small = {name: _smaller(name, value, recipe, image, scale) for name, value in values.items()}
+    changed = {name: value for name, value in small.items() if value != values[name]}
+    return type(config)(**own | changed | {name: _shrunk(part, recipe, image) for name, part in parts(config)})
 
 
 def parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
@@ -103,11 +110,15 @@ def _resnet(config: PreTrainedConfig) -> ResNetConfig:
     return ResNetConfig(out_indices=[max(1, 5 - len(chosen)) + place for place in range(min(len(chosen), 4))])
 
 
-def _smaller(name: str, value: Any, recipe: Recipe, image: int) -> Any:
+def _smaller(name: str, value: Any, recipe: Recipe, image: int, scale: Fraction) -> Any:
+    if MAP.search(name):
+        return _map(lambda across: int(across * scale), value)
     if WIDTH.search(name) and not NOT_WIDTH.search(name):
         return _map(lambda width: _divided(width, recipe.factor), value)
     if name in IMAGE and recipe.grid is not None:
         return _map(lambda _: image, value)
+    if QUERIES.search(name):
+        return _map(lambda count: min(count, MOST_QUERIES), value)
     if name in TIME:
         return _map(lambda _: recipe.frames, value)
     return value if recipe.layers is None else _shallower(name, value, recipe.layers)

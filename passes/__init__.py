@@ -18,6 +18,8 @@ from torch import fx
 
 from passes.attention import fuse
 from passes.canonicalize import Captured, from_dynamo, from_export
+from passes.errors import CaptureError
+from passes.nodes import tensors
 from passes.plan import Entry, Plan, make_plan
 from passes.rewrite import Policy, rewrite
 from passes.sites import sites
@@ -57,6 +59,12 @@ class Merged:
 
 def plan(captured: Captured, options: Options) -> Plan:
     """Find, type and plan, without rewriting. Raises as `merge` does."""
+    for node in captured.graph.graph.find_nodes(op="placeholder"):
+        if node.name not in captured.constants and any(each.numel() == 0 for each in tensors(node)):
+            name = captured.names.get(node.name, node.name)
+            raise CaptureError(
+                f"the example input {name!r} is empty: {list(node.meta['val'].shape)} tells no size apart"
+            )
     fused, attentions, misses = fuse(captured)
     protect = options.protect if isinstance(options.protect, int) else 0
     typed = infer(fused, options.clip, attentions, protect)

@@ -41,11 +41,13 @@ class Layout:
         if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
             self._symbols.setdefault(value.node.expr, fx.Proxy(placeholder, self._tracer))
         for dim, length in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            symbol = size(length)
-            if isinstance(symbol, sympy.Symbol) and symbol not in self._symbols:
+            solved = one_symbol(size(length))
+            if solved is not None and solved[0] not in self._symbols:
+                symbol, times, offset = solved
                 node = self.call(aten.sym_size.int, placeholder, dim)
                 node.meta["val"] = length
-                self._symbols[symbol] = fx.Proxy(node, self._tracer)
+                proxy: Any = fx.Proxy(node, self._tracer)
+                self._symbols[symbol] = proxy if (times, offset) == (1, 0) else (proxy - offset) // times
 
     def length(self, of: Size | Axis) -> Length:
         """A size as an argument: a number, or a node that computes it."""
@@ -132,6 +134,16 @@ class Layout:
         node, changed = self.along(self.reshape(node, axes, apart), apart, dim + 1, old, new, apply)
         together = (*axes[:dim], product((pieces[0], changed[dim + 1], pieces[2])), *axes[dim + 1 :])
         return self.reshape(node, changed, together), together
+
+
+def one_symbol(length: Size) -> tuple[sympy.Symbol, int, int] | None:
+    """`(symbol, a, b)` of a size `a * symbol + b`; None of any other size."""
+    if isinstance(length, int) or len(length.free_symbols) != 1:
+        return None
+    (symbol,) = length.free_symbols
+    times, offset = length.coeff(symbol), length.subs(symbol, 0)
+    exact = times.is_Integer and offset.is_Integer and simplify(length - times * symbol - offset) == 0
+    return (symbol, int(times), int(offset)) if exact and times != 0 else None
 
 
 def _offset(axis: Axis, border: int) -> Size:

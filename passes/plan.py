@@ -74,13 +74,17 @@ def at(axes: Axes, resolutions: Iterable[Resolution]) -> Axes:
     return axes
 
 
-def meet(one: Resolution | None, two: Resolution | None) -> Resolution | None:
-    """Where two values of one run meet: the coarser of a chain, else their last common resolution."""
-    if one is None or two is None:
-        return one or two
-    if one in two.chain:
-        return two
-    return next((each for each in one.chain if each in two.chain or two is each), None)
+def meet(resolutions: Sequence[Resolution]) -> Resolution | None:
+    """Where values of one run meet: the coarsest of a chain, else the last resolution that all have in common."""
+    common = list(resolutions[0].chain) if resolutions else []
+    for each in resolutions[1:]:
+        if not common:
+            return None
+        if common[0] in each.chain:
+            common = list(each.chain)
+        elif each not in common:
+            common = [one for one in common if one in each.chain]
+    return common[0] if common else None
 
 
 class How(Enum):
@@ -316,10 +320,7 @@ class _Walk:
         weighings: list[Weighing] = []
         barriers: list[Barrier] = []
         for run in runs:
-            present = [_of(self.held.get(o, ()), run) for o in operands if _holds(self.typed.value(o).axes, run)]
-            target = None
-            for resolution in present:
-                target = meet(target, resolution)
+            target = meet([r for operand in operands for r in self.held.get(operand, ()) if r.run == run])
             if target is not None:
                 reason = self._obstacle(node, typed, run, target)
                 if reason is not None:
@@ -394,12 +395,13 @@ class _Walk:
 
     def _weighed(self, node: fx.Node) -> tuple[Resolution, ...]:
         """Sums over a value weigh by what its operands descend from, as long as every entry is one token."""
-        found: dict[Axis, Resolution | None] = {}
+        found: dict[Axis, list[Resolution]] = {}
         for operand in self.typed.operands(node):
             for resolution in self.weighed.get(operand, ()):
-                found[resolution.run] = meet(found.get(resolution.run), resolution)
-        atoms = [a for axes in self.typed.calls[node].outputs for each in axes for a in each.atoms]
-        return tuple(r for r in found.values() if r is not None and r.run.atoms <= set(atoms))
+                found.setdefault(resolution.run, []).append(resolution)
+        atoms = {atom for axes in self.typed.calls[node].outputs for each in axes for atom in each.atoms}
+        met = (meet(each) for each in found.values())
+        return tuple(r for r in met if r is not None and r.run.atoms | r.batch.atoms <= atoms)
 
     def _output(self, node: fx.Node) -> Step:
         results = self.typed.operands(node)

@@ -20,7 +20,8 @@ from torch import Tensor, fx
 
 from passes.attention import SDPA
 from passes.axes import Atom, Axes, Axis, Factor, Size, product, replace, spread
-from passes.nodes import named
+from passes.layout import one_symbol
+from passes.nodes import named, size
 from passes.plan import Conversion, How, Plan, Resolution, Weighing
 from passes.rewrite import Policy
 from passes.rules import Kind
@@ -96,8 +97,9 @@ class Projection(fx.Interpreter):
         traced = node.meta.get("val")
         pairs = zip(traced.shape, value.shape, strict=True) if isinstance(traced, Tensor) else [(traced, value)]
         for symbol, number in pairs:
-            if isinstance(symbol, torch.SymInt) and isinstance(symbol.node.expr, sympy.Symbol):
-                self.symbols[symbol.node.expr] = int(number)
+            if isinstance(symbol, torch.SymInt) and (solved := one_symbol(size(symbol))) is not None:
+                name, times, offset = solved
+                self.symbols[name] = (int(number) - offset) // times
 
     def _number(self, length: Size) -> int:
         return length if isinstance(length, int) else int(length.subs(self.symbols))
@@ -120,7 +122,7 @@ class Projection(fx.Interpreter):
             if use.kind is Kind.CONTRACT:
                 operands[use.operand] = (operands[use.operand] * weight).to(operands[use.operand].dtype)
             else:
-                return _weighed(use.kind, operands[0], weight, use.dims, named(node))
+                return _weighed(use.kind, operands[0], weight, use.dims, named(node), node.meta["val"].dtype)
         feed = iter(operands)
 
         def value(each: fx.Node) -> Any:
@@ -275,8 +277,9 @@ def _widened(x: Tensor, reads: Axes, number: Any) -> Tensor:
     return padded.expand(shape)
 
 
-def _weighed(kind: Kind, x: Tensor, weight: Tensor, dims: Sequence[int], given: Mapping[str, Any]) -> Tensor:
-    dtype = given.get("dtype") or x.dtype
+def _weighed(
+    kind: Kind, x: Tensor, weight: Tensor, dims: Sequence[int], given: Mapping[str, Any], dtype: torch.dtype
+) -> Tensor:
     wide, weight, dims = x.double(), weight.expand(x.shape), tuple(dims)
     if kind is Kind.SOFTMAX:
         exponential = (wide - wide.amax(dims, keepdim=True)).exp()

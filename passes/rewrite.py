@@ -113,7 +113,7 @@ class _Rewriter:
             self.axes[node] = tuple(each.axes for each in self.typed.values[node])
         step = self.plan.steps.get(node)
         if step is None or not (step.held or step.conversions or step.weighings or self._scores(node)):
-            if step is None and node.op == "call_function" and node.args and node.args[0] in self.axes:
+            if step is None and node.target is getitem and node.args[0] in self.axes:
                 self._inherit(node)
             return self.graph.node_copy(node, lambda n: self.env[n])
         if node in self.axes:
@@ -249,7 +249,7 @@ class _Rewriter:
 
     def _sum(self, node: fx.Node, kind: Kind, operands: Sequence[Laid], weight: fx.Node) -> fx.Node:
         given = named(node)
-        dtype = given.get("dtype")
+        dtype = given.get("dtype") or node.meta["val"].dtype
         if kind is Kind.SOFTMAX:
             return self.layout.call(self.operators.softmax, operands[0].node, weight, dim=given["dim"], dtype=dtype)
         function = self.operators.mean if kind is Kind.MEAN else self.operators.sum
@@ -303,6 +303,8 @@ class _Rewriter:
                 is_causal=causal,
                 **options,
             )
+        reads = [at(each, step.held) for each in self.typed.calls[node].reads[:3]]
+        operands = [self._broadcast(*pair) for pair in zip(operands[:3], reads, strict=True)]
         canonical = self._canonical(merge, operands)
         pair = self.layout.call(
             self.operators.attend_and_sharpness,
@@ -314,6 +316,12 @@ class _Rewriter:
         self._note(merge, operands[1], sharpness)
         axes = canonical[0].axes[:-1] + canonical[2].axes[-1:]
         return self.layout.reshape(attended, axes, self.axes[node][0])
+
+    def _broadcast(self, laid: Laid, reads: Axes) -> Laid:
+        """An operand with its dimensions of length 1 as long as the operator reads them."""
+        if len(laid.axes) != len(reads) or all(axis != UNIT for axis in laid.axes):
+            return laid
+        return Laid(self.layout.call(aten.expand.default, laid.node, self.layout.lengths(reads)), reads)
 
     def _canonical(self, merge: Merge, operands: Sequence[Laid]) -> list[Laid]:
         """Queries, keys and values as `[batch, heads, tokens, d]`; heads follow the batch, so this is a view."""
@@ -461,9 +469,11 @@ class _Rewriter:
         along = tokens_at(stream.run, held) if whole else stream.run
         source, target = (laid.axes[0], piece, *laid.axes[2:]), (stream.batch, along, *laid.axes[2:])
         result = Laid(self.layout.arrange(node, source, target), target)
-        at_site = held if whole else None
-        if at_site is not merge.source:
-            result = self._convert(result, Conversion(0, stream.run, at_site, merge.source, How.MERGE), None)
+        at_site, source_of_stream = held if whole else None, merge.source
+        if at_site is not None and (source_of_stream is None or at_site not in source_of_stream.chain):
+            result, at_site = self._up(result, at_site), None
+        if at_site is not source_of_stream:
+            result = self._convert(result, Conversion(0, stream.run, at_site, source_of_stream, How.MERGE), None)
         return result.node
 
     # --- conversions ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,13 +10,14 @@ import networkx as nx
 import torch
 from torch import fx
 
+from passes import masks
 from passes.attention import Attention
 from passes.axes import Atom, Axes, Axis, Segment, find, product, subaxis
 from passes.typing import TypedGraph
 
 aten = torch.ops.aten
 
-_ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
+_ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default, aten.lerp.Tensor, aten.lerp.Scalar})
 _NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 _THROUGH = frozenset({aten.clone.default, aten._to_copy.default})
 
@@ -108,9 +109,11 @@ class Flow:
     def _adds_stream(self, node: fx.Node, branch: fx.Node) -> bool:
         if node.target not in _ADDITIONS:
             return False
-        sides = self.typed.operands(node)
-        outside = [side for side in sides if not self.descends(side, branch)]
-        return len(sides) == 2 and len(outside) == 1 and self.typed.value(outside[0]).clip
+        inside: list[fx.Node] = []
+        outside: list[fx.Node] = []
+        for side in self.typed.operands(node):
+            (inside if self.descends(side, branch) else outside).append(side)
+        return bool(inside) and sum(self.typed.value(side).clip for side in outside) == 1
 
     def _continues(self, node: fx.Node) -> fx.Node | None:
         """The only reader, where it still belongs to the same residual step."""
@@ -184,28 +187,12 @@ def _refusal(
     if set(clip_batch) | run.atoms != stream.batch.atoms | stream.run.atoms:
         along = _text(typed.value(stream.node).axes)
         return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {along}"
-    for mask in _masks(typed, attention):
-        value = typed.value(mask)
-        if value.varies and any(axis.atoms & run.atoms for axis in value.axes):
-            return f"its mask ({mask.name}) differs by token and by sample: a masked token must not merge with another"
+    if (hidden := masks.refusal(typed, attention, run)) is not None:
+        return hidden
     lead = Axis(tokens.segments[: (find(tokens, run) or (0, 0))[0]]).size
     if isinstance(lead, int) and lead < protect:
         return f"protect={protect} would take apart {run!r}, which is one block of tokens"
     return None
-
-
-def _masks(typed: TypedGraph, attention: Attention) -> Iterator[fx.Node]:
-    """What is added to the scores, or decides on them, and does not descend from the clip itself."""
-    yield from attention.masks
-    pending = [attention.probabilities] if attention.probabilities else []
-    while pending:
-        node = pending.pop()
-        for operand in typed.operands(node):
-            value = typed.value(operand)
-            if value.clip and value.axes[-2:] == typed.value(attention.queries).axes[-2:] and operand in typed.calls:
-                pending.append(operand)
-            elif not value.clip:
-                yield operand
 
 
 def _temporal(run: Axis) -> bool:

@@ -99,11 +99,10 @@ def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> froze
                 f"clip={unfound[0]!r} is no tensor input of the model; they are {sorted(inputs.values())}"
             )
         return frozenset(node for node, name in inputs.items() if name in wanted or node in wanted)
-    ranks = {
-        node.name: node.meta["val"].ndim
-        for node in captured.graph.graph.find_nodes(op="placeholder")
-        if node.name in inputs and node.meta["val"].is_floating_point()
-    }
+    placeholders = [node for node in captured.graph.graph.find_nodes(op="placeholder") if node.name in inputs]
+    ranks = {node.name: node.meta["val"].ndim for node in placeholders if node.meta["val"].is_floating_point()}
+    if not any(rank >= 3 for rank in ranks.values()):  # pixels as they come from a decoder
+        ranks = {node.name: node.meta["val"].ndim for node in placeholders if node.meta["val"].ndim >= 4}
     highest = max(ranks.values(), default=0)
     return frozenset(name for name, rank in ranks.items() if rank == highest and rank >= 3)
 

@@ -12,8 +12,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
-from passes.errors import VerificationError
-from passes.nodes import operands, size
+from passes.attention import SDPA
+from passes.errors import OptionError, VerificationError
+from passes.nodes import named, operands, size
 from passes.plan import Plan
 from passes.projection import Projection, full_length
 from passes.rewrite import Policy
@@ -22,9 +23,10 @@ from passes.rewrite import Policy
 def agreement(graph: fx.Graph) -> float:
     """How far two results may be apart, as a part of the largest magnitude: the rounding of some layers' sums.
 
-    What counts is the coarsest dtype on the way, not that of the result.
+    What counts is the coarsest dtype on the way, not that of the result; saliency and weights are float32 at best.
     """
-    dtypes = {node.meta["val"].dtype for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)}
+    traced = [node.meta["val"].dtype for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+    dtypes = {torch.float32, *traced}
     return 128 * max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
 
 
@@ -36,6 +38,11 @@ def verify(
     Raises:
         VerificationError: an output differs, naming which and by how much.
     """
+    if (random := _draws_after_merge(plan)) is not None:
+        raise OptionError(
+            f"verify=True cannot compare: {random.target} ({random.name}) draws at random for every token after a "
+            "merge, and a merged graph has other tokens. Call model.eval() first."
+        )
     with torch.random.fork_rng():  # what the model draws at random, both draw alike
         actual, found = record(graph, groupings, inputs)
     meaning = Projection(plan, full_length(plan, found), policy)
@@ -49,6 +56,17 @@ def verify(
             for resolution in plan.held(node):
                 two = meaning.shorten(two, plan.typed.value(node).axes, resolution)
         _compare(f"output {number} ({node.name})", one, two, agreement(old))
+
+
+def _draws_after_merge(plan: Plan) -> fx.Node | None:
+    for node, step in plan.steps.items():
+        tags = getattr(node.target, "tags", ())
+        if step.held and torch.Tag.nondeterministic_seeded in tags:
+            given = named(node)
+            draws = given.get("dropout_p", 0.0) != 0.0 if node.target is SDPA else given.get("train", True)
+            if draws:
+                return node
+    return None
 
 
 def record(

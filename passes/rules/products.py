@@ -111,7 +111,7 @@ def attention(call: Call) -> Typed:
     keys = call.same(k.axes[-2], v.axes[-2])
     call.same(q.axes[-1], k.axes[-1])
     key_batch = broadcast(call, [k.axes[:-2], v.axes[:-2]])
-    if q.axes[:-2] and key_batch and q.axes[-3].size != key_batch[-1].size:  # grouped queries
+    if call.given.get("enable_gqa", False):
         batch, heads = broadcast(call, [q.axes[:-3], key_batch[:-1]]), q.axes[-3]
         batch, key_batch = (*batch, heads), (*batch, key_batch[-1])
     else:

@@ -20,7 +20,7 @@ from passes.axes import (
     simplify,
     subaxis,
 )
-from passes.rules.table import Call, Kind, Operand, Span, Typed, rule
+from passes.rules.table import Call, Kind, Operand, Span, Typed, rule, unknown
 
 
 @rule("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
@@ -128,6 +128,18 @@ def repeat(call: Call) -> Typed:
         else:
             outputs.append(product([call.fresh(times, clip=False), axis]))
     return call.typed(tuple(outputs))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(call: Call) -> Typed:
+    """Every entry along a dimension `repeats` times, one after the other."""
+    operand, *counts = call.operands
+    dim, axes = call.given.get("dim"), call.axes(operand)
+    if counts or dim is None:
+        return unknown(call)
+    dim %= len(axes)
+    times = product([axes[dim], call.fresh(call.given["repeats"], clip=False)])
+    return call.typed((*axes[:dim], times, *axes[dim + 1 :]))
 
 
 @rule("cat", "concat", "concatenate")

@@ -1,0 +1,288 @@
+"""The coverage walk finds, builds and judges encoders, and says what it found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks import coverage
+from benchmarks.coverage import MARKER, line, part, shard, summary, table, write
+from benchmarks.encoders import Encoder, build, discover
+from benchmarks.judge import (
+    CRASHED,
+    MERGED,
+    NO_RULE,
+    NOT_BUILT,
+    PARTLY,
+    REFUSED,
+    WRONG,
+    Record,
+    attends,
+    judge,
+    verdict,
+)
+from benchmarks.tiny import Recipe, shrink
+from benchmarks.walk import walk
+
+ROOT = Path(__file__).parent.parent
+VIT = Encoder("transformers.models.vit.modeling_vit", "ViTModel")
+CONVOLUTIONS = Encoder("transformers.models.resnet.modeling_resnet", "ResNetModel")
+KEPT = {"Zero": "kept", "Restore": "kept", "Projection": "kept"}
+
+
+def record(**facts: Any) -> Record:
+    return {
+        "name": "M",
+        "module": "m",
+        "sites": [],
+        "restorations": [],
+        "misses": [],
+        "nothing": None,
+        "laws": KEPT,
+        "attends": True,
+        "verdict": MERGED,
+        "reason": "",
+        "seconds": 1.0,
+    } | facts
+
+
+def site(status: str = "merged", reason: str = "") -> dict[str, str]:
+    return {"tokens": "h·w", "batch": "b", "status": status, "reason": reason}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shards_partition_the_list(count: int) -> None:
+    items = [str(number) for number in range(17)]
+    parts = [shard(items, number, count) for number in range(1, count + 1)]
+    assert sorted(chain(*parts)) == sorted(items)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "-1/2", "1/0"])
+def test_a_shard_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"is not I/N with 1 <= I <= N"):
+        part(text)
+
+
+def test_a_shard_is_read() -> None:
+    assert part("2/4") == (2, 4)
+
+
+def test_one_encoder_of_every_configuration_is_found() -> None:
+    encoders, _ = discover()
+    configs = [encoder.load().config_class for encoder in encoders]
+    assert VIT in encoders
+    assert CONVOLUTIONS in encoders
+    assert len(set(configs)) == len(configs) > 150
+
+
+def test_a_transformer_is_merged_and_keeps_the_laws() -> None:
+    stages: list[str] = []
+    found = judge(VIT, stages.append)
+    assert (found["verdict"], found["reason"]) == (MERGED, "")
+    assert [each["status"] for each in found["sites"]] == ["merged"] * 3
+    assert found["laws"] == KEPT
+    assert found["attends"]
+    assert stages[0] == "building it"
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_convolutions_have_no_attention() -> None:
+    found = judge(CONVOLUTIONS, lambda _: None)
+    assert (found["verdict"], found["reason"], found["attends"]) == (REFUSED, "no attention", False)
+
+
+class Attention(nn.Module):
+    def __init__(self, spelled: bool, queries: int) -> None:
+        super().__init__()
+        self.spelled, self.queries = spelled, queries
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x[:, :, : self.queries]
+        if self.spelled:
+            return (q @ x.transpose(-1, -2)).softmax(-1) @ x
+        return nn.functional.scaled_dot_product_attention(q, x, x)
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+@pytest.mark.parametrize("queries", [5, 3])
+def test_attention_is_seen_without_the_pass(spelled: bool, queries: int) -> None:
+    program = torch.export.export(Attention(spelled, queries), (torch.randn(2, 3, 5, 4),))
+    assert attends(program) == (queries == 5)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"sites": [site()]}, (MERGED, "")),
+        ({"sites": [site(), site("left", "its fraction rounds down to 0")]}, (MERGED, "")),
+        (
+            {"sites": [site()], "restorations": [["a", "x", 1], ["b", "y", 3], ["a", "z", 1]]},
+            (PARTLY, "b: y"),
+        ),
+        ({"sites": [site(), site("refused", "it is temporal")]}, (PARTLY, "it is temporal")),
+        (
+            {"sites": [site("refused", "it is causal")] * 2 + [site("refused", "it is temporal")]},
+            (REFUSED, "it is causal"),
+        ),
+        ({"misses": [["softmax", "no product"]]}, (REFUSED, "no attention site; nearest: softmax: no product")),
+        ({"sites": [site("left")], "nothing": "removes no token"}, (REFUSED, "removes no token")),
+        ({}, (REFUSED, "no attention")),
+        (
+            {"sites": [site()], "laws": KEPT | {"Projection": "output 0 differs"}},
+            (WRONG, "Projection: output 0 differs"),
+        ),
+    ],
+)
+def test_verdicts(facts: Record, expected: tuple[str, str]) -> None:
+    assert verdict(record(**facts)) == expected
+
+
+def misbehave(encoder: Encoder, say: Callable[[str], None]) -> Record:
+    """A judge that does what the encoder is called."""
+    if encoder.name == "hangs":
+        say("merging it")
+        time.sleep(60)
+    if encoder.name == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if encoder.name == "raises":
+        raise ValueError("two\nlines")
+    return {"name": encoder.name, "module": encoder.module, "verdict": REFUSED, "reason": "no attention"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("works", (REFUSED, "no attention")),
+        ("raises", (CRASHED, "building it: ValueError: two lines")),
+        ("dies", (CRASHED, "building it: killed by signal 9")),
+    ],
+)
+def test_every_process_ends_with_a_verdict(name: str, expected: tuple[str, str]) -> None:
+    (found,) = walk([Encoder("m", name)], misbehave, jobs=1, limit=60)
+    assert (found["name"], found["module"], found["verdict"], found["reason"]) == (name, "m", *expected)
+
+
+def test_a_process_that_hangs_is_stopped_and_holds_up_no_other() -> None:
+    started = time.monotonic()
+    names = ("hangs", "works", "raises")
+    found = {each["name"]: each for each in walk([Encoder("m", name) for name in names], misbehave, jobs=2, limit=3)}
+    assert found.keys() == set(names)
+    assert (found["hangs"]["verdict"], found["hangs"]["reason"]) == (CRASHED, "merging it: not done in 3 seconds")
+    assert found["works"]["verdict"] == REFUSED
+    assert time.monotonic() - started < 30
+
+
+def test_widths_are_divided_alike_and_depths_are_cut() -> None:
+    small = shrink(transformers.ViTConfig(), Recipe(factor=8, layers=3, grid=7, frames=4))
+    assert (small.hidden_size, small.intermediate_size, small.num_hidden_layers) == (96, 384, 3)
+    assert (small.image_size, small.patch_size, small.num_channels, small.num_attention_heads) == (112, 16, 3, 12)
+
+
+def test_what_a_configuration_says_of_its_parts_is_kept() -> None:
+    parts = transformers.DepthAnythingConfig(
+        backbone_config=transformers.Dinov2Config(hidden_size=384, patch_size=14, out_indices=[9, 10, 11, 12])
+    )
+    small = shrink(parts, Recipe(factor=8, layers=None, grid=7, frames=4)).backbone_config
+    assert (small.hidden_size, small.image_size, small.out_indices) == (48, 98, [9, 10, 11, 12])
+
+
+def test_a_backbone_of_another_library_becomes_one_of_this_one() -> None:
+    small = shrink(transformers.DetrConfig(), Recipe(factor=8, layers=3, grid=7, frames=4))
+    assert isinstance(small.backbone_config, transformers.ResNetConfig)
+
+
+def test_what_cannot_be_built_says_why() -> None:
+    found = judge(Encoder("transformers.models.dinat.modeling_dinat", "DinatModel"), lambda _: None)
+    assert found["verdict"] == NOT_BUILT
+    assert "natten" in found["reason"]
+
+
+def test_the_same_encoder_is_built_the_same() -> None:
+    first, second = build(VIT), build(VIT)
+    with torch.no_grad():
+        outputs = [each.model(**each.inputs).last_hidden_state for each in (first, second)]
+    assert torch.equal(*outputs)
+
+
+RECORDS = [
+    record(name="A", sites=[site()]),
+    record(
+        name="B",
+        verdict=PARTLY,
+        reason="aten.roll.default: it has no rule",
+        sites=[site(), site("left")],
+        restorations=[["aten.roll.default", NO_RULE, 2], ["aten.reshape.default", "it holds a part", 1]],
+    ),
+    record(name="C", verdict=REFUSED, reason="no | attention", attends=False, trace="output 0 differs"),
+    {"name": "D", "module": "m", "verdict": REFUSED, "reason": "does not trace: x", "seconds": 2.0},
+    record(name="E", verdict=REFUSED, reason="it is causal", sites=[site("refused", "it is causal")]),
+]
+
+
+def test_sums() -> None:
+    text = summary(RECORDS)
+    assert "| partly merged | 1 |" in text
+    assert "| refused | 3 |" in text
+    assert "2 of 3 (67%) are merged or partly merged. 1 encoders do not trace" in text
+    assert "`aten.roll.default` (2)" in text
+    assert "aten.reshape.default" not in text
+
+
+def test_lines() -> None:
+    assert line(RECORDS[0]) == "| A | merged | 1 (1) | - | Zero, Restore, Projection | 1 | - |"
+    assert "| 2 (1) | `aten.roll.default` x 2, `aten.reshape.default` x 1 |" in line(RECORDS[1])
+    assert r"no \| attention; its trace is not the eager model, bit for bit: output 0 differs" in line(RECORDS[2])
+    assert line(RECORDS[3]) == "| D | refused | - | - | - | 2 | does not trace: x |"
+
+
+def test_files_are_brought_up_to_date(tmp_path: Path) -> None:
+    readme, page, other = tmp_path / "README.md", tmp_path / "docs" / "coverage.md", tmp_path / "other.md"
+    readme.write_text(f"before\n{MARKER}\nold\n{MARKER}\nafter\n")
+    other.write_text("mine\n")
+    for _ in range(2):
+        write(readme, RECORDS, {})
+        write(page, RECORDS, {"modeling_x": "No module named 'y'"})
+    assert readme.read_text() == f"before\n{MARKER}\n{summary(RECORDS)}\n{MARKER}\nafter\n"
+    assert table(RECORDS) in page.read_text()
+    assert "`modeling_x` does not import here: No module named 'y'" in page.read_text()
+    with pytest.raises(ValueError, match="expected two lines"):
+        write(other, RECORDS, {})
+    assert other.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("start", [["-m", "benchmarks.coverage"], ["benchmarks/coverage.py"]])
+def test_shards_are_joined_from_the_command_line(start: list[str], tmp_path: Path) -> None:
+    for number, name in ((0, "whole"), (2, "part")):
+        (tmp_path / name).mkdir()
+        facts = {"absent": {}, "encoders": RECORDS[number:] if number else RECORDS[:2]}
+        (tmp_path / name / "coverage.json").write_text(json.dumps(facts))
+    files = [str(tmp_path / name / "coverage.json") for name in ("part", "whole")]
+    done = subprocess.run(
+        [sys.executable, *start, "--join", *files, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{table(RECORDS)}\n\n{summary(RECORDS)}\n"
+    assert json.loads((tmp_path / "coverage.json").read_text())["encoders"] == RECORDS
+
+
+@pytest.mark.parametrize("fault", coverage.FAULTS)
+def test_a_fault_is_the_exit_status(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"absent": {}, "encoders": [record(verdict=fault)]}))
+    monkeypatch.setattr(sys, "argv", ["coverage", "--join", str(path), "--out", str(tmp_path)])
+    assert coverage.main() == 1
