@@ -125,6 +125,8 @@ def line(record: Record) -> str:
     notes = [record["reason"]] if record["reason"] else []
     if record.get("trace", "kept") != "kept":
         notes.append(f"its trace is not the eager model, bit for bit: {record['trace']}")
+    if record.get("rounding"):
+        notes.append("Projection is told in float64: float32 rounds too much")
     cells = (
         record["name"],
         record["verdict"],

@@ -30,7 +30,7 @@ LARGEST = 150_000_000  # parameters
 TOO_LARGE = "million parameters"
 PATIENCE = 45.0
 RECIPES = tuple(
-    Recipe(factor, layers, grid, FRAMES) for factor, layers, grid in product((8, 4, 2, 1), (3, None), (7, 8, 6, None))
+    Recipe(factor, layers, grid, FRAMES) for factor, layers, grid in product((8, 2, 1), (3, None), (7, 8, 6, None))
 )
 
 T = TypeVar("T")

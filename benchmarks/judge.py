@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import tldr_compile
 from benchmarks.encoders import Built, Encoder, Unbuildable, build
+from tldr_compile.api import MergedModule
 from tldr_compile.errors import NothingToMerge, VerificationError
 
 MERGED, PARTLY, REFUSED = "merged", "partly merged", "refused"
@@ -23,6 +24,7 @@ VERDICTS = (MERGED, PARTLY, REFUSED, WRONG, CRASHED, NOT_BUILT)
 FRACTION = 0.2
 NO_RULE = "it has no rule"
 
+Size: TypeAlias = int | torch.SymInt
 Record = dict[str, Any]
 """Plain data, as it is kept as JSON."""
 
@@ -69,22 +71,20 @@ def verdict(record: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def attends(program: ExportedProgram) -> bool:
-    """Whether a graph has self-attention over tokens, told without the pass.
+    """Whether a graph has self-attention over tokens, told without the pass: as many keys as queries."""
+    return any(guard_or_false(queries == keys) for queries, keys in _attention(program))
 
-    That is fused attention with as many keys as queries, or a softmax over the last dimension of square matrices.
-    """
+
+def _attention(program: ExportedProgram) -> Iterator[tuple[Size, Size]]:
+    """Queries and keys of fused attention, and of softmax over the last dimension of matrices of more than one."""
     calls = program.graph.find_nodes
-    fused = calls(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
-    spelled = calls(op="call_function", target=torch.ops.aten.softmax.int)
-    return any(_square(*(argument.meta["val"].shape[-2] for argument in node.args[:2])) for node in fused) or any(
-        _square(*node.meta["val"].shape[-2:])
-        for node in spelled
-        if node.meta["val"].ndim >= 3 and node.args[1] in (-1, node.meta["val"].ndim - 1)
-    )
-
-
-def _square(queries: int | torch.SymInt, keys: int | torch.SymInt) -> bool:
-    return guard_or_false(queries == keys) and not guard_or_false(keys == 1)
+    for node in calls(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
+        query, key = (argument.meta["val"] for argument in node.args[:2])
+        yield query.shape[-2], key.shape[-2]
+    for node in calls(op="call_function", target=torch.ops.aten.softmax.int):
+        scores = node.meta["val"]
+        if scores.ndim >= 3 and node.args[1] in (-1, scores.ndim - 1) and not guard_or_false(scores.shape[-1] == 1):
+            yield scores.shape[-2], scores.shape[-1]
 
 
 def _export(built: Built) -> ExportedProgram:
@@ -99,22 +99,21 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
     zero = tldr_compile.apply(program, schedule=())
     dense, traced = _run(built.model, built.inputs), _run(program.module(), built.inputs)
     laws = {"Zero": _same(traced, _run(zero, built.inputs))}
-    report, nothing = zero.report, None
-    if not report.sites:
-        facts = _facts(report.to_dict()) | {"nothing": None, "laws": laws, "trace": _same(dense, traced)}
-        return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
-    say("merging it")
-    try:
-        merged = tldr_compile.apply(program, schedule=FRACTION)
-    except NothingToMerge as reason:
-        nothing = str(reason)
-    else:
-        report = merged.report
-        say("running it merged")
-        laws["Restore"] = _restored(dense, _run(merged, built.inputs))
-        say("comparing it with its meaning")
-        laws["Projection"] = _verified(merged, built.inputs)
+    report, nothing, rounding = zero.report, None, ""
+    if report.sites:
+        say("merging it")
+        try:
+            merged = tldr_compile.apply(program, schedule=FRACTION)
+        except NothingToMerge as reason:
+            nothing = str(reason)
+        else:
+            report = merged.report
+            say("running it merged")
+            laws["Restore"] = _restored(dense, _run(merged, built.inputs))
+            say("comparing it with its meaning")
+            laws["Projection"], rounding = _projected(merged, built)
     facts = _facts(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(dense, traced)}
+    facts |= {"softmax": any(_attention(program)), "rounding": rounding}
     return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
 
 
@@ -138,7 +137,7 @@ def _why_not(record: Mapping[str, Any], refused: Counter[str]) -> str:
     if record["misses"]:
         operator, reason = record["misses"][0]
         return f"no attention site; nearest: {operator}: {reason}"
-    return "no attention"
+    return "it attends to other tokens than its queries" if record["softmax"] else "no attention"
 
 
 def _run(module: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Any:
@@ -167,12 +166,29 @@ def _restored(expected: Any, actual: Any) -> str:
     return "kept"
 
 
-def _verified(merged: tldr_compile.api.MergedModule, inputs: dict[str, Tensor]) -> str:
+def _projected(merged: MergedModule, built: Built) -> tuple[str, str]:
+    """Whether Projection is kept, and how far float32 was from it where only float64 can tell.
+
+    The activations of random weights can grow so large that float32 cannot tell rounding from a wrong rule.
+    """
+    single = _verified(merged, built.inputs)
+    if single == "kept":
+        return single, ""
+    model, inputs = built.model.double(), {name: _double(value) for name, value in built.inputs.items()}
+    double = _verified(tldr_compile.apply(model, (), inputs, schedule=FRACTION), inputs)
+    return ("kept", single) if double == "kept" else (double, "")
+
+
+def _verified(merged: MergedModule, inputs: dict[str, Tensor]) -> str:
     try:
         merged.verify((), inputs)
     except VerificationError as reason:
         return str(reason)
     return "kept"
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ def randomize(model: nn.Module, seed: int, gain: float = 1.5) -> None:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             noise = torch.randn(parameter.shape, generator=generator)
-            if name == "weight" and isinstance(module, nn.LayerNorm):
+            if name == "weight" and parameter.ndim == 1:  # the scale of a norm
                 value = 1 + 0.2 * noise
             elif name == "weight" and not isinstance(module, nn.Embedding):
                 value = noise * gain / prod(parameter.shape[1:]) ** 0.5

@@ -14,7 +14,7 @@ WIDTH = re.compile(
     r"(^|_)(dims?|d_model|width|channels?|feats|features|inplanes|embed_dim_per_stage|channel_list|key_dim)$"
     r"|(^|_)(hidden|embed|embedding|intermediate|output|feature|projection|head|descriptor|encoder)_sizes?$"
 )
-NOT_WIDTH = re.compile(r"^position_embedding_size$|^patch_|_slice_dim$|^num_channels$|^in_(channels|chans)$")
+NOT_WIDTH = re.compile(r"^position_embedding_size$|^patch_|_slice_dim$|^num_channels$")
 MAP = re.compile(r"(^|_)feature_sizes$|^image_embedding_size$")
 DEPTH = re.compile(r"(^|_)(layers|depths?)$|^(num_blocks|blocks_per_stage)$")
 NOT_DEPTH = re.compile(r"^(min|max)_|_proj_layers$")

@@ -57,6 +57,7 @@ VIEWS = [
         lambda h: aten.expand.default(h, [5, B, TOKENS, C]),
     ),
     *carried("tile", lambda h: aten.tile.default(h, [2, 3])),
+    *carried("repeat_interleave", lambda h: aten.repeat_interleave.self_int(h, 2, 2)),
     *carried("repeat", lambda h: aten.repeat.default(h, [5, 1, 1, 3]), lambda h: aten.repeat.default(h, [3, 2, 1])),
     *carried(
         "cat",
