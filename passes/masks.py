@@ -61,11 +61,11 @@ def _hides(typed: TypedGraph, mask: fx.Node, run: Axis) -> bool:
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:
-    """A node and all that it is made of, in the order of the graph."""
+    """A node and all that it is made of but sizes, in the order of the graph."""
     found, pending = {node}, [node]
     while pending:
         for each in pending.pop().all_input_nodes:
-            if each not in found and isinstance(each.meta.get("val"), (Tensor, tuple, list)):
+            if each not in found and not isinstance(each.meta.get("val"), (int, torch.SymInt)):
                 found.add(each)
                 pending.append(each)
     return [each for each in node.graph.nodes if each in found]

@@ -37,12 +37,8 @@ def verify(
 
     Raises:
         VerificationError: an output differs, naming which and by how much.
+        OptionError: an output differs, and the model draws at random for tokens that the merged graph has not.
     """
-    if (random := _draws_after_merge(plan)) is not None:
-        raise OptionError(
-            f"verify=True cannot compare: {random.target} ({random.name}) draws at random for every token after a "
-            "merge, and a merged graph has other tokens. Call model.eval() first."
-        )
     with torch.random.fork_rng():  # what the model draws at random, both draw alike
         actual, found = record(graph, groupings, inputs)
     meaning = Projection(plan, full_length(plan, found), policy)
@@ -55,7 +51,15 @@ def verify(
         if one.shape != two.shape:
             for resolution in plan.held(node):
                 two = meaning.shorten(two, plan.typed.value(node).axes, resolution)
-        _compare(f"output {number} ({node.name})", one, two, agreement(old))
+        try:
+            _compare(f"output {number} ({node.name})", one, two, agreement(old))
+        except VerificationError as difference:
+            if (random := _draws_after_merge(plan)) is None:
+                raise
+            raise OptionError(
+                f"verify=True cannot compare: {random.target} ({random.name}) draws at random for every token after a "
+                "merge, and a merged graph has other tokens. Call model.eval() first."
+            ) from difference
 
 
 def _draws_after_merge(plan: Plan) -> fx.Node | None:
