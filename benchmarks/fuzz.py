@@ -1,92 +1,125 @@
 """Thousands of random transformers try to break the laws; every failure is logged with a minimal reproduction.
 
-python -m benchmarks.fuzz --count 10000 [--seed 0] [--name fuzz]
+    python -m benchmarks.fuzz --count 10000 [--first 0] [--jobs 2]
+
+Model number i is the same in every run, so a run can be cut: `--first 4000 --count 1000` checks 4000 to 4999.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import timing
+from benchmarks.judge import CRASHED, Record
+from benchmarks.walk import walk
 from tests.generated.check import check
-from tests.generated.model import Recipe
-from tests.generated.strategy import options, recipes
+from tests.generated.recipe import Recipe
+from tests.generated.strategy import drawn
+
+CHUNK = 50
+SECONDS = 20  # that one model may take
+CHECKED = "checked"
 
 
-def attempt(recipe: Recipe, chosen: dict[str, Any]) -> str | None:
-    """Why the laws do not hold, or None."""
+@dataclass(frozen=True)
+class Chunk:
+    """Some numbers in a row, for one process."""
+
+    numbers: range
+    module: str = "benchmarks.fuzz"
+
+    @property
+    def name(self) -> str:
+        return f"models {self.numbers.start} to {self.numbers.stop - 1}"
+
+
+def chunks(first: int, count: int) -> list[Chunk]:
+    return [Chunk(range(start, min(start + CHUNK, first + count))) for start in range(first, first + count, CHUNK)]
+
+
+def examine(chunk: Chunk, say: Callable[[str], None]) -> Record:
+    """The verdicts of a chunk's models by count, and the failures among them."""
+    verdicts: Counter[str] = Counter()
+    failures: list[dict[str, Any]] = []
+    for number in chunk.numbers:
+        say(f"model {number}")
+        recipe, options = drawn(Random(number))
+        if (finding := attempt(recipe, options)).startswith("failed"):
+            simple = minimal(recipe, options)
+            failures.append({"number": number, "check": f"check({simple}, {options})", "finding": finding})
+        # Names and numbers of one model would hide that two reasons are one.
+        verdicts[re.sub(r"\(.*?\)|\d+|'.*?'", "", finding)[:160] if "refused" in finding else finding[:7]] += 1
+    return {"name": chunk.name, "module": chunk.module, "verdict": CHECKED, "verdicts": verdicts, "failures": failures}
+
+
+def attempt(recipe: Recipe, options: dict[str, Any]) -> str:
+    """The verdict; `failed: ...` where a law is broken or something else is raised."""
     try:
-        check(recipe, chosen)
+        return check(recipe, options)
     except Exception as finding:  # noqa: BLE001 - whatever is raised is what is looked for
-        return f"{type(finding).__name__}: {finding}"
-    return None
+        return f"failed: {type(finding).__name__}: {finding}"
 
 
-def minimal(recipe: Recipe, chosen: dict[str, Any]) -> Recipe:
+def minimal(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     """The recipe with every field put back to its default that the failure does not need."""
     default = Recipe()
     for name in Recipe.__dataclass_fields__:
         simpler = Recipe(**{**vars(recipe), name: getattr(default, name)})
-        if simpler != recipe and attempt(simpler, chosen) is not None:
+        if simpler != recipe and attempt(simpler, options).startswith("failed"):
             recipe = simpler
     return recipe
 
 
-def run(count: int, seed: int) -> dict[str, Any]:
-    """Draw and check; the sums by verdict, and the failures."""
+def run(first: int, count: int, jobs: int) -> dict[str, Any]:
+    """Check them all, with a progress bar; the sums by verdict, and the failures."""
     verdicts: Counter[str] = Counter()
     failures: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("generated models", total=count)
+        work = chunks(first, count)
+        for record in walk(work, examine, jobs=jobs, limit=CHUNK * SECONDS):
+            verdicts.update(record.get("verdicts", {}))
+            new = list(_failures(record))
+            verdicts[CRASHED] += record["verdict"] != CHECKED
+            failures += new
+            for failure in new:
+                bar.console.print(f"FAILED {failure['check']}\n  {failure['finding']}", markup=False)
+            bar.advance(task, CHUNK)
+    return {"first": first, "count": count, "verdicts": dict(verdicts.most_common()), "failures": failures}
 
-        @seeded(seed)
-        @settings(
-            max_examples=count,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(recipes, options())
-        def draw(recipe: Recipe, chosen: dict[str, Any]) -> None:
-            try:
-                verdicts[check(recipe, chosen).partition(":")[0]] += 1
-            except Exception as finding:  # noqa: BLE001 - whatever is raised is what is looked for
-                verdicts["failed"] += 1
-                simple = minimal(recipe, chosen)
-                failures.append(
-                    {"recipe": str(simple), "options": chosen, "finding": f"{type(finding).__name__}: {finding}"}
-                )
-                bar.console.print(f"FAILED check({simple}, {chosen})\n  {failures[-1]['finding']}")
-            bar.advance(task)
 
-        draw()
-    return {"count": count, "seed": seed, "verdicts": dict(verdicts), "failures": failures}
+def _failures(record: Record) -> Iterator[dict[str, Any]]:
+    if record["verdict"] != CHECKED:
+        yield {"number": record["name"], "check": record["name"], "finding": f"{CRASHED}: {record['reason']}"}
+    yield from record.get("failures", ())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--name", default="fuzz", help="file name of the JSON in benchmarks/results, without its ending"
-    )
+    parser.add_argument("--first", type=int, default=0, help="number of the first model (default 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
+    parser.add_argument("--name", default="fuzz", help="name of the JSON in benchmarks/results (default fuzz)")
     chosen = parser.parse_args()
-    torch.set_num_threads(1)
     start = time.perf_counter()
-    found = run(chosen.count, chosen.seed)
-    found["seconds"] = time.perf_counter() - start
+    found = run(chosen.first, chosen.count, chosen.jobs)
+    found["seconds"] = round(time.perf_counter() - start)
     path = timing.write(chosen.name, {**timing.machine(torch.device("cpu")), **found})
-    print(f"{found['verdicts']} in {found['seconds']:.0f} s; {path}")
+    for verdict, count in found["verdicts"].items():
+        print(f"{count:7d}  {verdict}")
+    print(f"{len(found['failures'])} failures in {found['seconds']} s; {path}")
     return 1 if found["failures"] else 0
 
 

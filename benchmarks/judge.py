@@ -22,6 +22,7 @@ WRONG, CRASHED, NOT_BUILT = "wrong", "crashed", "not built"
 VERDICTS = (MERGED, PARTLY, REFUSED, WRONG, CRASHED, NOT_BUILT)
 
 FRACTION = 0.2
+HALF = 0.5  # where that is less than one token
 NO_RULE = "it has no rule"
 
 Size: TypeAlias = int | torch.SymInt
@@ -103,7 +104,7 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
     if report.sites:
         say("merging it")
         try:
-            merged = tldr_compile.apply(program, schedule=FRACTION)
+            merged = _apply(program)
         except NothingToMerge as reason:
             nothing = str(reason)
         else:
@@ -115,6 +116,13 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
     facts = _facts(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(dense, traced)}
     facts |= {"softmax": any(_attention(program)), "rounding": rounding}
     return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
+
+
+def _apply(program: ExportedProgram) -> MergedModule:
+    try:
+        return tldr_compile.apply(program, schedule=FRACTION)
+    except NothingToMerge:
+        return tldr_compile.apply(program, schedule=HALF)
 
 
 def _facts(report: Mapping[str, Any]) -> Record:
@@ -175,7 +183,7 @@ def _projected(merged: MergedModule, built: Built) -> tuple[str, str]:
     if single == "kept":
         return single, ""
     model, inputs = built.model.double(), {name: _double(value) for name, value in built.inputs.items()}
-    double = _verified(tldr_compile.apply(model, (), inputs, schedule=FRACTION), inputs)
+    double = _verified(_apply(torch.export.export(model, (), inputs)), inputs)
     return ("kept", single) if double == "kept" else (double, "")
 
 

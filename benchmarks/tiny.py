@@ -19,6 +19,7 @@ MAP = re.compile(r"(^|_)feature_sizes$|^image_embedding_size$")
 DEPTH = re.compile(r"(^|_)(layers|depths?)$|^(num_blocks|blocks_per_stage)$")
 NOT_DEPTH = re.compile(r"^(min|max)_|_proj_layers$")
 CHOICE = re.compile(r"_(indexes|indices|index|idxs|ids|blocks)$")
+WINDOW = re.compile(r"(^|_)window_sizes?$")
 QUERIES = re.compile(r"^num_queries$|_num_proposals$")
 OUTPUTS = ("out_features", "out_indices", "stage_names")
 IMAGE = ("image_size", "crop_size", "img_size", "input_size", "pretrain_image_size")
@@ -28,6 +29,7 @@ CHANNELS = ("num_channels", "in_channels", "in_chans", "num_input_channels")
 LEAST_WIDTH = 32
 LEAST_IMAGE = 64
 MOST_QUERIES = 20
+MOST_WINDOW = 4  # patches across: small pictures are made of whole windows
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def _smaller(name: str, value: Any, recipe: Recipe, image: int, scale: Fraction)
         return _map(lambda width: _divided(width, recipe.factor), value)
     if name in IMAGE and recipe.grid is not None:
         return _map(lambda _: image, value)
+    if WINDOW.search(name) and recipe.grid is not None:
+        return _map(lambda across: min(across, MOST_WINDOW), value)
     if QUERIES.search(name):
         return _map(lambda count: min(count, MOST_QUERIES), value)
     if name in TIME:

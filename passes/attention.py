@@ -4,13 +4,13 @@
       q  k      s        m                   p          v       ->            q k v m s p
 
 One description with alternatives, walked up and down from the softmax. What does not fit is a near miss with its
-reason.
+reason. Einsum is a product too, spelled with letters; probabilities of sinks, which are no tokens, may be cut off.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from operator import getitem
@@ -28,9 +28,11 @@ SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 _PRODUCT = frozenset({aten.matmul.default, aten.bmm.default})
 _EINSUM = aten.einsum.default
+_CUT = aten.slice.Tensor
 _DROPOUT = aten.native_dropout.default
 _THROUGH = frozenset({aten.clone.default, aten._to_copy.default, aten.alias.default})
 _TRANSPOSE = frozenset({aten.transpose.int, aten.permute.default})
+_ONWARD = frozenset({*_THROUGH, *_PRODUCT, _CUT, _DROPOUT, getitem})
 _KERNEL = "aten::_scaled_dot_product_"
 # A finite fill this low leaves exactly nothing after the exponential, in every dtype that has it.
 _NOTHING = -1e4
@@ -41,8 +43,9 @@ class Attention:
     """One attention of a graph; `node` is its result.
 
     It is `scaled_dot_product_attention`, or spelled out where it has `probabilities [..., H, N, M]`: something else
-    reads them, or something that the operator does not know stands before the softmax. All dimensions of `queries` but
-    the last are the batch, the heads and the queries; `keys [..., H, M, d]` may be unknown where it is spelled out.
+    reads them, or something that the operator does not know stands before the softmax or cuts its result. All
+    dimensions of `queries` but the last are the batch, the heads and the queries; `keys [..., H, M, d]` may be unknown
+    where it is spelled out.
     """
 
     node: fx.Node
@@ -77,7 +80,7 @@ class _Search:
 
 @dataclass(frozen=True)
 class _Match:
-    softmax: fx.Node
+    probabilities: fx.Node
     output: fx.Node
     scores: _Scores | None
     dropout: float
@@ -96,6 +99,11 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tup
     for target in (aten.view.default, aten._unsafe_view.default):
         for node in graph.find_nodes(op="call_function", target=target):
             node.target = aten.reshape.default  # another attention kernel may lay its result out in another order
+    for node in graph.find_nodes(op="call_function", target=_EINSUM):
+        _spell_einsum(graph, node)
+    for target in _PRODUCT:
+        for node in graph.find_nodes(op="call_function", target=target):
+            _turn(graph, node)
     for node in graph.find_nodes(op="call_function", target=getitem):
         if operator_name(node.args[0]).startswith(_KERNEL) and node.args[1] == 0:
             _replace_kernel(graph, node)
@@ -123,13 +131,13 @@ def _attentions(graph: fx.Graph, kept: dict[fx.Node, _Match]) -> Iterator[Attent
             masks = (mask,) if isinstance(mask, fx.Node) else ()
             yield Attention(node, given["query"], given["key"], masks, given.get("is_causal", False))
         elif node in kept:
-            softmax = kept[node].softmax
-            scores = _up(softmax.args[0], _Scores())
+            probabilities = kept[node].probabilities
+            scores = _up(probabilities.args[0], _Scores())
             keys = None
             if not isinstance(scores, str):
                 with graph.inserting_before(node):
                     keys = _untransposed(graph, scores.keys)
-            yield Attention(node, softmax, keys, probabilities=softmax)
+            yield Attention(node, probabilities, keys, probabilities=probabilities)
 
 
 def _search(graph: fx.Graph) -> _Search:
@@ -145,10 +153,10 @@ def _search(graph: fx.Graph) -> _Search:
         if isinstance(down, str):
             search.misses.append((softmax, down))
             continue
-        output, dropout, escapes = down
-        scores = _up(softmax.args[0], _Scores())
-        fits = not escapes and not isinstance(scores, str) and output.target is not _EINSUM
-        search.found.append(_Match(softmax, output, scores if fits else None, dropout))  # type: ignore[arg-type]
+        probabilities, output, dropout, escapes = down
+        scores = _up(probabilities.args[0], _Scores())
+        fits = probabilities is softmax and not escapes and not isinstance(scores, str)
+        search.found.append(_Match(probabilities, output, scores if fits else None, dropout))  # type: ignore[arg-type]
     return search
 
 
@@ -204,24 +212,88 @@ def _is_nothing(value: Any) -> bool:
     return isinstance(value, (int, float)) and value <= _NOTHING
 
 
-def _down(softmax: fx.Node) -> tuple[fx.Node, float, bool] | str:
-    """From the softmax down to the product with the values: that, the dropout, whether others read on the way."""
+def _down(softmax: fx.Node) -> tuple[fx.Node, fx.Node, float, bool] | str:
+    """From the softmax down to the product with the values.
+
+    The probabilities of tokens, the product, the dropout between them, whether others read on the way.
+    """
     node: Any = softmax
+    probabilities = softmax
     dropout = 0.0
     escapes = False
     while True:
         readers = list(node.users)
-        onward = [user for user in readers if user.target in (*_THROUGH, *_PRODUCT, _EINSUM, _DROPOUT, getitem)]
-        products = [user for user in onward if user.target in (*_PRODUCT, _EINSUM) and next(operands(user)) is node]
+        onward = [user for user in readers if user.target in _ONWARD or _keeps_pairs(user, node)]
+        products = [user for user in onward if user.target in _PRODUCT and next(operands(user)) is node]
         escapes = escapes or len(readers) > 1
         if products:
-            return products[0], dropout, escapes
-        if len(onward) != 1 or onward[0].target in (*_PRODUCT, _EINSUM):
+            escapes = escapes or node.meta["val"].ndim != softmax.meta["val"].ndim
+            return probabilities, products[0], dropout, escapes
+        if len(onward) != 1 or onward[0].target in _PRODUCT:
             names = ", ".join(str(user.target) for user in readers) or "nothing"
             return f"the probabilities ({node.name}) are not multiplied with values but read by {names}"
         node = onward[0]
         if node.target is _DROPOUT and node.args[2] is not False:
             dropout = float(named(node)["p"])
+        if node.target is _CUT:
+            if dropout or named(node).get("dim", 0) % node.meta["val"].ndim != node.meta["val"].ndim - 1:
+                return f"the probabilities are cut ({node.name}) elsewhere than at the keys, before dropout"
+            probabilities = node
+
+
+def _keeps_pairs(user: fx.Node, node: fx.Node) -> bool:
+    """A reshape of batch and heads only, such as one to the shape that is returned and one back."""
+    return user.target is aten.reshape.default and user.meta["val"].shape[-2:] == node.meta["val"].shape[-2:]
+
+
+def _turn(graph: fx.Graph, node: fx.Node) -> None:
+    """`v p'` is `(p v')'`: probabilities on the left, as everywhere."""
+    values, turned = operands(node)
+    if turned.target not in _TRANSPOSE or not _swaps_last(turned, turned.meta["val"].ndim):
+        return
+    probabilities = next(operands(turned))
+    above = probabilities
+    while above.target in (*_THROUGH, _DROPOUT, getitem):
+        above = above.args[0]  # type: ignore[assignment]
+    if above.target not in _SOFTMAX or values.meta["val"].ndim < 3:
+        return
+    with graph.inserting_before(node):
+        across = insert(graph, aten.transpose.int, values, -2, -1)
+        product = insert(graph, aten.matmul.default, probabilities, across)
+        new = insert(graph, aten.transpose.int, product, -2, -1)
+    node.replace_all_uses_with(new)
+    for dead in (node, turned):
+        if not dead.users:
+            graph.erase_node(dead)
+
+
+def _spell_einsum(graph: fx.Graph, node: fx.Node) -> None:
+    """Two operands and one letter to sum over: a product of matrices, and transposes around it."""
+    letters, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    names, tensors = letters.split(","), list(operands(node))
+    if "." in letters or len(names) != 2 or not result or any(len(set(each)) < len(each) for each in names):
+        return
+    batch = [each for each in result if each in names[0] and each in names[1]]
+    (row, column), shared = ([x for x in each if x not in batch] for each in names), set(names[0]) & set(names[1])
+    summed = shared - set(result)
+    row, column = ([x for x in each if x not in summed] for each in (row, column))
+    if len(summed) != 1 or len(row) != 1 or len(column) != 1 or not {*row, *column} <= set(result):
+        return
+    if result.index(row[0]) > result.index(column[0]):
+        names, tensors, row, column = names[::-1], tensors[::-1], column, row
+    with graph.inserting_before(node):
+        one = _permuted(graph, tensors[0], names[0], [*batch, *row, *summed])
+        two = _permuted(graph, tensors[1], names[1], [*batch, *summed, *column])
+        product = insert(graph, aten.matmul.default, one, two)
+        new = _permuted(graph, product, [*batch, *row, *column], result)
+    node.replace_all_uses_with(new)
+    new.meta = {**node.meta, "val": new.meta["val"]}
+    graph.erase_node(node)
+
+
+def _permuted(graph: fx.Graph, node: fx.Node, have: Sequence[str], wanted: Sequence[str]) -> fx.Node:
+    order = [list(have).index(each) for each in wanted]
+    return node if order == sorted(order) else insert(graph, aten.permute.default, node, order)
 
 
 def _replace_kernel(graph: fx.Graph, output: fx.Node) -> None:

@@ -162,7 +162,7 @@ class Plan:
     def held(self, node: fx.Node) -> tuple[Resolution, ...]:
         """At which resolutions a value is held, merge after it included."""
         merge, step = self.merge_after(node), self.steps.get(node, Step())
-        kept = tuple(r for r in step.held if merge is None or r.run != merge.target.run)
+        kept = tuple(r for r in step.held if merge is None or not r.run.atoms & merge.target.run.atoms)
         return (*kept, merge.target) if merge else kept
 
     def merge_after(self, node: fx.Node) -> Merge | None:
@@ -308,7 +308,7 @@ class _Walk:
         target = Resolution(len(self.merges) + 1, run, site.stream.batch, groups, Atom(count), source)
         self.merges.append(Merge(site, count, source, target))
         for state in (self.held, self.weighed):
-            state[node] = (*(r for r in state[node] if r.run != run), target)
+            state[node] = (*(r for r in state[node] if not r.run.atoms & run.atoms), target)
 
     def _step(self, node: fx.Node, typed: Typed) -> Step:
         operands = self.typed.operands(node)
@@ -389,6 +389,8 @@ class _Walk:
                 return (
                     f"it takes apart {', '.join(map(repr, sorted(lost, key=repr)))}, over which {target!r} was grouped"
                 )
+            if (pair := _ambiguous(merged, target)) is not None:
+                return f"it pairs entries along {pair!r}, over which {target!r} was grouped"
             if any(not _reachable(each, target.groups) for each in merged):
                 return f"it nests {run!r} too deeply: {_text(axes)}"
         return None
@@ -429,6 +431,16 @@ def _holds(axes: Axes, run: Axis) -> bool:
 
 def _free_atoms(axes: Axes) -> set[Atom]:
     return {factor for each in axes for factor in each.factors if isinstance(factor, Atom)}
+
+
+def _ambiguous(axes: Axes, target: Resolution) -> Atom | None:
+    """A dimension that the grouping depends on and that lies on several axes, none of them that of the groups."""
+    for own in axes:
+        beside = target.batch.atoms - own.atoms if target.groups in own.atoms else ()
+        for atom in beside:
+            if sum(atom in each.atoms for each in axes) > 1:
+                return atom
+    return None
 
 
 def _reachable(axis: Axis, atom: Atom) -> bool:

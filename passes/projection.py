@@ -176,7 +176,7 @@ class Projection(fx.Interpreter):
         marked = tuple(replace(axis, resolution.run, probe) for axis in axes)
         whole = any(probe in axis.atoms for axis in marked)
         token = self._across(marked, [probe] if whole else resolution.run.factors, weighing.use.dims)
-        sample = self._across(marked, resolution.batch.factors)
+        sample = self._across(marked, resolution.batch.factors, weighing.use.dims)
         sample, token = torch.broadcast_tensors(sample, token)
         return share[sample.clamp(min=0), token.clamp(min=0)].masked_fill(token < 0, 1.0)
 
@@ -199,7 +199,7 @@ class Projection(fx.Interpreter):
         groups = self.groups[resolution.index]
         token = self._coordinates(axes[dim], probe)
         beside = self._beside(axes[dim], probe)
-        sample = self._across(axes, resolution.batch.factors).expand(x.shape).movedim(dim, -1)
+        sample = self._across(axes, resolution.batch.factors, (dim,)).expand(x.shape).movedim(dim, -1)
         moved = x.movedim(dim, -1)
         result = moved.clone()
         for number in range(groups.group.shape[0]):
@@ -207,7 +207,7 @@ class Projection(fx.Interpreter):
             picked = how is How.PICK
             projected = moved[..., matrix.argmax(-1)] if picked else (moved.double() @ matrix.T).to(x.dtype)
             result = torch.where(sample == number, projected, result)
-        return result.movedim(-1, dim)
+        return result.movedim(-1, dim).contiguous()
 
     def shorten(self, x: Tensor, axes: Axes, resolution: Resolution) -> Tensor:
         """A projected value `[..., run, ...]` with one entry for each group, as it is held."""

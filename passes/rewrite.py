@@ -400,7 +400,7 @@ class _Rewriter:
     def _merge(self, merge: Merge) -> None:
         stream, target, source = merge.site.stream, merge.target, merge.source
         assert stream is not None
-        laid = Laid(self.env[merge.node], self.axes[merge.node][0])
+        laid = self._unmixed(Laid(self.env[merge.node], self.axes[merge.node][0]), merge, merge.node)
         held = next((r for r in self.plan.steps[merge.node].held if r.run == stream.run), None)
         if held is not source:
             laid = self._convert(laid, Conversion(0, stream.run, held, source, How.MERGE), None)
@@ -417,6 +417,13 @@ class _Rewriter:
         self.groupings[target.index] = {name: self.layout.call(getitem, grouping, k) for k, name in enumerate(fields)}
         merged = self._down(laid, target, How.MERGE)
         self.env[merge.node], self.axes[merge.node] = merged.node, (merged.axes,)
+
+    def _unmixed(self, laid: Laid, merge: Merge, node: fx.Node) -> Laid:
+        """A value at the merge, without the resolutions of other runs that share dimensions with the merged one."""
+        for resolution in self.plan.steps[node].held:
+            if resolution.run != merge.target.run and resolution.run.atoms & merge.target.run.atoms:
+                laid = self._up(laid, resolution)
+        return laid
 
     def _counts(self, source: Resolution | None, like: fx.Node, batch: Axis, tokens: Axis) -> tuple[fx.Node, fx.Node]:
         """Mass and size of every token so far, `[B, N]` float32."""
@@ -459,6 +466,7 @@ class _Rewriter:
         """What a site says of its clip tokens, `[batch, tokens, ...]`, by atom along the stream `[B, N, ...]`."""
         stream = merge.site.stream
         assert stream is not None
+        laid = self._unmixed(laid, merge, merge.site.attention.scored)
         (run,) = maximal_runs(merge.site.tokens)
         whole = run == stream.run
         held = next((r for r in self._held_at(merge) if r.run == stream.run), None)
@@ -483,7 +491,8 @@ class _Rewriter:
             assert conversion.source is not None
             return self._up(laid, conversion.source)
         assert conversion.target is not None
-        laid = self._with_batch(laid, reads, conversion.target)
+        if conversion.source is None:
+            laid = self._with_batch(laid, reads, conversion.target)
         below = conversion.source.chain if conversion.source else ()
         for resolution in reversed([r for r in conversion.target.chain if r not in below]):
             laid = self._down(laid, resolution, conversion.how)
@@ -558,11 +567,15 @@ class _Rewriter:
         return self._indices[key]
 
     def _laid(self, node: fx.Node, batch: Axis, tokens: Axis, axes: Axes, dim: int) -> fx.Node:
-        """A tensor `[batch, tokens]` laid along axes whose dimension `dim` stands for the tokens."""
-        atoms = set(batch.factors)
-        target = tuple(
-            tokens if d == dim else axis if set(axis.factors) & atoms else UNIT for d, axis in enumerate(axes)
-        )
+        """A tensor `[batch, tokens]` laid along axes whose dimension `dim` stands for the tokens.
+
+        A dimension of the batch that lies on several axes, as in a matrix of pairs, is the one nearest to the tokens.
+        """
+        nearest = {
+            min((d for d, axis in enumerate(axes) if d != dim and f in axis.factors), key=lambda d: abs(d - dim))
+            for f in batch.factors
+        }
+        target = tuple(tokens if d == dim else axis if d in nearest else UNIT for d, axis in enumerate(axes))
         return self.layout.arrange(node, (batch, tokens), target)
 
 

@@ -143,7 +143,7 @@ def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
 def _site(flow: Flow, index: int, attention: Attention, protect: int) -> Site:
     axes = flow.typed.value(attention.queries).axes
     tokens, batch = axes[-2], product(axes[:-2])
-    heads = product(f for f in batch.factors if not (isinstance(f, Atom) and f.clip))
+    heads = product(f for f in batch.factors if not product([f]).clip)
     stream = _stream(flow, attention, tokens)
     reason = (
         stream if isinstance(stream, str) else _refusal(flow.typed, attention, tokens, batch, heads, stream, protect)
@@ -161,7 +161,12 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
         return "no residual addition follows it on every path"
     axes = flow.typed.value(node).axes
     holding = [dim for dim, axis in enumerate(axes) if runs[0].atoms & axis.atoms]
-    if not holding or holding != list(range(holding[0], holding[-1] + 1)):
+    if not holding:
+        return (
+            f"its tokens {tokens!r} are not those of the residual stream {_text(axes)}: it attends within another "
+            "grid, as of padded or shifted windows, or of a pooled map"
+        )
+    if holding != list(range(holding[0], holding[-1] + 1)):
         return f"its tokens {tokens!r} lie on {len(holding)} axes of the residual stream {_text(axes)}"
     together = product(axes[dim] for dim in holding) if len(holding) > 1 else axes[holding[0]]
     candidates = [run for run in maximal_runs(together) if runs[0].atoms <= run.atoms]
@@ -182,6 +187,8 @@ def _refusal(
         return "it is causal: the order of its tokens carries meaning"
     if stream.run.atoms > run.atoms and _temporal(run):
         return f"it is temporal: it attends along {run!r} only, and its tokens are those of the spatial sites"
+    if any(isinstance(factor, Axis) for factor in clip_batch):
+        return f"its batch {batch!r} joins several clips of a sample, which could not be told apart"
     if batch.factors != (*clip_batch, *heads.factors):
         return f"its heads are laid before its batch: {batch!r}"
     if set(clip_batch) | run.atoms != stream.batch.atoms | stream.run.atoms:

@@ -52,10 +52,7 @@ def apply(
     """
     config = _config(config, options)
     program = _export(model, args, kwargs, dynamic_shapes)
-    captured = from_export(program)
-    merged, nothing = merge(captured, config)
-    report = Report(merged, default=config.is_default_schedule, nothing=nothing)
-    result = MergedModule(program, captured, merged, report)
+    result = assemble(program, from_export(program), config)
     if config.verify:
         result.verify(*(program.example_inputs or (args, dict(kwargs or {}))))
     return result
@@ -75,6 +72,12 @@ def explain(
     captured = from_export(_export(model, args, kwargs, dynamic_shapes))
     merged, nothing = _attempt(captured, config)
     return Report(merged, default=config.is_default_schedule, nothing=nothing)
+
+
+def assemble(program: ExportedProgram, captured: Captured, config: TokenMerging) -> MergedModule:
+    """`apply` on a program of which the capture is known; one capture serves any number of configurations."""
+    merged, nothing = merge(captured, config)
+    return MergedModule(program, captured, merged, Report(merged, default=config.is_default_schedule, nothing=nothing))
 
 
 def merge(captured: Captured, config: TokenMerging) -> tuple[passes.Merged, str | None]:

@@ -1,6 +1,6 @@
 """The rule table of the axis types, one rule per operator; families are one line each."""
 
-from passes.rules import pointwise, products, reductions, views  # noqa: F401  (importing registers the rules)
+from passes.rules import indexing, pointwise, products, reductions, spatial, views  # noqa: F401  (registers the rules)
 from passes.rules.resize import RESIZE, Held, resize
 from passes.rules.table import TABLE, Call, Kind, Operand, Rule, Typed, Use, rule, unknown
 

@@ -1,8 +1,8 @@
-"""Operators that multiply and sum: linear layers, matrix products, convolutions, attention, look-ups."""
+"""Operators that multiply and sum: linear layers, matrix products, attention."""
 
 from __future__ import annotations
 
-from passes.axes import BORN, UNIT, Axes, Axis
+from passes.axes import UNIT, Axes, Axis
 from passes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unknown
 
 
@@ -88,22 +88,6 @@ def einsum(call: Call) -> Typed:
     return call.typed(tuple(resolved[name] for name in result), reads=reads)
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution")
-def convolution(call: Call) -> Typed:
-    """`x [B, C, ...]`, `weight [O, C / groups, ...]`: the output's positions are born here."""
-    x, weight, *bias = call.operands
-    if call.given.get("groups", 1) == 1:
-        call.absorb(weight.axes[1], x.axes[-len(weight.axes) + 1])
-    spatial = len(weight.axes) - 2
-    call.use(Kind.MIX, x, *range(-spatial - 1, 0))
-    call.use(Kind.MIX, weight, *range(len(weight.axes)))
-    labels = "thw"[-spatial:]
-    sizes = call.sizes[0][-spatial:]
-    born = [call.fresh(size, label=label, strength=BORN) for size, label in zip(sizes, labels, strict=True)]
-    out = call.same(weight.axes[0], *(each.axes[0] for each in bias))
-    return call.typed((*call.axes(x)[: -spatial - 1], out, *born))
-
-
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Typed:
     """`q [..., H, N, d]`, `k [..., H, M, d]`, `v [..., H, M, e]`, mask broadcastable to `[..., H, N, M]`."""
@@ -134,11 +118,3 @@ def attention(call: Call) -> Typed:
         **{each.index: scores for each in mask},
     }
     return call.typed((*batch, queries, v.axes[-1]), reads=reads)
-
-
-@rule("embedding")
-def embedding(call: Call) -> Typed:
-    """Rows of a table: whatever the indices stand for stays."""
-    table, indices = call.operands
-    call.use(Kind.MIX, table, 0)
-    return call.typed((*call.axes(indices), *call.axes(table)[1:]))

@@ -65,6 +65,14 @@ rule("softmax", "_softmax")(_along(Kind.SOFTMAX))
 rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort")(_along(Kind.MIX))
 
 
+@rule("tril", "triu")
+def triangle(call: Call) -> Typed:
+    """What is left of an entry follows from its place."""
+    (operand,) = call.operands
+    call.use(Kind.MIX, operand, -2, -1)
+    return call.typed(call.axes(operand))
+
+
 @rule("flip", "roll")
 def moved(call: Call) -> Typed:
     """Entries change places along `dims`, which are therefore other dimensions than before."""

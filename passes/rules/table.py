@@ -113,7 +113,8 @@ class Call:
     def adopt(self, activation: Axis, table: Axis) -> Axis:
         """A constant meets an activation, up to broadcasting: its dimension is the activation's."""
         activation, table = self.solved.resolve(activation), self.solved.resolve(table)
-        if table.lone and activation != UNIT and activation != table and activation.size == table.size:
+        firm = table.clip and not activation.clip  # a table of tables: what met the clip before has its dimension
+        if table.lone and not firm and activation != UNIT and activation != table and activation.size == table.size:
             self.solved = self.solved.bind(table.lone, activation)
         return self.same(activation, table)
 

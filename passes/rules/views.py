@@ -155,6 +155,40 @@ def cat(call: Call) -> Typed:
     return call.typed(tuple(columns), reads=reads)
 
 
+@rule("pad", "constant_pad_nd")
+def pad(call: Call) -> Typed:
+    """Padding by a constant is a segment beside the others, as `cat` makes it; any other repeats entries."""
+    (operand,) = call.operands
+    axes, amounts = list(call.axes(operand)), call.given["pad"]
+    for place in range(len(amounts) // 2):
+        dim, (before, after) = len(axes) - 1 - place, amounts[2 * place : 2 * place + 2]
+        if call.given.get("mode", "constant") == "constant" and _padded(before) and _padded(after):
+            ends = [[call.fresh(size, clip=False)] if size != 0 else [] for size in (before, after)]
+            axes[dim] = concat([*ends[0], axes[dim], *ends[1]])
+        elif (before, after) != (0, 0):
+            call.use(Kind.MIX, operand, dim)
+            axes[dim] = call.fresh(call.sizes[0][dim])
+    reads = tuple(call.axes(operand))
+    return call.typed(tuple(axes), reads={operand.index: reads})
+
+
+def _padded(amount: Any) -> bool:
+    return isinstance(amount, int) and amount >= 0
+
+
+@rule("view_as_complex")
+def view_as_complex(call: Call) -> Typed:
+    """Pairs along the last dimension become numbers."""
+    (operand,) = call.operands
+    call.use(Kind.MIX, operand, -1)
+    return call.typed(call.axes(operand)[:-1])
+
+
+@rule("view_as_real")
+def view_as_real(call: Call) -> Typed:
+    return call.typed((*call.axes(call.operands[0]), call.fresh(2, clip=False)))
+
+
 @rule("stack")
 def stack(call: Call) -> Typed:
     rank = len(call.operands[0].axes)

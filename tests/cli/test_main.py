@@ -26,7 +26,12 @@ def clip(tmp_path: Path) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     config = VideoMAEConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
         num_frames=4,
     )
     VideoMAEForVideoClassification(config).save_pretrained(tmp_path / "model")
@@ -101,9 +106,7 @@ def test_refused_before_anything_is_compiled(
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-def test_a_clip_that_is_too_short(
-    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_clip_that_is_too_short(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = encode(tmp_path / "short.mp4", noise(3))
     assert cli.main(["run", "--video", str(path), "--model", str(folder)]) == 2
     assert "too short: it has 3 frames, and the model reads a clip of 4" in capsys.readouterr().err

@@ -2,54 +2,118 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
 
-import tldr_compile
-from tests.generated.model import Recipe
-from tldr_compile.errors import NothingToMerge, OptionError
+import passes
+from passes.canonicalize import Captured, from_dynamo, from_export
+from tests.generated.model import build
+from tests.generated.recipe import Recipe
+from tldr_compile import MergedModule, TokenMerging, ops
+from tldr_compile.api import assemble, nothing_of
+from tldr_compile.errors import NothingToMerge, OptionError, ScheduleError
+
+BOUND = 2e-5  # of the largest magnitude, for two graphs that sum in another order
 
 
 def check(recipe: Recipe, options: dict[str, Any]) -> str:
-    """Zero, Projection, Restore and Twins. Returns the verdict: merged, partly, or refused.
+    """Projection, Restore and that a fused graph is the traced one; on a share of the recipes Zero and Twins; where it
+    applies Duplicates.
 
-    A refusal is one of a kind that the recipe explains; any other error is a finding.
+    Returns the verdict: merged, partly, or refused with the reason.
     """
-    model, inputs = recipe.build(), recipe.inputs()
+    model, inputs = build(recipe), recipe.inputs()
     with torch.no_grad():
-        program = torch.export.export(model, inputs)
-        expected = program.module()(*inputs)
-        zero = tldr_compile.apply(program, schedule=[0])(*inputs)
-        _same_structure(zero, expected)
-        for one, two in zip(_leaves(zero), _leaves(expected), strict=True):
-            assert torch.equal(one, two), "a schedule of zeros changed the numbers"
+        program = export(model, inputs, dynamic_shapes=_dynamic(recipe, inputs))
+        captured, dense = from_export(program), program.module()
+        config = TokenMerging.from_options(options)
+        if recipe.seed % 3 == 0:
+            _same(assemble(program, captured, nothing_of(config))(*inputs), dense(*inputs), 0)
         try:
-            merged = tldr_compile.apply(program, **{**options, "schedule": _fitting(options, program)}, verify=True)
-        except (NothingToMerge, OptionError) as reason:
+            merged = _fitting(program, captured, config)
+        except (NothingToMerge, OptionError, ScheduleError) as reason:
             return f"refused: {reason}"
-        result = merged(*inputs)
-        twin = tldr_compile.apply(model, inputs, **{**options, "schedule": _fitting(options, program)})(*inputs)
-    _same_structure(result, expected)
-    for one, two, full in zip(_leaves(result), _leaves(twin), _leaves(expected), strict=True):
-        assert torch.equal(one, two), "the module and its export gave different numbers"
-        assert one.dtype == full.dtype
-        assert options["outputs"] == "merged" or one.shape == full.shape
-        assert one.isfinite().all()
+        for each in (inputs, recipe.inputs(recipe.batch + 2)) if recipe.dynamic else (inputs,):
+            merged.verify(each)
+            expected = dense(*each)
+            _restored(merged(*each), expected, options)
+            fused = merged._merged.plan.typed.captured.graph(*merged._flat_inputs(each, {}))
+            _same(list(fused), _leaves(expected), BOUND)
+        if recipe.duplicable:
+            _duplicates(recipe, program, captured)
+        if recipe.seed == 0 and not recipe.dynamic:
+            _same(_twin(model, merged._merged.options)(*inputs), merged(*inputs), BOUND)
     return "partly" if any(r["operator"] != "output" for r in merged.report.restorations) else "merged"
 
 
-def _fitting(options: dict[str, Any], program: torch.export.ExportedProgram) -> list[int | float]:
-    """The schedule, cut to the sites that there are."""
-    sites = tldr_compile.explain(program, schedule=[0]).to_dict()["sites"]
-    return list(options["schedule"])[: len(sites)] or [1]
+def _fitting(program: ExportedProgram, captured: Captured, config: TokenMerging) -> MergedModule:
+    """Merged as the options say, with zeros at the sites that cannot merge."""
+    try:
+        return assemble(program, captured, config)
+    except ScheduleError:
+        sites = passes.plan(captured, nothing_of(config)).sites
+        open_sites = [index for index, site in enumerate(sites) if site.reason is None]
+        if not open_sites:
+            raise
+        schedule = tuple(2 if index in open_sites else 0 for index in range(len(sites)))
+        return assemble(program, captured, replace(config, schedule=schedule))
+
+
+def _dynamic(recipe: Recipe, inputs: Sequence[Tensor]) -> Any:
+    if not recipe.dynamic:
+        return None
+    clips = {0: Dim("batch", min=2, max=64)}
+    more = [None] * (recipe.position == "ids") + [clips] * (recipe.bias == "padding")
+    return (clips, tuple(more)) if more else (clips,)
+
+
+def _duplicates(recipe: Recipe, program: ExportedProgram, captured: Captured) -> None:
+    """Tokens that are equal in pairs, merged in pairs, change nothing."""
+    inputs = recipe.inputs(duplicates=True)
+    config = TokenMerging(schedule=(max(1, recipe.clip_tokens // 2),), saliency="uniform")
+    try:
+        merged: MergedModule = assemble(program, captured, config)
+    except (NothingToMerge, ScheduleError):
+        return
+    _same(merged(*inputs), program.module()(*inputs), BOUND)
+
+
+def _twin(model: nn.Module, config: TokenMerging) -> Any:
+    """The model as Dynamo captures it, merged; not compiled further."""
+
+    def backend(gm: fx.GraphModule, examples: list[Tensor]) -> Any:
+        return passes.merge(from_dynamo(gm, examples), config, ops).graph
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def _restored(actual: Any, dense: Any, options: dict[str, Any]) -> None:
+    assert pytree.tree_structure(actual) == pytree.tree_structure(dense), "the structure of the outputs changed"
+    for one, two in _pairs(actual, dense):
+        assert one.dtype == two.dtype, "a dtype changed"
+        assert options["outputs"] == "merged" or one.shape == two.shape, "a shape changed"
+        assert one.isfinite().all(), "not finite"
+
+
+def _same(actual: Any, expected: Any, bound: float) -> None:
+    assert pytree.tree_structure(actual) == pytree.tree_structure(expected), "the structure of the outputs changed"
+    for one, two in _pairs(actual, expected):
+        assert (one.shape, one.dtype) == (two.shape, two.dtype), "a shape or dtype changed"
+        apart = (one - two).abs().max() / two.abs().max().clamp_min(1e-30) if two.numel() else 0
+        limit = bound * torch.finfo(two.dtype).eps / torch.finfo(torch.float32).eps
+        assert apart <= max(bound, limit) if bound else torch.equal(one, two), f"apart by {float(apart):.1e}"
+
+
+def _pairs(one: Any, two: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(_leaves(one), _leaves(two), strict=True)
 
 
 def _leaves(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _same_structure(one: Any, two: Any) -> None:
-    assert pytree.tree_structure(one) == pytree.tree_structure(two), "the structure of the outputs changed"

@@ -1,142 +1,143 @@
-"""A transformer built from a recipe: every field of the recipe is one choice that real models make."""
+"""A transformer built from a recipe."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What to build. The grid is (frames, rows, columns) of patches; all sizes are small and often odd."""
-
-    embed: str = "conv3d"  # conv3d, frames (a batch of frames), tokens (features [B, N, 12])
-    grid: tuple[int, int, int] = (2, 3, 3)
-    batch: int = 2
-    before: int = 0  # protected tokens before and after
-    after: int = 0
-    position: str = "learned"  # none, learned, rotary
-    layout: str = "batch"  # batch, sequence (first), grid (two dimensions of tokens)
-    norm: str = "pre"  # pre, post, none
-    branch: str = "serial"  # serial, parallel, scaled (LayerScale), frozen (a branch without attention)
-    attention: str = "sdpa"  # sdpa, matmul, bmm, baddbmm, einsum, capped, module
-    qkv: str = "fused"  # fused, split, grouped, normed
-    bias: str = "none"  # none, relative, inplace
-    mlp: str = "gelu"  # gelu, gated, mixing
-    tail: str = "mean"  # mean, first, tokens, pooled, dense, states, skip, softmax, frames
-    depth: int = 3
-    seed: int = 0
-
-    def __str__(self) -> str:
-        default = Recipe()
-        told = (
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if getattr(self, f.name) != getattr(default, f.name)
-        )
-        return f"Recipe({', '.join(told)})"
-
-    @property
-    def tokens(self) -> int:
-        t, h, w = self.grid
-        return h * w * (1 if self.embed == "frames" else t) + self.before + self.after
-
-    def inputs(self, batch: int | None = None) -> tuple[Tensor]:
-        t, h, w = self.grid
-        b = self.batch if batch is None else batch
-        shape = {
-            "conv3d": (b, 3, 2 * t, 4 * h, 4 * w),
-            "frames": (b, t, 3, 4 * h, 4 * w),
-            "tokens": (b, t * h * w, 12),
-        }[self.embed]
-        return (torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)),)
-
-    def build(self) -> Generated:
-        torch.manual_seed(self.seed)
-        model = Generated(self).eval()
-        with torch.no_grad():
-            for value in model.parameters():
-                value.add_(torch.randn_like(value) * 0.1)
-        return model
+from tests.generated.attention import HEADS, WIDTH, Attention, Module
+from tests.generated.recipe import PATCH, Recipe
 
 
-WIDTH, HEADS = 16, 2
+def build(recipe: Recipe) -> Generated:
+    """The model of a recipe, in eval mode, with weights that its seed draws; norms and biases are not trivial."""
+    torch.manual_seed(recipe.seed)
+    model = Generated(recipe).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(torch.randn_like(value) * 0.1)
+    return model.to(recipe.torch_dtype)
 
 
 class Generated(nn.Module):
-    """The model of a recipe."""
+    """Embedding, blocks, tail."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
         self.conv3d = nn.Conv3d(3, WIDTH, (2, 4, 4), (2, 4, 4))
         self.conv2d = nn.Conv2d(3, WIDTH, 4, 4)
-        self.linear = nn.Linear(12, WIDTH)
+        self.linear = nn.Linear(PATCH, WIDTH)
         self.first = nn.Parameter(torch.randn(1, max(recipe.before, 1), WIDTH))
         self.last = nn.Parameter(torch.randn(1, max(recipe.after, 1), WIDTH))
         self.table = nn.Parameter(torch.randn(1, recipe.tokens, WIDTH) * 0.3)
+        self.coarse = nn.Parameter(torch.randn(1, WIDTH, 2, 2))
+        self.embedding = nn.Embedding(recipe.tokens, WIDTH)
+        self.register_buffer("waves", sinusoids(recipe.tokens), persistent=False)
         self.blocks = nn.ModuleList(Block(recipe) for _ in range(recipe.depth))
-        self.query = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.between = Frames()
+        self.joined = nn.Linear(2 * WIDTH, WIDTH)
+        self.query = nn.Parameter(torch.randn(1, 2, WIDTH))
+        self.decoder = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
         self.score = nn.Linear(WIDTH, 1)
         self.head = nn.Conv2d(WIDTH, 4, 3, padding=1)
         self.norm = nn.LayerNorm(WIDTH)
 
-    def embedded(self, x: Tensor) -> Tensor:
-        if self.recipe.embed == "conv3d":
-            x = self.conv3d(x).flatten(2).transpose(1, 2)
-        elif self.recipe.embed == "frames":
-            x = self.conv2d(x.flatten(0, 1)).flatten(2).transpose(1, 2)
-        else:
-            x = self.linear(x)
-        parts = [self.first.expand(x.shape[0], -1, -1)] if self.recipe.before else []
-        parts += [x]
-        parts += [self.last.expand(x.shape[0], -1, -1)] if self.recipe.after else []
-        x = torch.cat(parts, 1)
-        return x + self.table if self.recipe.position == "learned" else x
-
-    def forward(self, x: Tensor) -> Any:
-        x = self.embedded(x)
+    def forward(self, clip: Tensor, *more: Tensor) -> Any:
+        ids = more[0] if self.recipe.position == "ids" else None
+        keep = more[-1] if self.recipe.bias == "padding" else None
+        if keep is not None and self.recipe.embed == "frames":
+            keep = keep.repeat_interleave(self.recipe.grid[0], 0)
+        x = self.positioned(self.embedded(clip), ids)
         if self.recipe.layout == "sequence":
             x = x.transpose(0, 1)
         if self.recipe.layout == "grid":
             x = x.reshape(x.shape[0], -1, self.recipe.grid[2], WIDTH)
-        states = []
-        for block in self.blocks:
-            x = block(x)
+        states, maps = [], []
+        for number, block in enumerate(self.blocks):
+            if self.recipe.branch == "ushaped" and number and number == len(self.blocks) - 1:
+                x = self.joined(torch.cat([x, states[0]], -1))
+            x, weights = block(x, keep)
+            if self.recipe.branch == "between" and self.recipe.embed == "frames" and self.recipe.layout == "batch":
+                x = self.between(x, self.recipe.grid[0])
             states.append(x)
+            maps.append(weights)
         if self.recipe.layout == "sequence":
             x = x.transpose(0, 1)
         if self.recipe.layout == "grid":
             x = x.flatten(1, 2)
-        return self.finished(self.norm(x), states)
+        return self.finished(self.norm(x), states, maps)
 
-    def finished(self, x: Tensor, states: list[Tensor]) -> Any:
-        recipe = self.recipe
+    def embedded(self, clip: Tensor) -> Tensor:
+        if self.recipe.embed == "conv3d":
+            x = self.conv3d(clip).flatten(2).transpose(1, 2)
+        elif self.recipe.embed == "frames":
+            x = self.conv2d(clip.flatten(0, 1)).flatten(2).transpose(1, 2)
+        else:
+            x = self.linear(clip)
+        parts = [self.first.expand(x.shape[0], -1, -1)] if self.recipe.before else []
+        parts += [x]
+        parts += [self.last.expand(x.shape[0], -1, -1)] if self.recipe.after else []
+        return torch.cat(parts, 1)
+
+    def positioned(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        position = self.recipe.position
+        if position == "interpolated":
+            t, h, w = (1 if self.recipe.embed == "frames" else self.recipe.grid[0], *self.recipe.grid[1:])
+            fine = F.interpolate(self.coarse, (h, w), mode="bicubic").flatten(2).transpose(1, 2).repeat(1, t, 1)
+            return x + F.pad(fine, (0, 0, self.recipe.before, self.recipe.after))
+        added = {"learned": self.table, "sinusoidal": self.waves.to(x.dtype)}.get(position)
+        if ids is not None:
+            added = self.embedding(ids)
+        return x if added is None else x + added
+
+    def finished(self, x: Tensor, states: list[Tensor], maps: list[Tensor | None]) -> Any:
+        recipe, tail = self.recipe, self.recipe.tail
         clip = x[:, recipe.before : x.shape[1] - recipe.after]
-        if recipe.tail == "mean":
+        frames = x.reshape(-1, recipe.grid[0], *x.shape[1:]) if recipe.embed == "frames" else x[:, None]
+        if tail == "mean":
             return x.mean(1)
-        if recipe.tail == "first":
+        if tail == "first":
             return x[:, 0] if recipe.before else x.amax(1)
-        if recipe.tail == "tokens":
+        if tail == "tokens":
             return {"tokens": x, "mean": clip.mean(1)}
-        if recipe.tail == "pooled":
+        if tail == "pooled":
             query = self.query.expand(x.shape[0], -1, -1)
             return F.scaled_dot_product_attention(query[:, None], x[:, None], x[:, None])[:, 0, 0]
-        if recipe.tail == "dense":
-            rows = clip.transpose(1, 2).reshape(x.shape[0], WIDTH, -1, recipe.grid[2])
-            return self.head(rows)
-        if recipe.tail == "states":
+        if tail == "decoder":
+            return self.decoder(self.query.expand(x.shape[0], -1, -1), x, x)[0]
+        if tail == "dense":
+            return self.head(clip.transpose(1, 2).reshape(x.shape[0], WIDTH, -1, recipe.grid[2]))
+        if tail == "states":
             return x.mean(1), states
-        if recipe.tail == "skip":
+        if tail == "attentions":
+            return x, [each for each in maps if each is not None]
+        if tail == "skip":
             return (states[0] + states[-1]).relu(), x
-        if recipe.tail == "softmax":
+        if tail == "softmax":
             return (self.score(x).softmax(1) * x).sum(1)
-        frames = x.reshape(-1, recipe.grid[0], *x.shape[1:]) if recipe.embed == "frames" else x[:, None]
+        if tail == "difference":
+            return (frames[:, 1:] - frames[:, :-1]).abs().mean(1) if frames.shape[1] > 1 else frames
+        if tail == "product":
+            return frames.tanh().prod(1)
         return frames.mean(1)
+
+
+class Frames(nn.Module):
+    """Attention over the frames of every place, on a batch of frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.norm = nn.Linear(WIDTH, 3 * WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        rows = x.reshape(-1, frames, *x.shape[1:]).transpose(1, 2)
+        q, k, v = self.heads(self.norm(rows)).chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + y.transpose(1, 2).reshape(x.shape)
 
 
 class Block(nn.Module):
@@ -151,112 +152,60 @@ class Block(nn.Module):
         self.mlp = Mlp(recipe)
         self.scale = nn.Parameter(torch.rand(WIDTH))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.recipe.branch == "parallel":
-            y = self.one(x)
-            return x + self.attention(y) + self.mlp(y)
+    def forward(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.recipe.norm == "post":
-            x = self.one(x + self.attention(x))
-            return self.two(x + self.mlp(x))
+            y, weights = self.attention(x, keep)
+            x = self.one(x + y)
+            return self.two(x + self.mlp(x)), weights
+        normed = self.one(x)
+        y, weights = self.attention(normed, keep)
+        if self.recipe.branch == "parallel":
+            return x + y + self.mlp(normed), weights
         if self.recipe.branch == "scaled":
-            x = x + self.scale * self.attention(self.one(x))
-            return x + self.mlp(self.two(x)) * self.scale
-        x = x + self.attention(self.one(x))
-        return x + self.mlp(self.two(x))
+            x = x + self.scale * y
+            return x + self.mlp(self.two(x)) * self.scale, weights
+        if self.recipe.branch == "inplace":
+            x = x.clone()
+            x += y
+            x += self.mlp(self.two(x))
+            return x, weights
+        x = x + y
+        return x + self.mlp(self.two(x)), weights
 
 
 class Mlp(nn.Module):
+    """What stands beside attention; a kind that needs a plain sequence `[B, N, C]` and has none is the plain one."""
+
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
         self.up, self.gate, self.down = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
         self.mix = nn.Linear(recipe.tokens, recipe.tokens)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.router = nn.Linear(WIDTH, 3)
+        self.depthwise = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.recipe.mlp == "gated":
+        kind, plain = self.recipe.mlp, self.recipe.layout == "batch"
+        if kind == "gated":
             return self.down(F.silu(self.gate(x)) * self.up(x))
-        if self.recipe.mlp == "mixing" and self.recipe.layout == "batch":
+        if kind == "mixing" and plain:
             return self.mix(x.transpose(1, 2)).transpose(1, 2) * 0.1
+        if kind == "experts":
+            each = torch.stack([expert(x) for expert in self.experts], -1)
+            return (each * self.router(x).softmax(-1).unsqueeze(-2)).sum(-1)
+        if kind == "routed":
+            weight, chosen = self.router(x).softmax(-1).topk(2, -1)
+            share = torch.zeros_like(self.router(x)).scatter(-1, chosen, weight)
+            return sum(expert(x) * share[..., i : i + 1] for i, expert in enumerate(self.experts))  # type: ignore[return-value]
+        if kind == "convolution" and plain and not (self.recipe.before or self.recipe.after):
+            rows = x.transpose(1, 2).reshape(x.shape[0], WIDTH, -1, self.recipe.grid[2])
+            return self.depthwise(rows).flatten(2).transpose(1, 2)
+        if kind == "squeezed" and plain:
+            return x * self.gate(x.mean(1, keepdim=True))[..., :WIDTH].sigmoid()
         return self.down(F.gelu(self.up(x)))
 
 
-class Module(nn.Module):
-    """`nn.MultiheadAttention`, which knows both layouts of a sequence."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=recipe.layout != "sequence")
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(1, 2) if x.ndim == 4 else x
-        return self.attention(flat, flat, flat, need_weights=False)[0].reshape(x.shape)
-
-
-class Attention(nn.Module):
-    """Self-attention in one of the spellings."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.fused = nn.Linear(WIDTH, 3 * WIDTH)
-        self.split = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.few = nn.ModuleList(nn.Linear(WIDTH, WIDTH // HEADS) for _ in range(2))
-        self.normed = nn.LayerNorm(WIDTH // HEADS)
-        self.relative = nn.Parameter(torch.randn(HEADS, recipe.tokens, recipe.tokens))
-        self.out = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.transpose(0, 1) if self.recipe.layout == "sequence" else x.flatten(1, 2) if x.ndim == 4 else x
-        q, k, v = self.heads(flat)
-        if self.recipe.position == "rotary":
-            q, k = rotated(q), rotated(k)
-        y = self.attend(q, k, v).transpose(1, 2).reshape(flat.shape)
-        y = y.transpose(0, 1) if self.recipe.layout == "sequence" else y.reshape(x.shape)
-        return self.out(y)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        b, n, _ = x.shape
-        if self.recipe.qkv == "split":
-            q, k, v = (each(x).view(b, n, HEADS, -1).transpose(1, 2) for each in self.split)
-        elif self.recipe.qkv == "grouped":
-            q = self.split[0](x).view(b, n, HEADS, -1).transpose(1, 2)
-            k, v = (each(x).view(b, n, 1, -1).transpose(1, 2).expand(-1, HEADS, -1, -1) for each in self.few)
-        else:
-            q, k, v = self.fused(x).reshape(b, n, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        return (self.normed(q), self.normed(k), v) if self.recipe.qkv == "normed" else (q, k, v)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        bias = self.relative if self.recipe.bias == "relative" else None
-        scale = q.shape[-1] ** -0.5
-        if self.recipe.attention == "sdpa":
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        if self.recipe.attention == "einsum":
-            scores = torch.einsum("bhid,bhjd->bhij", q * scale, k)
-            return torch.einsum("bhij,bhjd->bhid", self.weighed(scores, bias), v)
-        if self.recipe.attention in ("bmm", "baddbmm"):
-            b, h, n, d = q.shape
-            one, two, three = (each.reshape(b * h, n, -1) for each in (q, k, v))
-            if self.recipe.attention == "baddbmm" and bias is not None:
-                added = bias.repeat(b, 1, 1)
-                return torch.bmm(torch.baddbmm(added, one, two.mT, alpha=scale).softmax(-1), three).view(b, h, n, d)
-            return torch.bmm((torch.bmm(one, two.mT) * scale).softmax(-1), three).view(b, h, n, d)
-        scores = (q @ k.transpose(-2, -1)) * scale
-        if self.recipe.attention == "capped":
-            scores = 5 * torch.tanh(scores / 5)
-        return self.weighed(scores, bias) @ v
-
-    def weighed(self, scores: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is not None:
-            scores = scores + bias
-        if self.recipe.bias == "inplace":
-            scores = scores.clone()
-            scores += self.relative[0]
-        return F.dropout(scores.softmax(-1, dtype=torch.float32).to(scores.dtype), 0.1, self.training)
-
-
-def rotated(x: Tensor) -> Tensor:
-    """Rotary positions rebuilt from `arange`, half rotated."""
-    half = x.shape[-1] // 2
-    angle = torch.arange(x.shape[-2])[:, None] * (0.3 ** torch.arange(half))[None]
-    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+def sinusoids(length: int) -> Tensor:
+    angle = torch.arange(length)[:, None] / 100 ** (torch.arange(WIDTH // 2) / WIDTH)
+    return torch.cat([angle.sin(), angle.cos()], -1)[None]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.generated.check import check
-from tests.generated.model import Recipe
-from tests.generated.strategy import options, recipes
+from tests.generated.recipe import Recipe
+from tests.generated.strategy import drawn, options, recipes
 
 PLAIN: dict[str, Any] = {
     "schedule": [2, 1],
@@ -22,10 +23,29 @@ PLAIN: dict[str, Any] = {
 }
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
-@given(recipes, options())
-def test_every_generated_model_keeps_the_laws(recipe: Recipe, chosen: dict[str, Any]) -> None:
+FOUND: list[tuple[Recipe, dict[str, Any]]] = [
+    # A stream on a grid, merged twice: what is held along two dimensions was taken for a table.
+    (Recipe(layout="grid", tail="skip"), {"schedule": [0.4, 0.1], "outputs": "merged", "proportional": False}),
+    # Merged per frame: scores between frames pair entries of different groupings.
+    (Recipe(embed="frames", branch="between"), {"schedule": 0.25}),
+]
+"""What thousands of random models once broke, in its smallest form."""
+
+
+@pytest.mark.parametrize("number", range(160))
+def test_every_random_model_keeps_the_laws(number: int) -> None:
+    check(*drawn(Random(number)))
+
+
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(recipes, options)
+def test_whatever_is_drawn_keeps_the_laws(recipe: Recipe, chosen: dict[str, Any]) -> None:
     check(recipe, chosen)
+
+
+@pytest.mark.parametrize(("recipe", "changed"), FOUND, ids=lambda each: str(each)[:60])
+def test_what_once_broke_keeps_the_laws(recipe: Recipe, changed: dict[str, Any]) -> None:
+    assert check(recipe, {**PLAIN, **changed}) in ("merged", "partly")
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "matmul", "bmm", "baddbmm", "einsum", "capped", "module"])

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import tldr_compile
 from passes.rules import TABLE, Call, Kind, Typed, rule
-from tests.generated.model import Recipe
+from tests.generated.model import build
+from tests.generated.recipe import Recipe
 
 
 @torch.library.custom_op("tldr_tests::smooth", mutates_args=())
@@ -28,12 +29,12 @@ class Smoothed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = Recipe(tail="tokens").build()
+        self.model = build(Recipe(tail="tokens"))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.model.embedded(x)
+        x = self.model.positioned(self.model.embedded(x), None)
         for block in self.model.blocks:
-            x = block(x)
+            x, _ = block(x, None)
             x = x + smooth(x)
         return x.mean(1)
 
@@ -75,7 +76,7 @@ def test_a_wrong_rule_breaks_the_law(table: None) -> None:
 
     class Summed(Smoothed):
         def forward(self, x: Tensor) -> Tensor:
-            return self.model.blocks[0](self.model.embedded(x)).sum(1)
+            return self.model.blocks[0](self.model.embedded(x), None)[0].sum(1)
 
     with pytest.raises(tldr_compile.VerificationError, match=r"differs from its meaning|would become"):
         tldr_compile.apply(Summed().eval(), Recipe().inputs(), schedule=[3], verify=True)

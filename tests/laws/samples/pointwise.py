@@ -17,17 +17,18 @@ from tests.laws.samples.sample import (
     framewise,
     parts,
     positive,
+    rows,
     unit,
 )
 from tests.tracing import number
 
 FUNCTIONS = """
-    abs acos alias asin asinh atan atanh ceil celu clone cos cosh detach elu erf erfc exp exp2 expm1 floor frac
+    abs acos alias angle asin asinh atan atanh ceil celu clone cos cosh detach elu erf erfc exp exp2 expm1 floor frac
     gelu hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu log log10 log1p log2 log_sigmoid
     logical_not logit mish nan_to_num neg ones_like reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid
     sign silu sin sinh softplus special_expit sqrt square tan tanh trunc zeros_like
 """
-OF_TWO = "atan2 fmax fmin hypot maximum minimum nextafter logical_and logical_or logical_xor"
+OF_TWO = "atan2 copy fmax fmin hypot maximum minimum nextafter logical_and logical_or logical_xor"
 OF_TENSORS = """
     add copysign div eq fmod ge gt le lt mul ne remainder rsub sub true_divide xlogy
     bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__
@@ -55,6 +56,17 @@ POINTWISE = [
     *carried("clamp", lambda h: aten.clamp.default(h, -0.5, 0.5)),
     *carried("clamp_max", lambda h: aten.clamp_max.default(h, 0.5)),
     *carried("clamp_min", lambda h: aten.clamp_min.default(h, -0.5)),
+    *carried("fill", lambda h: aten.fill.Scalar(h, 2.0)),
+    *carried("prelu", lambda h: aten.prelu.default(rows(h), number(C)), lambda h: aten.prelu.default(h, number(1))),
+    *carried("complex", lambda h: aten.view_as_real.default(aten.complex.default(h, unit(h)))),
+    *carried("polar", lambda h: aten.view_as_real.default(aten.polar.default(unit(h), h))),
+    *[
+        sample
+        for name in ("new_zeros", "new_ones")
+        for sample in carried(name, lambda h, name=name: aten.add.Tensor(h, getattr(aten, name).default(h, [C])))
+    ],
+    *carried("new_full", lambda h: aten.add.Tensor(h, aten.new_full.default(h, [C], 2.0))),
+    *carried("new_empty", lambda h: aten.add.Tensor(h, aten.zeros_like.default(aten.new_empty.default(h, [C])))),
     *carried("native_dropout", lambda h: aten.native_dropout.default(unit(h), 0.5, False)),
     *carried("threshold", lambda h: aten.threshold.default(h, 0.1, 20.0)),
     *carried("_to_copy", lambda h: aten._to_copy.default(h, dtype=torch.float64)),

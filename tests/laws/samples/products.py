@@ -1,4 +1,4 @@
-"""Linear layers, matrix products, convolutions, attention, look-ups."""
+"""Linear layers, matrix products, attention."""
 
 from __future__ import annotations
 
@@ -89,14 +89,5 @@ PRODUCTS = [
         "scaled_dot_product_attention",
         lambda h: aten.scaled_dot_product_attention.default(*[aten.transpose.int(h, 1, 2)] * 3),
         GROUPED,
-    ),
-    *carried("embedding", lambda h: aten.embedding.default(number(C, 5), aten.argmax.default(h, 2))),
-    *carried("conv1d", lambda h: aten.conv1d.default(rows(h, 2, 4), number(5, 2, 3), number(5))),
-    *barred("conv1d", MIXES, lambda h: aten.conv1d.default(across(h), number(5, C, 3))),
-    *carried("conv2d", lambda h: aten.conv2d.default(rows(h, 2, 2, 2), number(5, 2, 2, 2))),
-    *carried("conv3d", lambda h: aten.conv3d.default(rows(h, 1, 2, 2, 2), number(5, 1, 2, 2, 2))),
-    *carried(
-        "convolution",
-        lambda h: aten.convolution.default(rows(h, 2, 4), number(6, 1, 3), None, [1], [0], [1], False, [0], 2),
     ),
 ]

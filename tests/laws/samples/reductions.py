@@ -20,6 +20,7 @@ from tests.laws.samples.sample import (
     aten,
     barred,
     carried,
+    contiguous,
     framewise,
     rows,
 )
@@ -94,6 +95,10 @@ ALONG = [
     *along("argsort", lambda h, dim: aten.argsort.default(h, dim)),
     *along("flip", lambda h, dim: aten.flip.default(h, [dim])),
     *along("roll", lambda h, dim: aten.roll.default(h, [1], [dim])),
+    *barred("tril", MIXES, lambda h: aten.tril.default(h)),
+    *carried("tril", lambda h: aten.tril.default(rows(h, 2, 4))),
+    *barred("triu", MIXES, lambda h: aten.triu.default(h)),
+    *carried("triu", lambda h: aten.triu.default(rows(h, 2, 4))),
     framewise("softmax", lambda h: aten.softmax.int(h, 1), GROUPED),
     framewise("roll", lambda h: aten.roll.default(h, [1], [1]), GROUPED),
     *barred("roll", "it meets entries along", lambda h: aten.roll.default(h, [1])),
@@ -122,7 +127,7 @@ NORMS = [
     *barred(
         "native_group_norm",
         MIXES,
-        lambda h: aten.native_group_norm.default(across(h), None, None, B, C, TOKENS, 2, 1e-5),
+        lambda h: aten.native_group_norm.default(contiguous(across(h)), None, None, B, C, TOKENS, 2, 1e-5),
     ),
     *carried(
         "instance_norm",

@@ -81,6 +81,10 @@ def across(h: Stream) -> Stream:
     return aten.transpose.int(h, 1, 2)
 
 
+def contiguous(h: Stream) -> Stream:
+    return aten.clone.default(h, memory_format=torch.contiguous_format)
+
+
 def rows(h: Stream, *shape: int) -> Stream:
     """`[b·(1 + t·n), *shape]`: tokens are a part of the batch."""
     return aten.reshape.default(h, [B * TOKENS, *(shape or (C,))])

@@ -69,6 +69,19 @@ VIEWS = [
     ),
     *carried("concat", lambda h: aten.concat.default([h, number(B, 2, C)], 1)),
     *carried("concatenate", lambda h: aten.concatenate.default([h, number(B, 2, C)], 1)),
+    *carried(
+        "pad",
+        lambda h: aten.pad.default(h, [0, 0, 1, 2]),
+        lambda h: aten.pad.default(h, [2, 3], "constant", 1.0),
+        lambda h: aten.pad.default(h, [2, 3], "reflect"),
+    ),
+    *barred("pad", MIXES, lambda h: aten.pad.default(h, [0, 0, -1, 0])),
+    *carried("constant_pad_nd", lambda h: aten.constant_pad_nd.default(h, [0, 0, 1, 2])),
+    *carried(
+        "view_as_complex",
+        lambda h: aten.view_as_real.default(aten.view_as_complex.default(aten.reshape.default(h, [B, TOKENS, 4, 2]))),
+    ),
+    *carried("view_as_real", lambda h: aten.view_as_real.default(aten.complex.default(h, h))),
     *carried("stack", lambda h: aten.stack.default([h, aten.neg.default(h)], 2), lambda h: aten.stack.default([h, h])),
     *carried(
         "slice",

@@ -1,0 +1,85 @@
+"""The recipe of a random transformer: every field is one choice that real models make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+PATCH = 12  # features of a token that comes from outside
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to build. The grid is (frames, rows, columns) of patches; all sizes are small and often odd."""
+
+    embed: str = "conv3d"  # conv3d, frames (a batch of frames), tokens (features [B, N, PATCH])
+    grid: tuple[int, int, int] = (2, 3, 3)
+    batch: int = 2
+    before: int = 0  # tokens that the model adds before and after those of the clip
+    after: int = 0
+    position: str = "learned"  # none, learned, sinusoidal, interpolated, ids (an input), arange, table, axial (rotary)
+    layout: str = "batch"  # batch, sequence (first), grid (two dimensions of tokens)
+    norm: str = "pre"  # pre, post, none
+    branch: str = "serial"  # serial, parallel, scaled (LayerScale), inplace, between (attention over frames), ushaped
+    attention: str = "sdpa"  # sdpa, matmul, bmm, baddbmm, einsum, capped, sinks, talking, module
+    qkv: str = "fused"  # fused, split, grouped, multiquery, normed
+    scale: str = "after"  # after, before, both, divided
+    bias: str = "none"  # none, relative, inplace, causal, padding (an input)
+    mlp: str = "gelu"  # gelu, gated, mixing (of tokens), experts, routed, convolution, squeezed
+    tail: str = "mean"
+    # mean, first, tokens, pooled, dense, states, skip, softmax, frames, difference, product, attentions, decoder
+    dtype: str = "float32"  # float32, float64, bfloat16
+    dynamic: bool = False  # the batch
+    depth: int = 2
+    seed: int = 0
+
+    def __str__(self) -> str:
+        default = Recipe()
+        told = (
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(default, f.name)
+        )
+        return f"Recipe({', '.join(told)})"
+
+    @property
+    def clip_tokens(self) -> int:
+        t, h, w = self.grid
+        return h * w * (1 if self.embed == "frames" else t)
+
+    @property
+    def tokens(self) -> int:
+        return self.clip_tokens + self.before + self.after
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[self.dtype]
+
+    @property
+    def duplicable(self) -> bool:
+        """Are tokens that come in equal still equal at every place where they are read?"""
+        return (
+            self.embed == "tokens"
+            and self.position == "none"
+            and self.bias == "none"
+            and self.mlp not in ("mixing", "convolution")
+            and self.dtype == "float32"
+        )
+
+    def inputs(self, batch: int | None = None, duplicates: bool = False) -> tuple[Tensor, ...]:
+        """A clip, and what else the model asks for. `duplicates`: neighbours in the clip are equal."""
+        t, h, w = self.grid
+        b = self.batch if batch is None else batch
+        shape = {
+            "conv3d": (b, 3, 2 * t, 4 * h, 4 * w),
+            "frames": (b, t, 3, 4 * h, 4 * w),
+            "tokens": (b, t * h * w, PATCH),
+        }[self.embed]
+        clip = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+        if duplicates:
+            clip = clip[:, ::2].repeat_interleave(2, 1)[:, : clip.shape[1]]
+        ids = (torch.arange(self.tokens).flip(0)[None],) if self.position == "ids" else ()
+        keep = (torch.arange(self.tokens)[None].expand(b, -1) > 0,) if self.bias == "padding" else ()
+        return (clip.to(self.torch_dtype), *ids, *keep)
