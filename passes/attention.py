@@ -25,7 +25,7 @@ from passes.nodes import named, operands, operator_name
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 
-_SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+_SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
 _PRODUCT = frozenset({aten.matmul.default, aten.bmm.default})
 _EINSUM = aten.einsum.default
 _CUT = aten.slice.Tensor
@@ -318,12 +318,20 @@ def _replace(graph: fx.Graph, match: _Match, scores: _Scores) -> None:
             mask = each if mask is None else insert(graph, aten.add.Tensor, mask, each)
         query = scores.q
         assert query is not None
+        query, key = (_narrow(each, output.args[1]) for each in (query, key))
         if mask is not None and mask.meta["val"].dtype != query.meta["val"].dtype:
             mask = insert(graph, aten._to_copy.default, mask, dtype=query.meta["val"].dtype)
         fused = graph.call_function(SDPA, (query, key, output.args[1], mask, match.dropout), {"scale": scores.scale})
     fused.meta.update(output.meta)
     output.replace_all_uses_with(fused)
     fused.name = f"attention_{output.name}" if not output.name.startswith("attention") else output.name
+
+
+def _narrow(node: fx.Node, value: Any) -> fx.Node:
+    """Queries and keys as they were before they were widened beside the values: the operator widens by itself."""
+    while node.target is aten._to_copy.default and node.meta["val"].dtype != value.meta["val"].dtype:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _masks(graph: fx.Graph, scores: _Scores) -> Iterator[fx.Node]:

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import ChainedSource, Source, TracingContext, detect_fake_mode
+from torch._higher_order_ops.flat_apply import flat_apply
 from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
@@ -32,11 +33,14 @@ from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts, Shap
 from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.errors import CaptureError
+from passes.flex import FLEX, spelled_out, without_blocks
 
 Path = tuple[str | int, ...]
 
 # Their bodies are traced in place, with the mode that they stand for.
-_ENTERED = frozenset({tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled})
+_ENTERED = frozenset(
+    {tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled, flat_apply, FLEX}
+)
 _CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 _MUTATION_KINDS = frozenset({OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION})
 # What Dynamo leaves on its graph module for AOTAutograd and Inductor: without it they forget which inputs are static.
@@ -160,6 +164,8 @@ class _Retracer(PropagateUnbackedSymInts):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is tag_activation_checkpoint:
             return self._checkpoint(*args, **kwargs)
+        if target is FLEX:
+            return spelled_out(self._enter, *args, **kwargs)
         # A tracer records these two and does not do them: the values between would have the wrong dtype.
         if target is torch.amp.autocast_mode._enter_autocast:
             region = self._open_modes.enter_context(ExitStack())
@@ -173,12 +179,16 @@ class _Retracer(PropagateUnbackedSymInts):
         _, keywords = tag_activation_checkpoint.divide_kwargs(kwargs)
         for node in body.graph.nodes:  # the tag by which the partitioner knows what to compute again in backward
             node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=id(body))
-        return _Retracer(body, {}, self._open_modes).run(*operands, *keywords.values())
+        return self._enter(body, *operands, *keywords.values())
+
+    def _enter(self, body: fx.GraphModule, *operands: Any) -> Any:
+        return _Retracer(body, {}, self._open_modes).run(*operands)
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """`gm` on `values` in the one dialect, and the names of the placeholders it writes to."""
     _refuse_higher_order(gm)
+    old, gm = gm, without_blocks(gm)
     attributes = _tensor_attributes(gm)
     fakes = [mode.from_tensor(value, static_shapes=True) for value in attributes.values()]
 
@@ -199,7 +209,7 @@ def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) ->
         node.meta["val"] = value  # the tracer's own copy is detached, and does not know what requires grad
     written = _split_outputs(graph, len(values) + len(attributes))
     _restore_attributes(graph, attributes, written)
-    inherit(graph, gm)
+    inherit(graph, old)
     return graph, tuple(node.name for node in written)
 
 

@@ -27,6 +27,9 @@ from passes.rewrite import Policy
 from passes.rules import Kind
 
 
+aten = torch.ops.aten
+
+
 @dataclass(frozen=True)
 class Groups:
     """One resolution, told for every token of the full run: all `[B, N]`."""
@@ -122,7 +125,8 @@ class Projection(fx.Interpreter):
             if use.kind is Kind.CONTRACT:
                 operands[use.operand] = (operands[use.operand] * weight).to(operands[use.operand].dtype)
             else:
-                return _weighed(use.kind, operands[0], weight, use.dims, named(node), node.meta["val"].dtype)
+                result = _weighed(use.kind, operands[0], weight, use.dims, named(node), node.meta["val"].dtype)
+                return result.nan_to_num(0.0) if node.target is aten._safe_softmax.default else result
         feed = iter(operands)
 
         def value(each: fx.Node) -> Any:

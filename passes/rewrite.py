@@ -251,7 +251,10 @@ class _Rewriter:
         given = named(node)
         dtype = given.get("dtype") or node.meta["val"].dtype
         if kind is Kind.SOFTMAX:
-            return self.layout.call(self.operators.softmax, operands[0].node, weight, dim=given["dim"], dtype=dtype)
+            safe = node.target is aten._safe_softmax.default
+            return self.layout.call(
+                self.operators.softmax, operands[0].node, weight, dim=given["dim"], dtype=dtype, safe=safe
+            )
         function = self.operators.mean if kind is Kind.MEAN else self.operators.sum
         (use,) = self.typed.calls[node].uses
         return self.layout.call(

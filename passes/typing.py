@@ -120,8 +120,10 @@ def infer(
     """
     walk = _Walk(captured, clip_inputs(captured, clip))
     first = walk.run(Substitution())
-    tokens = [first.value(each.queries).axes[-2] for each in attentions] if protect else []
-    return walk.run(_protecting(walk.solved, tokens, protect))
+    attended = [first.value(each.queries).axes[:-1] for each in attentions]
+    solved = _carrying(walk.solved, walk.inputs.values(), attended)
+    tokens = [axes[-1] for axes in attended] if protect else []
+    return walk.run(_protecting(solved, tokens, protect))
 
 
 class _Walk:
@@ -169,6 +171,16 @@ def _results(node: fx.Node, call: Call, typed: Typed) -> tuple[Value, ...]:
     varies = any(operand.varies for operand in call.operands)
     pairs = zip(typed.outputs, tensors(node), strict=True)
     return tuple(Value(axes, varies, call.clip, each.is_floating_point()) for axes, each in pairs)
+
+
+def _carrying(solved: Substitution, inputs: Iterable[tuple[Value, ...]], attended: Iterable[Axes]) -> Substitution:
+    """Of features `[b, n, c]` that come from outside, what no attention attends along is what the tokens carry."""
+    tokens = {atom for axes in attended for axis in axes for atom in solved.resolve(axis).atoms if atom.clip}
+    for (value,) in (each for each in inputs if len(each) == 1 and len(each[0].axes) == 3):
+        for axis in value.axes if value.clip and tokens else ():
+            for atom in solved.resolve(axis).atoms - tokens:
+                solved = solved.bind(atom, born(Atom(atom.size, strength=BORN)))
+    return solved
 
 
 def _protecting(solved: Substitution, tokens: Iterable[Axis], count: int) -> Substitution:

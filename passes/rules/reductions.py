@@ -61,7 +61,7 @@ def _along(kind: Kind) -> Rule:
     return along
 
 
-rule("softmax", "_softmax")(_along(Kind.SOFTMAX))
+rule("softmax", "_softmax", "_safe_softmax")(_along(Kind.SOFTMAX))
 rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort")(_along(Kind.MIX))
 
 

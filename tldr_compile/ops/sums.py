@@ -14,14 +14,19 @@ def _result_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return x.dtype if dtype is None else dtype
 
 
-def softmax(x: Tensor, weight: Tensor, *, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+def softmax(
+    x: Tensor, weight: Tensor, *, dim: int, dtype: torch.dtype | None = None, safe: bool = False
+) -> Tensor:
     """Density softmax `e / sum(weight * e)` with `e = exp(x)`: `weight` tokens of each group share its value.
 
     `weight` broadcasts to `x`; the result has the shape of `x` and `dtype` (that of `x` if None). Computed in float32.
+    `safe`: zeros instead of NaN where all entries are minus infinity.
     """
     out = _result_dtype(x, dtype)
-    share = torch.softmax(x.to(wide(out)), dim)
-    return (share / (share * weight).sum(dim, keepdim=True)).to(out)
+    function = torch._safe_softmax if safe else torch.softmax
+    share = function(x.to(wide(out)), dim)
+    total = (share * weight).sum(dim, keepdim=True)
+    return (share / (total.masked_fill(total == 0, 1) if safe else total)).to(out)
 
 
 def sum(  # noqa: A001  (named as torch.sum, which it stands for)

@@ -84,6 +84,7 @@ def along(name: str, call: Callable[[Stream, int], Any], kind: str | None = MIXE
 
 ALONG = [
     *along("softmax", lambda h, dim: aten.softmax.int(h, dim), None),
+    *along("_safe_softmax", lambda h, dim: aten._safe_softmax.default(h, dim), None),
     *along("_softmax", lambda h, dim: aten._softmax.default(h, dim, False), None),
     *carried("softmax", lambda h: aten.softmax.int(h, -2, torch.float64)),
     *along("log_softmax", lambda h, dim: aten.log_softmax.int(h, dim)),
