@@ -33,14 +33,13 @@ from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts, Shap
 from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.errors import CaptureError
-from passes.flex import FLEX, spelled_out, without_blocks
+from passes.flex import without_blocks
+from passes.spellings import spelled
 
 Path = tuple[str | int, ...]
 
 # Their bodies are traced in place, with the mode that they stand for.
-_ENTERED = frozenset(
-    {tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled, flat_apply, FLEX}
-)
+_ENTERED = frozenset({tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled, flat_apply})
 _CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 _MUTATION_KINDS = frozenset({OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION})
 # What Dynamo leaves on its graph module for AOTAutograd and Inductor: without it they forget which inputs are static.
@@ -164,8 +163,8 @@ class _Retracer(PropagateUnbackedSymInts):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is tag_activation_checkpoint:
             return self._checkpoint(*args, **kwargs)
-        if target is FLEX:
-            return spelled_out(self._enter, *args, **kwargs)
+        if (function := spelled(target)) is not None:
+            return function(*args, **kwargs)
         # A tracer records these two and does not do them: the values between would have the wrong dtype.
         if target is torch.amp.autocast_mode._enter_autocast:
             region = self._open_modes.enter_context(ExitStack())
@@ -179,10 +178,7 @@ class _Retracer(PropagateUnbackedSymInts):
         _, keywords = tag_activation_checkpoint.divide_kwargs(kwargs)
         for node in body.graph.nodes:  # the tag by which the partitioner knows what to compute again in backward
             node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=id(body))
-        return self._enter(body, *operands, *keywords.values())
-
-    def _enter(self, body: fx.GraphModule, *operands: Any) -> Any:
-        return _Retracer(body, {}, self._open_modes).run(*operands)
+        return _Retracer(body, {}, self._open_modes).run(*operands, *keywords.values())
 
 
 def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -258,7 +254,11 @@ def _copy(graph: fx.Graph) -> fx.Graph:
 def _refuse_higher_order(gm: fx.GraphModule) -> None:
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.nodes):
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target not in _ENTERED:
+        if (
+            isinstance(node.target, torch._ops.HigherOrderOperator)
+            and node.target not in _ENTERED
+            and not spelled(node.target)
+        ):
             raise CaptureError(
                 f"{_where(node)} is the higher-order operator {node.target.name()!r}, which tldr-compile does not "
                 "enter; call the model without it, or keep that part out of the graph with torch.compiler.disable"

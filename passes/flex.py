@@ -9,7 +9,7 @@ table, so it is run once, on all scores, with the numbers laid along their dimen
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,9 @@ from torch import Tensor, fx
 from torch._higher_order_ops.flex_attention import flex_attention
 
 from passes.errors import CaptureError
-
-FLEX = flex_attention
+from passes.spellings import spelling
 
 _MASK = 4  # the argument that holds lists of blocks, and last the graph they were made from
-Run = Callable[..., Any]
-"""Runs a body, a graph module, on arguments."""
 
 
 def without_blocks(gm: fx.GraphModule) -> fx.GraphModule:
@@ -31,11 +28,11 @@ def without_blocks(gm: fx.GraphModule) -> fx.GraphModule:
     Finding them runs the mask under vmap, which nothing that is traced again can enter. Where there is no such
     operator, `gm` itself.
     """
-    if not gm.graph.find_nodes(op="call_function", target=FLEX):
+    if not gm.graph.find_nodes(op="call_function", target=flex_attention):
         return gm
     result = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     finding: set[fx.Node] = set()
-    for node in result.graph.find_nodes(op="call_function", target=FLEX):
+    for node in result.graph.find_nodes(op="call_function", target=flex_attention):
         blocks, (mask_mod,) = node.args[_MASK][:-1], node.args[_MASK][-1:]
         fx.map_arg(blocks, lambda each: finding.update(_ancestors(each)))
         node.update_arg(_MASK, (*(None for _ in blocks), mask_mod))
@@ -53,8 +50,8 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+@spelling("flex_attention")
 def spelled_out(
-    run: Run,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -78,8 +75,8 @@ def spelled_out(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     scores = (query.to(wide) @ key.to(wide).transpose(-2, -1)) * scale
     places = _places(scores)
-    scores = _modified(run(score_mod, scores, *places, *score_buffers), scores, "score_mod")
-    allowed = run(block_mask[-1], *places, *mask_buffers)
+    scores = _modified(score_mod(scores, *places, *score_buffers), scores, "score_mod")
+    allowed = block_mask[-1](*places, *mask_buffers)
     if allowed.ndim:  # a number for all scores is what stands there where there is no mask
         scores = scores.masked_fill(_modified(allowed, scores, "mask_mod").logical_not(), -torch.inf)
     weights = torch.ops.aten._safe_softmax.default(scores, -1)

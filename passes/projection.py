@@ -26,7 +26,6 @@ from passes.plan import Conversion, How, Plan, Resolution, Weighing
 from passes.rewrite import Policy
 from passes.rules import Kind
 
-
 aten = torch.ops.aten
 
 

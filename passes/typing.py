@@ -177,8 +177,8 @@ def _carrying(solved: Substitution, inputs: Iterable[tuple[Value, ...]], attende
     """Of features `[b, n, c]` that come from outside, what no attention attends along is what the tokens carry."""
     tokens = {atom for axes in attended for axis in axes for atom in solved.resolve(axis).atoms if atom.clip}
     for (value,) in (each for each in inputs if len(each) == 1 and len(each[0].axes) == 3):
-        for axis in value.axes if value.clip and tokens else ():
-            for atom in solved.resolve(axis).atoms - tokens:
+        for each in value.axes if value.clip and tokens else ():
+            for atom in solved.resolve(each).atoms - tokens:
                 solved = solved.bind(atom, born(Atom(atom.size, strength=BORN)))
     return solved
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import tldr_compile
 from passes.rules import TABLE, Call, Kind, Typed, rule
+from passes.spellings import SPELLINGS, spelling
+from tests.generated.attention import WIDTH
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
 
@@ -80,3 +82,56 @@ def test_a_wrong_rule_breaks_the_law(table: None) -> None:
 
     with pytest.raises(tldr_compile.VerificationError, match=r"differs from its meaning|would become"):
         tldr_compile.apply(Summed().eval(), Recipe().inputs(), schedule=[3], verify=True)
+
+
+@torch.library.custom_op("tldr_tests::attention", mutates_args=())
+def attention(x: Tensor, weight: Tensor) -> Tensor:
+    """Attention as a kernel of its own: `x [B, N, C]`, one head."""
+    q, k, v = torch.nn.functional.linear(x, weight).chunk(3, -1)
+    return ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+@attention.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Kernel(nn.Module):
+    """A block around a kernel that nobody here knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build(Recipe())
+        self.weight = nn.Parameter(torch.randn(3 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.model.positioned(self.model.embedded(x), None)
+        x = x + attention(x, self.weight)
+        return (x + x.relu()).mean(1)
+
+
+@pytest.fixture
+def spellings() -> Iterator[None]:
+    before = dict(SPELLINGS)
+    yield
+    SPELLINGS.clear()
+    SPELLINGS.update(before)
+
+
+def test_attention_inside_an_unknown_kernel_is_not_seen() -> None:
+    with pytest.raises(tldr_compile.NothingToMerge, match="no attention site"):
+        tldr_compile.apply(Kernel().eval(), Recipe().inputs(), schedule=[3])
+
+
+@torch.no_grad()
+def test_a_spelling_from_outside_makes_it_a_site(spellings: None) -> None:
+    @spelling("tldr_tests::attention")
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        q, k, v = torch.nn.functional.linear(x, weight).chunk(3, -1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    model = Kernel().eval()
+    merged = tldr_compile.apply(model, Recipe().inputs(), schedule=[3], verify=True)
+    assert [site["status"] for site in merged.report.to_dict()["sites"]] == ["merged"]
+    (clip,) = Recipe().inputs()
+    torch.testing.assert_close(tldr_compile.apply(model, (clip,), schedule=[0])(clip), model(clip))

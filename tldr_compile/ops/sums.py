@@ -14,9 +14,7 @@ def _result_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return x.dtype if dtype is None else dtype
 
 
-def softmax(
-    x: Tensor, weight: Tensor, *, dim: int, dtype: torch.dtype | None = None, safe: bool = False
-) -> Tensor:
+def softmax(x: Tensor, weight: Tensor, *, dim: int, dtype: torch.dtype | None = None, safe: bool = False) -> Tensor:
     """Density softmax `e / sum(weight * e)` with `e = exp(x)`: `weight` tokens of each group share its value.
 
     `weight` broadcasts to `x`; the result has the shape of `x` and `dtype` (that of `x` if None). Computed in float32.
