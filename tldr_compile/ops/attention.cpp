@@ -1,7 +1,7 @@
 // Attention and the sharpness of its rows on a CPU, in float32, without a matrix of all pairs: native.py compiles it.
 //
 // For a block of rows, head by head: the scores, one exponential for both softmaxes, its share of the mean over heads,
-// the output. Scores and mean of a block stay in a core's own cache. No sum's order depends on the number of threads.
+// the output. Scores and mean of a block stay in the caches. No sum's order depends on the number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
@@ -23,8 +23,8 @@ constexpr int64_t TILE = 6;  // rows of a product that are computed at a time: 1
 #else
 constexpr int64_t TILE = 8;
 #endif
-constexpr int64_t CHUNK = 128;                // keys whose values stay in the first-level cache
-constexpr int64_t BLOCK_FLOATS = 160 * 1024;  // a block's scores and mean: they leave room in a second-level cache
+constexpr int64_t CHUNK = 4096 / PANEL;      // keys whose panel of values, 16 KiB, stays in the first-level cache
+constexpr int64_t BLOCK_FLOATS = 512 << 10;  // scores and mean of a block: high blocks read keys and values less often
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 constexpr float SMALLEST = std::numeric_limits<float>::min();
@@ -50,14 +50,14 @@ struct Sums {
   float plain, weighed;
 };
 
-int64_t padded(int64_t length, int64_t to = PAD) { return (length + to - 1) / to * to; }
+int64_t padded(int64_t length, int64_t to = PAD) { return at::divup(length, to) * to; }
 
-// As many as the cache holds, but no more than leave a block for every thread: whole tiles.
+// Whole tiles, as many as the cache holds, or fewer where all threads then come to an end together.
 int64_t rows_of_block(const Sizes& n) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t fit = BLOCK_FLOATS / (2 * padded(n.keys)) / TILE * TILE;
-  const int64_t share = padded((n.samples * n.rows + threads - 1) / threads, TILE);
-  return std::max(TILE, std::min({fit, share, padded(n.rows, TILE)}));
+  const int64_t fit = std::max<int64_t>(1, BLOCK_FLOATS / (2 * padded(n.keys)));
+  const int64_t threads = at::get_num_threads(), all = std::max<int64_t>(1, n.samples * n.rows);
+  const int64_t rounds = at::divup(all, threads * fit);
+  return std::max(TILE, padded(std::min(at::divup(all, threads * rounds), n.rows), TILE));
 }
 
 // c[TILE, VECTORS * LANES] = a[TILE, depth] b[depth, VECTORS * LANES], added to what c holds or not.
@@ -69,6 +69,7 @@ void tile(const float* a, int64_t a_row, const float* b, float* c, int64_t c_row
 #pragma GCC unroll 2
     for (int64_t j = 0; j < VECTORS; ++j) sums[i][j] = add ? Lanes::loadu(c + i * c_row + j * LANES) : Lanes(0);
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     Lanes right[VECTORS];
 #pragma GCC unroll 2
@@ -87,7 +88,7 @@ void tile(const float* a, int64_t a_row, const float* b, float* c, int64_t c_row
   }
 }
 
-// c[rows, columns] = a[rows, depth] b[depth, columns], its part [begin, end) of depth: a later part adds to the earlier.
+// c[rows, columns] = a[rows, depth] b[depth, columns], the part [begin, end) of depth: later parts add to earlier ones.
 // b lies in panels one behind the other, each [depth, PANEL], the last perhaps [depth, LANES].
 void product(const float* a, int64_t a_row, const float* b, int64_t depth, float* c, int64_t c_row, int64_t rows,
              int64_t columns, int64_t begin, int64_t end) {
@@ -221,7 +222,7 @@ void pack(const View& k, const View& v, const View& mass, const Sizes& n, float*
 void attend(const View& q, const float* packed_k, const float* packed_v, const View& bias, const View& keep,
             const View& mass, const View& out, const View& sharpness, float scale, const Sizes& n, float* scratch) {
   const int64_t keys = padded(n.keys), values = padded(n.values);
-  const int64_t height = rows_of_block(n), blocks = (n.rows + height - 1) / height;
+  const int64_t height = rows_of_block(n), blocks = at::divup(n.rows, height);
   const int64_t row_floats = keys + PAD;  // or rows of a power of two would fall into the same sets of the cache
   at::parallel_for(0, n.samples * blocks, 1, [&](int64_t begin, int64_t end) {
     float* queries = scratch + at::get_thread_num() * scratch_floats(n);
