@@ -1,5 +1,8 @@
 """Every provider against the specification, and the registered operator as torch sees it."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +80,20 @@ def test_blocks_and_threads_change_nothing(with_mass: bool) -> None:
     for one, other, exact in zip(*found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(one, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("provider", ["native"], indirect=True)
+def test_threads_that_only_the_environment_sets(provider: str) -> None:
+    """Another thread then counts otherwise: what it writes beside its scratch memory ends the process."""
+    code = """
+import torch
+from tldr_compile import ops
+for rows in range(1, 200):
+    ops.attend_and_sharpness(*torch.randn(3, 1, 2, rows, 8))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("with_mass", [False, True])

@@ -223,9 +223,10 @@ void attend(const View& q, const float* packed_k, const float* packed_v, const V
             const View& mass, const View& out, const View& sharpness, float scale, const Sizes& n, float* scratch) {
   const int64_t keys = padded(n.keys), values = padded(n.values);
   const int64_t height = rows_of_block(n), blocks = at::divup(n.rows, height);
+  const int64_t floats = scratch_floats(n);  // asked here: within the loop at::get_num_threads() is another
   const int64_t row_floats = keys + PAD;  // or rows of a power of two would fall into the same sets of the cache
   at::parallel_for(0, n.samples * blocks, 1, [&](int64_t begin, int64_t end) {
-    float* queries = scratch + at::get_thread_num() * scratch_floats(n);
+    float* queries = scratch + at::get_thread_num() * floats;
     float* scores = queries + height * n.channels;
     float* mean = scores + height * row_floats;
     float* outputs = mean + height * row_floats;
