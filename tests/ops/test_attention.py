@@ -1,5 +1,8 @@
-"""The blocked provider against its specification, and the registered operator as torch sees it."""
+"""Every provider against the specification, and the registered operator as torch sees it."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +12,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from tldr_compile import ops
-from tldr_compile.ops import blocked, reference
+from tldr_compile.ops import blocked, native, reference
 
 MASKS: dict[str, Callable[[int, int, int, int], Tensor]] = {
     "bool of keys": lambda b, h, q, k: torch.rand(b, 1, 1, k) < 0.7,
@@ -26,11 +30,15 @@ MASKS: dict[str, Callable[[int, int, int, int], Tensor]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that the tests' sizes take many of them, and end in a partial one."""
+@pytest.fixture(autouse=True, params=["blocked", "native"])
+def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One of the providers; blocks so small that the tests' sizes take many of them, and end in a partial one."""
     torch.manual_seed(0)
     monkeypatch.setitem(blocked.BLOCK_BYTES, "cpu", 400)
+    monkeypatch.setattr(native, "PACKED_BYTES", 4096)
+    if request.param == "blocked":
+        monkeypatch.setattr(native, "takes", lambda q, log_mass: False)
+    return str(request.param)
 
 
 def qkv(b: int, h: int, n: int, m: int, d: int = 4, c: int = 5, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,13 +59,92 @@ sizes = st.integers(1, 23)
 
 @settings(max_examples=60)
 @given(b=st.integers(1, 5), h=st.integers(1, 3), n=sizes, m=sizes, budget=st.integers(1, 4000), with_mass=st.booleans())
-def test_blocked_equals_the_specification_for_any_size(
-    b: int, h: int, n: int, m: int, budget: int, with_mass: bool
-) -> None:
+def test_equals_the_specification_for_any_size(b: int, h: int, n: int, m: int, budget: int, with_mass: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(blocked.BLOCK_BYTES, "cpu", budget)
         for found, expected in both(*qkv(b, h, n, m), log_mass=log_masses(b, m) if with_mass else None):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_blocks_and_threads_change_nothing(with_mass: bool) -> None:
+    """Several blocks on one thread, the last of them partial, and lower blocks on three."""
+    q, k, v = qkv(2, 2, 250, 2350, d=20, c=40)
+    log_mass, threads = log_masses(2, 2350) if with_mass else None, torch.get_num_threads()
+    found = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found.append(ops.attend_and_sharpness(q, k, v, scale=0.5, log_mass=log_mass))
+    torch.set_num_threads(threads)
+    expected = reference.attention_with_sharpness(q, k, v, scale=0.5, log_mass=log_mass)
+    for one, other, exact in zip(*found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("provider", ["native"], indirect=True)
+def test_threads_that_only_the_environment_sets(provider: str) -> None:
+    """Another thread then counts otherwise: what it writes beside its scratch memory ends the process."""
+    code = """
+import torch
+from tldr_compile import ops
+for rows in range(1, 200):
+    ops.attend_and_sharpness(*torch.randn(3, 1, 2, rows, 8))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_any_strides(with_mass: bool) -> None:
+    q, k, _ = torch.randn(2, 11, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    v = torch.randn(2, 3, 5, 11).mT
+    mask = torch.rand(11, 3, 11, 2).permute(3, 1, 0, 2)
+    log_mass = torch.rand(2, 11, 3).mT[:, :, None] if with_mass else None
+    for one in (mask, mask < 0.5):
+        for found, expected in both(q, k, v, mask=one, log_mass=log_mass):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(0, 7), (2, 0)])
+def test_nothing_in_nothing_out(batch: int, rows: int) -> None:
+    out, sharp = ops.attend_and_sharpness(*qkv(batch, 2, rows, 9), log_mass=log_masses(1, 9))
+    assert (out.shape, sharp.shape) == ((batch, 2, rows, 5), (batch, rows))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
+    q, k, v = qkv(1, 2, 7, 20)
+    q[0, 1, 3] = value
+    for found, expected in both(q, k, v, mask=torch.arange(20) < 18, log_mass=log_masses(1, 20)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert found.isnan().nonzero().tolist() == [[0, 3]]
+
+
+def test_masses_that_differ_by_query() -> None:
+    for found, expected in both(*qkv(2, 3, 7, 9), log_mass=torch.rand(2, 1, 7, 9)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("provider", ["native"], indirect=True)
+def test_without_a_compiler_one_warning_and_the_same_results(
+    provider: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> None:
+        raise InvalidCxxCompiler
+
+    q, k, v = qkv(2, 2, 7, 9)
+    expected = ops.attend_and_sharpness(q, k, v)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", missing)
+        native.compiles.cache_clear()
+        found = [ops.attend_and_sharpness(q, k, v) for _ in range(2)]
+    native.compiles.cache_clear()
+    torch.testing.assert_close(found, [expected] * 2, rtol=1e-5, atol=1e-5)
+    (message,) = caplog.messages
+    assert "install a C++ compiler, or name one in the environment variable CXX" in message
+    assert "No working C++ compiler found" in message
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -207,8 +294,8 @@ def test_stays_one_node_in_a_graph_and_counts_its_products() -> None:
 
 
 def test_no_matrix_of_all_pairs_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(blocked.BLOCK_BYTES, "cpu", 16 * 256 * 4)
-    q, k, v = (t.requires_grad_() for t in qkv(1, 2, 256, 256))
+    monkeypatch.setitem(blocked.BLOCK_BYTES, "cpu", 16 * 2048 * 4)
+    q, k, v = (t.requires_grad_() for t in qkv(1, 2, 2048, 2048))
 
     def largest_allocation(function: Callable[..., tuple[Tensor, Tensor]]) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
@@ -216,6 +303,6 @@ def test_no_matrix_of_all_pairs_exists(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.autograd.grad(out.sum() + sharp.sum(), (q, k, v))
         return max(event.self_cpu_memory_usage for event in watched.events())
 
-    pairs = 256 * 256 * 4
+    pairs = 2048 * 2048 * 4
     assert largest_allocation(ops.attend_and_sharpness) < pairs / 4
     assert largest_allocation(reference.attention_with_sharpness) >= pairs

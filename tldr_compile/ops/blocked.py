@@ -29,7 +29,7 @@ def forward(
     out, sharpness = empty_results(q, v)
     with torch.autocast(q.device.type, enabled=False):
         queries, keys, values = _widened(q, k, v, scale)
-        mass = _relative_mass(log_mass, queries.dtype)
+        mass = relative_mass(log_mass, queries.dtype)
         for block in _blocks(queries, keys):
             samples, _, rows = block
             attention = _probabilities(queries, keys, mask, block)
@@ -59,7 +59,7 @@ def backward(
     """Fill `results`, computing each block of scores anew; a bias whose result is empty gets none."""
     with torch.autocast(q.device.type, enabled=False):
         queries, keys, values = _widened(q, k, v, scale)
-        mass = _relative_mass(log_mass, queries.dtype)
+        mass = relative_mass(log_mass, queries.dtype)
         d_queries, d_keys, d_values, d_mask, d_log_mass = (torch.zeros_like(r, dtype=queries.dtype) for r in results)
         for block in _blocks(queries, keys):
             samples, _, rows = block
@@ -124,7 +124,7 @@ def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor | None, block: Bl
     return scores.softmax(-1).masked_fill_(dead, 0)
 
 
-def _relative_mass(log_mass: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def relative_mass(log_mass: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Masses up to one factor per row, which cancels: the largest is 1, so that none overflows."""
     if log_mass is None:
         return None

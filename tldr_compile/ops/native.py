@@ -1,0 +1,142 @@
+"""The provider in C++, for float32 and less on CPUs: one pass that costs no more than fused attention.
+
+Inductor's tool chain compiles `attention.cpp` at first use and keeps it in its cache on disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from importlib import resources
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .blocked import empty_results, relative_mass
+
+log = logging.getLogger("tldr_compile")
+
+PACKED_BYTES = 64 << 20
+"""So much of the keys and values, or one sample of them, is laid out anew at a time."""
+
+_PAD = 16  # as in attention.cpp
+
+
+class _View(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4))
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("samples", "heads", "rows", "keys", "channels", "values"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled provider. Raises `InvalidCxxCompiler` or `CppCompileError`, of `torch._inductor.exc`."""
+    from torch._inductor.codecache import CppCodeCache  # noqa: PLC0415 - importing Inductor takes seconds
+
+    compiled: ctypes.CDLL = CppCodeCache.load(resources.files(__package__).joinpath("attention.cpp").read_text())
+    compiled.scratch_floats.restype = ctypes.c_int64
+    return compiled
+
+
+@functools.cache
+def compiles() -> bool:
+    """Whether there is a C++ compiler that works; one warning if not."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler  # noqa: PLC0415 - as above
+
+    try:
+        library()
+    except (InvalidCxxCompiler, CppCompileError) as error:
+        log.warning(
+            "attention with saliency takes about twice as long as it could, since its C++ does not compile: "
+            "install a C++ compiler, or name one in the environment variable CXX. The reason: %s",
+            error,
+        )
+        return False
+    return True
+
+
+def takes(q: Tensor, log_mass: Tensor | None) -> bool:
+    """Whether `forward` is made for such arguments: on a CPU, not in float64, with masses that only differ by key."""
+    by_key = log_mass is None or log_mass.shape[-2] == 1
+    return q.device.type == "cpu" and q.dtype != torch.float64 and by_key and compiles()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`reference.attention_with_sharpness` for `q [B, H, Nq, d]`, `k [B, H, Nk, d]`, `v [B, H, Nk, c]`.
+
+    `log_mass` may not differ by query. Computed in float32; a row's result does not depend on the number of threads.
+    """
+    out, sharpness = empty_results(q, v)
+    batch, heads, rows, _ = q.shape
+    keys = k.shape[-2]
+    mass = relative_mass(log_mass, torch.float32)
+    if mask is not None:
+        mask = mask.expand(batch, heads, rows, keys)
+    if mass is not None:
+        mass = F.pad(mass.expand(-1, -1, -1, keys), (0, -keys % _PAD)).contiguous().expand(batch, heads, -1, -1)
+    sample_bytes = 4 * heads * _padded(keys) * (k.shape[-1] + _padded(v.shape[-1]))
+    depth = max(1, PACKED_BYTES // max(1, sample_bytes))
+    for first in range(0, batch, depth):
+        part = slice(first, first + depth)
+        biases = (None if bias is None else bias[part] for bias in (mask, mass))
+        _attend(out[part], sharpness[part], q[part], k[part], v[part], scale, *biases)
+    return out, sharpness
+
+
+def _attend(
+    out: Tensor,
+    sharpness: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    mass: Tensor | None,
+) -> None:
+    """Fill `out` and `sharpness`; `mask [B, H, Nq, Nk]`, `mass [B, H, 1, padded Nk]`."""
+    compiled = library()
+    result = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    q, k, v = (t.to(torch.float32) for t in (q, k, v))
+    keep = mask if mask is not None and mask.dtype == torch.bool else None
+    bias = None if mask is None or keep is not None else mask.to(torch.float32)
+    batch, heads, rows, channels = q.shape
+    keys, values = v.shape[-2:]
+    sizes = _Sizes(batch, heads, rows, keys, channels, values)
+    packed_k = q.new_empty(batch, heads, _padded(keys), channels)
+    packed_v = q.new_empty(batch, heads, _padded(keys), _padded(values))
+    scratch = q.new_empty(torch.get_num_threads(), compiled.scratch_floats(ctypes.byref(sizes)))
+    packed = _pointer(packed_k), _pointer(packed_v)
+    compiled.pack(_view(k), _view(v), _view(mass), ctypes.byref(sizes), *packed)
+    compiled.attend(
+        _view(q),
+        *packed,
+        _view(bias),
+        _view(keep),
+        _view(mass),
+        _view(result),
+        _view(sharpness[:, None, :, None]),
+        ctypes.c_float(scale),
+        ctypes.byref(sizes),
+        _pointer(scratch),
+    )
+    if result is not out:
+        out.copy_(result)
+
+
+def _padded(length: int) -> int:
+    return length + -length % _PAD
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _view(tensor: Tensor | None) -> object:
+    """The C++ code's `const View&` of a tensor that somebody else keeps alive."""
+    return ctypes.byref(_View() if tensor is None else _View(tensor.data_ptr(), tensor.stride()))
