@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import blocked
+from . import blocked, tiled
 from .reference import masked
 
 Shape = Sequence[int]
@@ -89,7 +89,8 @@ def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return blocked.forward(q, k, v, scale, mask, log_mass)
+    provider = tiled if tiled.serves(q, k, v, mask, log_mass) else blocked
+    return provider.forward(q, k, v, scale, mask, log_mass)
 
 
 @_forward.register_fake
