@@ -172,6 +172,16 @@ def test_reads_the_parts_of_a_joint_projection_where_they_lie() -> None:
     check(q.expand(2, 2, 21, 16), k[:1].expand(2, 2, 21, 16), v)
 
 
+@pytest.mark.parametrize(("allowed", "used"), [("none", "tf32x3"), ("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_float32_is_rounded_before_products_only_where_torch_may(allowed: str, used: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = allowed
+    try:
+        assert triton_kernels._precision() == used
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @triton.jit
 def write_offsets(to: tl.tensor, strides: tl.tuple) -> None:
     row, column = tl.arange(0, 4), tl.arange(0, 4)

@@ -52,7 +52,7 @@ def forward(
         "CHANNELS": channels,
         "BLOCK_C": _padded(channels),
         "enable_fp_fusion": True,
-        "PRECISION": "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": _precision(),
     }
     pairs = *_placed(q), *_placed(k), *_placed(mask)
     with torch.cuda.device_of(q):
@@ -77,6 +77,11 @@ def forward(
 def _placed(tensor: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
     """A tensor `[B, H, N, d]` and its strides, as the kernels take them."""
     return (None, (0, 0, 0, 0)) if tensor is None else (tensor, tensor.stride())
+
+
+def _precision() -> str:
+    """How float32 is multiplied: as the user lets torch do it, or in three parts that together are as exact."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _padded(channels: int) -> int:
