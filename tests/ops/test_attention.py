@@ -37,7 +37,7 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(blocked.BLOCK_BYTES, "cpu", 400)
     monkeypatch.setattr(native, "PACKED_BYTES", 4096)
     if request.param == "blocked":
-        monkeypatch.setattr(native, "takes", lambda q, log_mass: False)
+        monkeypatch.setattr(native, "serves", lambda *arguments: False)
     return str(request.param)
 
 

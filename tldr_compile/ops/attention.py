@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import blocked, native
+from . import blocked, native, tiled
 from .reference import masked
 
 Shape = Sequence[int]
+
+PROVIDERS = (tiled, native, blocked)
+"""Of attention with sharpness: the first that serves the arguments computes it. The last serves all."""
 
 
 def attend(
@@ -89,7 +92,7 @@ def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    provider = native if native.takes(q, log_mass) else blocked
+    provider = next(each for each in PROVIDERS if each.serves(q, k, v, mask, log_mass))
     return provider.forward(q, k, v, scale, mask, log_mass)
 
 

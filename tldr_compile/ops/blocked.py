@@ -22,6 +22,11 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of q, k, v, mask and log_mass."""
 
 
+def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
+    """All arguments, on every device."""
+    return True
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def compiles() -> bool:
     return True
 
 
-def takes(q: Tensor, log_mass: Tensor | None) -> bool:
+def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
     """Whether `forward` is made for such arguments: on a CPU, not in float64, with masses that only differ by key."""
     by_key = log_mass is None or log_mass.shape[-2] == 1
     return q.device.type == "cpu" and q.dtype != torch.float64 and by_key and compiles()

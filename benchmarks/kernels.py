@@ -1,0 +1,99 @@
+"""Attention with its sharpness, by every provider of the device, beside attention alone (SDPA).
+
+    python -m benchmarks.kernels --device cuda --dtype bfloat16 [--tokens 1568 968] [--batch 1 8]
+
+One line per number of tokens, batch and provider: milliseconds (least, middle, most), how many times SDPA's that is,
+bytes held beside the inputs, and the distance from the specification.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor
+
+from benchmarks import timing
+from tldr_compile.ops import reference
+from tldr_compile.ops.attention import PROVIDERS
+
+LINE = "{tokens:>6} {batch:>5} {name:<28} {latency:>26} {over:>8} {peak:>8} {off}"
+
+
+def calls(q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor) -> dict[str, Callable[[], Any]]:
+    """SDPA as models call it and with masses, and every provider that serves these inputs, likewise."""
+    scale = q.shape[-1] ** -0.5
+    bias = log_mass.to(q.dtype)
+    rows: dict[str, Callable[[], Any]] = {
+        "SDPA": partial(F.scaled_dot_product_attention, q, k, v),
+        "SDPA, masses": partial(F.scaled_dot_product_attention, q, k, v, bias),
+    }
+    for provider in PROVIDERS:
+        name = provider.__name__.rpartition(".")[2]
+        if provider.serves(q, k, v, None, log_mass):
+            rows[name] = partial(provider.forward, q, k, v, scale, None, None)
+            rows[f"{name}, masses"] = partial(provider.forward, q, k, v, scale, None, log_mass)
+    return rows
+
+
+def measure(
+    q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor, rounds: int, tick: Callable[[], object]
+) -> list[dict[str, Any]]:
+    rows = calls(q, k, v, log_mass)
+    exact = reference.attention_with_sharpness(q, k, v, scale=q.shape[-1] ** -0.5)[1]
+    for call in rows.values():
+        call()  # compiles and tunes
+    taken = timing.alternate(rows, q.device, rounds=rounds, tick=tick)
+    return [
+        {
+            "name": name,
+            "latency": timing.Spread.of(taken[name]),
+            "over_sdpa": timing.ratio(taken[name], taken["SDPA"]),
+            "peak_bytes": timing.peak_bytes(call, q.device),
+            "sharpness_off": None if "SDPA" in name else (call()[1] - exact).abs().max().item(),
+        }
+        for name, call in rows.items()
+    ]
+
+
+def show(row: dict[str, Any], tokens: int, batch: int) -> str:
+    latency = " / ".join(f"{1000 * value:.3f}" for value in row["latency"])
+    off = "" if row["sharpness_off"] is None else f"{row['sharpness_off']:.1e}"
+    over, peak = f"{row['over_sdpa'].median:.2f}", f"{row['peak_bytes'] / 1e6:.1f}"
+    return LINE.format(tokens=tokens, batch=batch, name=row["name"], latency=latency, over=over, peak=peak, off=off)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1568, 968, 768])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--channels", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=20)
+    chosen = parser.parse_args()
+    torch.manual_seed(0)
+    record: dict[str, Any] = {**vars(chosen), "device": str(chosen.device), "machine": timing.machine(chosen.device)}
+    record["rows"] = []
+    print(LINE.format(tokens="tokens", batch="batch", name="", latency="ms", over="x SDPA", peak="MB", off="off"))
+    with Progress(transient=True) as progress:
+        for tokens, batch in product(chosen.tokens, chosen.batch):
+            joint = torch.randn(batch, tokens, 3, chosen.heads, chosen.channels, device=chosen.device)
+            q, k, v = joint.to(getattr(torch, chosen.dtype)).permute(2, 0, 3, 1, 4)
+            log_mass = torch.rand(batch, 1, 1, tokens, device=chosen.device)
+            task = progress.add_task(f"{tokens} tokens", total=None)
+            for row in measure(q, k, v, log_mass, chosen.rounds, partial(progress.advance, task)):
+                record["rows"].append({"tokens": tokens, "batch": batch, **row})
+                progress.console.print(show(row, tokens, batch), highlight=False, soft_wrap=True)
+    print(timing.write(f"kernels-{chosen.device.type}-{chosen.dtype}", record))
+
+
+if __name__ == "__main__":
+    main()

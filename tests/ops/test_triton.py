@@ -1,0 +1,270 @@
+"""The Triton provider against the specification: on a GPU where there is one, otherwise in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tldr_compile import ops
+from tldr_compile.ops import attention, blocked, native, reference, tiled, triton_kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+MASKS: dict[str, Callable[[int, int, int, int], Tensor]] = {
+    "bool of keys": lambda b, h, q, k: torch.rand(b, 1, 1, k) < 0.7,
+    "bool of pairs": lambda b, h, q, k: torch.rand(1, 1, q, k) < 0.5,
+    "additive per head": lambda b, h, q, k: torch.randn(1, h, q, k),
+    "additive of keys and queries, transposed": lambda b, h, q, k: torch.randn(b, 1, k, q).mT,
+    "additive in half precision": lambda b, h, q, k: torch.randn(b, h, q, k).bfloat16(),
+    "additive with -inf": lambda b, h, q, k: torch.where(torch.rand(b, h, q, k) < 0.5, -torch.inf, 1.0),
+    "all of one row hidden": lambda b, h, q, k: (torch.arange(q) != q // 2)[:, None].expand(1, 1, q, k),
+    "everything hidden": lambda b, h, q, k: torch.full((1, 1, 1, k), -torch.inf),
+}
+TILES = {kernel.fn.__name__: kernel.configs for kernel in (triton_kernels._attend, triton_kernels._share)}
+
+# NumPy, in which kernels are interpreted, warns of infinities and NaN where a chip says nothing.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    """Tiles so small that the tests' sizes take many of them; one of each, so that nothing is timed."""
+    small = triton.Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=1, num_stages=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kernels, "SPAN", 32)
+        for kernel in (triton_kernels._attend, triton_kernels._share):
+            patch.setattr(kernel, "configs", [small])
+        if DEVICE == "cpu":
+            patch.setattr("triton.runtime.interpreter.InterpreterBuilder.create_dot", interpreted_dot)
+        yield
+
+
+def interpreted_dot(self: Any, a: Any, b: Any, total: Any, *precision: Any) -> Any:
+    """What the interpreter's own does, but for bfloat16, whose bit patterns it would multiply as integers."""
+
+    def wide(operand: Any) -> Tensor:
+        data = torch.from_numpy(operand.data)
+        return (data.view(torch.bfloat16) if operand.dtype == tl.bfloat16 else data).float()
+
+    return type(total)((wide(a) @ wide(b)).numpy() + total.data, total.dtype.scalar)
+
+
+def qkv(b: int, h: int, n: int, m: int, d: int = 4, c: int = 5, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(b, h, n, d, **options), torch.randn(b, h, m, d, **options), torch.randn(b, h, m, c, **options)
+
+
+def log_masses(b: int, m: int) -> Tensor:
+    return (torch.rand(b, 1, 1, m) * 5 + 1).log()
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, log_mass: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    inputs = [None if t is None else t.to(DEVICE) for t in (q, k, v, mask, log_mass)]
+    assert tiled.fits(inputs[0], inputs[1], inputs[2], *inputs[3:])
+    out, sharpness = tiled.forward(inputs[0], inputs[1], inputs[2], 0.5, *inputs[3:])
+    return out.cpu(), sharpness.cpu()
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, log_mass: Tensor | None = None, **tolerance: Any
+) -> None:
+    expected = reference.attention_with_sharpness(q, k, v, scale=0.5, mask=mask, log_mass=log_mass)
+    for found, wanted in zip(run(q, k, v, mask, log_mass), expected, strict=True):
+        torch.testing.assert_close(found, wanted, **{"rtol": 1e-5, "atol": 1e-5, **tolerance})
+
+
+sizes = st.integers(1, 70)
+channels = st.sampled_from([4, 7, 16, 20])
+
+
+@settings(max_examples=25)
+@given(b=st.integers(1, 2), h=st.integers(1, 3), n=sizes, m=sizes, d=channels, c=channels, with_mass=st.booleans())
+def test_equals_the_specification_for_any_size(b: int, h: int, n: int, m: int, d: int, c: int, with_mass: bool) -> None:
+    check(*qkv(b, h, n, m, d, c), log_mass=log_masses(b, m) if with_mass else None)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_masks_enter_both_results_and_masses_only_the_output(kind: str, with_mass: bool) -> None:
+    q, k, v = qkv(2, 2, 21, 37)
+    mask, log_mass = MASKS[kind](2, 2, 21, 37), log_masses(2, 37) if with_mass else None
+    check(q, k, v, mask, log_mass)
+    out, sharpness = run(q, k, v, mask, log_mass)
+    assert out.isfinite().all()
+    assert run(q, k, v[..., :0], mask)[1].equal(sharpness)
+
+
+def test_a_row_that_sees_no_key_gives_zeros() -> None:
+    mask = torch.ones(1, 1, 21, 37, dtype=torch.bool)
+    mask[:, :, 20] = False
+    out, sharpness = run(*qkv(1, 2, 21, 37), mask, log_masses(1, 37))
+    assert (out[:, :, 20] == 0).all()
+    assert sharpness[:, 20].item() == 0
+    assert (sharpness[:, :20] < 0).all()
+
+
+def test_a_row_under_the_lowest_finite_number_sees_all_keys_alike() -> None:
+    q, k, v = qkv(2, 2, 21, 37)
+    log_mass = log_masses(2, 37)
+    out, sharpness = run(q, k, v, torch.full((1, 1, 21, 1), torch.finfo(torch.float32).min), log_mass)
+    alike = log_mass.softmax(-1) @ v
+    torch.testing.assert_close(out, alike.expand_as(out), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sharpness, torch.tensor(1 / 37).log().expand(2, 21), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_without_mass_gives_zeros() -> None:
+    log_mass = torch.full((2, 1, 1, 37), -torch.inf)
+    log_mass[1] = 0
+    check(*qkv(2, 2, 21, 37), log_mass=log_mass)
+
+
+def test_masses_per_head_that_no_float_holds() -> None:
+    q, k, v = qkv(2, 2, 21, 37)
+    log_mass = torch.linspace(300, 305, 2 * 37).view(1, 2, 1, 37)
+    exact = reference.attention_with_sharpness(q.double(), k.double(), v.double(), scale=0.5, log_mass=log_mass)
+    torch.testing.assert_close(run(q, k, v, log_mass=log_mass)[0], exact[0].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_attends_to_one_key_has_sharpness_zero() -> None:
+    k = torch.tensor([1.0, -1.0, -1.0]).view(1, 1, 3, 1)
+    _, sharpness = run(torch.tensor([[[[1000.0]]]]), k, k)
+    assert sharpness.item() == 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_in_its_row(value: float) -> None:
+    q, k, v = qkv(1, 2, 21, 37)
+    bias = torch.zeros(1, 1, 21, 37)
+    bias[..., 3, 20] = value
+    out, sharpness = run(q, k, v, bias)
+    wrong = torch.arange(21) == 3
+    assert out.isnan().equal(wrong[:, None].expand(1, 2, 21, 5))
+    assert sharpness.isnan().equal(wrong[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_sums_in_single(dtype: torch.dtype) -> None:
+    """Of the half precision numbers only attention times values is rounded before it is summed up."""
+    q, k, v = qkv(2, 2, 21, 37, 20, 16, dtype=dtype)
+    log_mass = log_masses(2, 37).to(dtype)
+    exact = reference.attention_with_sharpness(q.float(), k.float(), v.float(), scale=0.5, log_mass=log_mass)
+    out, sharpness = run(q, k, v, log_mass=log_mass)
+    assert (out.dtype, sharpness.dtype) == (dtype, torch.float32)
+    torch.testing.assert_close(sharpness, exact[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.float(), exact[0], rtol=0, atol=torch.finfo(dtype).eps * 3)
+
+
+def test_reads_the_parts_of_a_joint_projection_where_they_lie() -> None:
+    joint = torch.randn(2, 21, 3, 2, 16)
+    q, k, v = joint.permute(2, 0, 3, 1, 4)
+    check(q, k, v.flip(-1), log_mass=log_masses(2, 42)[..., ::2])
+    check(q.expand(2, 2, 21, 16), k[:1].expand(2, 2, 21, 16), v)
+
+
+@pytest.mark.parametrize(("allowed", "used"), [("none", "tf32x3"), ("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_float32_is_rounded_before_products_only_where_torch_may(allowed: str, used: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = allowed
+    try:
+        assert triton_kernels._precision() == used
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@triton.jit
+def write_offsets(to: tl.tensor, strides: tl.tuple) -> None:
+    row, column = tl.arange(0, 4), tl.arange(0, 4)
+    tl.store(to + row[:, None] * 4 + column[None, :], triton_kernels._offset(strides, row, column))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    found = torch.zeros(4, 4, dtype=torch.int64, device=DEVICE)
+    write_offsets[(1,)](found, (0, 0, 2**31 - 1, 2**30))
+    place = torch.arange(4)
+    assert found.cpu().equal(place[:, None] * (2**31 - 1) + place * 2**30)
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_compiles_for_a_gpu_that_is_not_here(capability: str, tmp_path: Path) -> None:
+    """The interpreter takes what no compiler would."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.compile_triton", capability],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["12"]
+
+
+# --- who serves what --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", TILES)
+def test_some_tile_is_worth_timing_for_every_length_and_head(kernel: str) -> None:
+    def kept(dtype: torch.dtype, channels: int, length: int) -> list[triton.Config]:
+        sizes = {"rows_class": length, "keys_class": length, "BLOCK_C": channels}
+        return triton_kernels._worth_timing(TILES[kernel], {"q": torch.empty(1, dtype=dtype)}, **sizes)
+
+    for dtype, most in tiled.MOST_CHANNELS.items():
+        assert all(kept(dtype, most, length) for length in (1, 64, 4096))
+    assert kept(torch.bfloat16, 64, 2048) == TILES[kernel]
+    assert len(kept(torch.bfloat16, 64, 32)) == 1
+
+
+REFUSED: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]] = {
+    "float64": lambda q, k, v: (q.double(), k.double(), v.double(), None, None),
+    "two dtypes": lambda q, k, v: (q, k, v.half(), None, None),
+    "keys of fewer samples": lambda q, k, v: (q, k[:1], v[:1], None, None),
+    "values of fewer heads": lambda q, k, v: (q, k, v[:, :1], None, None),
+    "no key": lambda q, k, v: (q, k[:, :, :0], v[:, :, :0], None, None),
+    "no query": lambda q, k, v: (q[:, :, :0], k, v, None, None),
+    "no head": lambda q, k, v: (q[:, :0], k[:, :0], v[:, :0], None, None),
+    "wide heads": lambda q, k, v: (q.repeat(1, 1, 1, 20), k.repeat(1, 1, 1, 20), v, None, None),
+    "wide values": lambda q, k, v: (q, k, v.repeat(1, 1, 1, 20), None, None),
+    "a mask from elsewhere": lambda q, k, v: (q, k, v, torch.zeros(9, 7, device="meta"), None),
+    "masses of pairs": lambda q, k, v: (q, k, v, None, torch.zeros(1, 1, 9, 7)),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_the_kernels_cannot_do_is_not_theirs(why: str) -> None:
+    q, k, v = qkv(2, 2, 9, 7)
+    assert tiled.fits(q, k, v, torch.zeros(1, 1, 9, 7), log_masses(2, 7))
+    assert not tiled.fits(*REFUSED[why](q, k, v))  # type: ignore[arg-type]
+
+
+def test_the_operator_asks_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(2, 2, 21, 37)
+    asked: list[str] = []
+    forward = blocked.forward
+    for provider in attention.PROVIDERS:
+        monkeypatch.setattr(
+            provider, "forward", lambda *args, name=provider.__name__, f=forward: asked.append(name) or f(*args)
+        )
+    ops.attend_and_sharpness(q, k, v)
+    monkeypatch.setattr(tiled, "serves", tiled.fits)
+    ops.attend_and_sharpness(q, k, v)
+    ops.attend_and_sharpness(q.double(), k.double(), v.double())
+    assert asked == [native.__name__, tiled.__name__, blocked.__name__]
+
+
+def test_triton_is_not_imported_before_it_serves() -> None:
+    program = (
+        "import sys, torch, tldr_compile; from tldr_compile import ops; x = torch.ones(1, 1, 2, 4);"
+        "ops.attend_and_sharpness(x, x, x); print('tldr_compile.ops.triton_kernels' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

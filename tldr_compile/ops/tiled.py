@@ -1,0 +1,51 @@
+"""The provider for GPUs: two Triton kernels that read every input where it lies and keep the scores on the chip.
+
+Nothing here needs Triton until the first call that it serves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# A row of one head is one operand of a product of tiles; float32 is multiplied in three parts, which take their room.
+MOST_CHANNELS = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 64}
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
+    """Whether `forward` takes these arguments on their device."""
+    return q.is_cuda and _has_triton(q.device) and fits(q, k, v, mask, log_mass)
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
+    """Whether the kernels take these arguments: well-formed, on one device, of one dtype, masses of keys alone."""
+    biases = [bias for bias in (mask, log_mass) if bias is not None]
+    batch, heads, _, channels = q.shape
+    return (
+        k.shape == (batch, heads, k.shape[2], channels)
+        and v.shape[:3] == k.shape[:3]
+        and 0 not in (*q.shape, *k.shape)
+        and q.dtype == k.dtype == v.dtype
+        and max(channels, v.shape[3]) <= MOST_CHANNELS.get(q.dtype, 0)
+        and all(tensor.device == q.device for tensor in (k, v, *biases))
+        and (log_mass is None or log_mass.shape[-2] == 1)
+    )
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    """Triton is there, and the device has the matrix units and asynchronous copies that the kernels are written for."""
+    cuda = torch.version.hip is None and importlib.util.find_spec("triton") is not None
+    return cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`reference.attention_with_sharpness` for `q [B, H, Nq, d]`, `k [B, H, Nk, d]`, `v [B, H, Nk, c]`, if served."""
+    from . import triton_kernels  # noqa: PLC0415 - Triton may be missing, and takes a while to import
+
+    return triton_kernels.forward(q, k, v, scale, mask, log_mass)
