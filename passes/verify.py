@@ -40,7 +40,7 @@ def verify(
         VerificationError: an output differs, naming which and by how much.
         OptionError: an output differs, and the model draws at random for tokens that the merged graph has not.
     """
-    with torch.random.fork_rng():  # what the model draws at random, both draw alike
+    with torch.random.fork_rng(), torch.no_grad():  # what the model draws at random, both draw alike
         actual, found = record(graph, groupings, inputs)
     meaning = Projection(plan, full_length(plan, found), policy)
     with torch.random.fork_rng(), torch.no_grad():
@@ -79,8 +79,7 @@ def record(
 ) -> tuple[Any, dict[int, dict[str, Tensor]]]:
     """Run a rewritten graph: its outputs, and for each resolution the grouping by field, with the saliency if any."""
     recorder = _Recorder(graph, groupings)
-    with torch.no_grad():
-        return recorder.run(*inputs), recorder.found
+    return recorder.run(*inputs), recorder.found
 
 
 class _Recorder(fx.Interpreter):
@@ -95,7 +94,7 @@ class _Recorder(fx.Interpreter):
             fields = dict(result._asdict())
             if isinstance(saliency := n.args[1], fx.Node):
                 fields["saliency"] = self.env[saliency]
-            self.found[self.names[n.name]] = {field: value.detach().cpu() for field, value in fields.items()}
+            self.found[self.names[n.name]] = {field: value.cpu() for field, value in fields.items()}
         return result
 
 

@@ -35,7 +35,8 @@ def inspect(merged: MergedModule, *args: Any, **kwargs: Any) -> list[Decision]:
     """Run a merged module and tell what each of its merges decided. Raises `ShapeError` as calling it does."""
     plan = merged._merged.plan
     inputs = merged._flat_inputs(args, kwargs)
-    _, found = record(merged._merged.graph, merged._merged.groupings, inputs)
+    with torch.no_grad():
+        _, found = record(merged._merged.graph, merged._merged.groupings, inputs)
     groups = full_length(plan, found)
     decisions = []
     for merge in plan.merges:

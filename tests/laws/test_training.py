@@ -1,0 +1,145 @@
+"""Backward through a merged graph, low precision, and what must not happen on the way: a wait for the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import passes
+import tldr_compile
+from passes.projection import Projection, full_length
+from passes.verify import record
+from tests.laws.support import compiled, every_family, flat_inputs, merge, tensors
+from tests.zoo import Case, case
+
+OPTIONS: list[dict[str, Any]] = [{}, {"saliency": "uniform"}, {"metric": "keys"}, {"reduction": "drop"}]
+
+
+def gradients(outputs: Any, wanted: list[Tensor]) -> list[Tensor]:
+    """Of a fixed random mixture of all outputs; zeros where an input has no part in it."""
+    generator = torch.Generator().manual_seed(5)
+    floats = [each for each in tensors(outputs) if each.is_floating_point()]
+    mixed = torch.stack([(each.double() * torch.randn(each.shape, generator=generator)).sum() for each in floats]).sum()
+    found = torch.autograd.grad(mixed, wanted, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@every_family
+def test_gradients_are_those_of_the_meaning(case: Case, options: dict[str, Any]) -> None:
+    """With the same groups, the slope of the merged graph in every parameter and pixel is that of its definition."""
+    merged = merge(case, **options)
+    inputs = [
+        value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in flat_inputs(case)
+    ]
+    wanted = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    outputs, found = record(merged.graph, merged.groupings, inputs)
+    meaning = Projection(merged.plan, full_length(merged.plan, found), merged.options)
+    ones, twos = gradients(outputs, wanted), gradients(meaning.run(*inputs), wanted)
+    largest = max(float(two.abs().max()) for two in twos)  # a bias of keys has no slope but rounding
+    for one, two in zip(ones, twos, strict=True):
+        assert float((one - two).abs().max()) <= 1e-4 * float(two.abs().max()) + 1e-6 * largest
+
+
+@pytest.mark.parametrize("road", ["apply", "compile"])
+def test_a_fine_tuning_step_learns(road: str) -> None:
+    chosen = case("videomae", "sdpa")
+    model, (clip,) = chosen.build(), chosen.inputs(4)
+    torch._dynamo.reset()
+    tuned: Any = (
+        tldr_compile.apply(model, (clip,), schedule=chosen.schedule)
+        if road == "apply"
+        else torch.compile(model, backend=eagerly(chosen))
+    )
+    target = torch.randn(4, model.config.num_labels, generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        loss = (tuned(clip).logits - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+
+
+def eagerly(case: Case) -> Any:
+    """A backend that merges and then runs the graph as it is: Inductor's part is not what is looked at."""
+
+    def backend(gm: fx.GraphModule, examples: list[Tensor]) -> Any:
+        config = tldr_compile.TokenMerging(schedule=case.schedule)
+        return passes.merge(passes.canonicalize.from_dynamo(gm, examples), config, tldr_compile.ops).graph
+
+    return backend
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_autocast_merges_as_it_is_captured(dtype: torch.dtype) -> None:
+    """Under autocast a capture casts as the model would; outputs have the model's dtypes, and its meaning."""
+    chosen = case("videomae", "sdpa")
+    model, (clip,) = chosen.build(), chosen.inputs()
+    with torch.autocast("cpu", dtype):
+        expected = model(clip)
+        merged = tldr_compile.apply(model, (clip,), schedule=chosen.schedule, verify=True)
+        actual = merged(clip)
+        torch._dynamo.reset()
+        backend = compiled(model, schedule=list(chosen.schedule))(clip)
+    assert actual.logits.dtype == expected.logits.dtype == backend.logits.dtype
+    bound = 64 * torch.finfo(dtype).eps * float(expected.logits.abs().max())
+    assert (actual.logits - backend.logits).abs().max() <= bound
+
+
+@every_family
+def test_no_operator_waits_for_numbers(case: Case) -> None:
+    """Kept counts are static and nothing reads a tensor on the host: a merged graph can be captured as a CUDA graph."""
+    merged = merge(case)
+    values = [node.meta["val"] for node in merged.graph.graph.find_nodes(op="placeholder")]
+    flat = make_fx(merged.graph, tracing_mode="fake")(*[_real(value) for value in values])
+    waiting = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    assert not [node for node in flat.graph.nodes if waiting & set(getattr(node.target, "tags", ()))]
+
+
+def _real(value: Any) -> Any:
+    return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+
+
+class Block(nn.Module):
+    """Features `[B, N, C]`, attention, an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(x))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@torch.no_grad()
+def test_a_number_that_is_none_stays_in_its_sample(poison: float) -> None:
+    x = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(2))
+    merged = tldr_compile.apply(Block(), (x,), schedule=[4])
+    clean = merged(x)
+    x[1, 5, 3] = poison
+    spoilt = merged(x)
+    assert torch.equal(spoilt[[0, 2]], clean[[0, 2]])
+    assert not spoilt[1].isfinite().all()
+
+
+@torch.no_grad()
+def test_scores_beyond_half_precision_overflow_no_exponential() -> None:
+    model = Block()
+    for layer in (model.block.self_attn,):
+        layer.in_proj_weight.mul_(40)
+    x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(2)) * 8
+    for dtype in (torch.float16, torch.bfloat16):
+        low = tldr_compile.apply(model.to(dtype), (x.to(dtype),), schedule=[4])
+        assert low(x.to(dtype)).isfinite().all()
