@@ -275,7 +275,7 @@ class _Rewriter:
 
     @property
     def _salient(self) -> bool:
-        return self.policy.saliency == "attention" and self.policy.reduction in ("merge", "drop")
+        return self.policy.saliency == "attention" and self.operators.REDUCTIONS[self.policy.reduction].salient
 
     def _attention(self, node: fx.Node, step: Step, operands: Sequence[Laid]) -> Any:
         given = named(node)

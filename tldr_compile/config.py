@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Final, Literal
 
 from tldr_compile.errors import OptionError, ScheduleError
+from tldr_compile.ops import REDUCTIONS
 
 DEFAULT_SCHEDULE: Final = (0.25, 0.12, 0.06)
 
-_CHOICES: Final = {
+_CHOICES: Final[Mapping[str, Collection[str]]] = {
     "saliency": ("attention", "uniform"),
     "metric": ("tokens", "keys"),
-    "reduction": ("merge", "drop", "random", "slice"),
+    "reduction": REDUCTIONS,
     "outputs": ("restore", "merged"),
     "pooling": ("mass", "plain"),
     "on_nothing": ("raise", "warn"),
@@ -34,7 +35,8 @@ class TokenMerging:
         the first sites that can merge.
     saliency: how much a token weighs when it is merged: by its attention (vid-TLDR), or all the same (ToMe).
     metric: what matching compares: the residual stream, or the mean of the keys over the heads (ToMe).
-    reduction: merge, or one of the baselines that drop tokens instead.
+    reduction: how tokens are chosen: merge, one of the baselines that drop tokens instead, or one that was registered
+        with `tldr_compile.ops.reduction`.
     outputs: whether outputs over tokens get their original length back.
     pooling: whether means over tokens are weighted by mass.
     proportional: whether later attention adds the logarithm of the mass of its keys.
@@ -50,7 +52,7 @@ class TokenMerging:
     schedule: float | Sequence[float] | None = None
     saliency: Literal["attention", "uniform"] = "attention"
     metric: Literal["tokens", "keys"] = "tokens"
-    reduction: Literal["merge", "drop", "random", "slice"] = "merge"
+    reduction: str = "merge"
     outputs: Literal["restore", "merged"] = "restore"
     pooling: Literal["mass", "plain"] = "mass"
     proportional: bool = True
@@ -74,10 +76,10 @@ class TokenMerging:
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
-        if self.reduction == "drop" and self.saliency == "uniform":
+        if REDUCTIONS[self.reduction].ranks and self.saliency == "uniform":
             raise OptionError(
-                "reduction='drop' drops the least salient tokens, and with saliency='uniform' all are equal: "
-                "use saliency='attention', or reduction='random' or 'slice'"
+                f"reduction={self.reduction!r} drops the least salient tokens, and with saliency='uniform' all are "
+                "equal: use saliency='attention', or reduction='random' or 'slice'"
             )
 
     @classmethod
@@ -108,7 +110,7 @@ class TokenMerging:
         return not any(entries) if isinstance(entries, tuple) else not entries
 
 
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def _check_choice(name: str, value: object, choices: Collection[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         allowed = ", ".join(map(repr, choices))
         raise OptionError(f"{name}={value!r}: {name} is one of {allowed}{_nearest(value, choices)}")
@@ -220,7 +222,7 @@ def _unknown_option(name: object, names: Sequence[str]) -> str:
     return f"unknown option {name!r}: {allowed}{_nearest(name, names)}"
 
 
-def _nearest(value: object, choices: Sequence[str]) -> str:
+def _nearest(value: object, choices: Collection[str]) -> str:
     found = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
     return f"; did you mean {found[0]!r}?" if found else ""
 

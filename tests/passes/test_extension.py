@@ -14,6 +14,7 @@ from passes.spellings import SPELLINGS, spelling
 from tests.generated.attention import WIDTH
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
+from tldr_compile import ops
 
 
 @torch.library.custom_op("tldr_tests::smooth", mutates_args=())
@@ -135,3 +136,32 @@ def test_a_spelling_from_outside_makes_it_a_site(spellings: None) -> None:
     assert [site["status"] for site in merged.report.to_dict()["sites"]] == ["merged"]
     (clip,) = Recipe().inputs()
     torch.testing.assert_close(tldr_compile.apply(model, (clip,), schedule=[0])(clip), model(clip))
+
+
+@pytest.fixture
+def reductions() -> Iterator[None]:
+    before = dict(ops.REDUCTIONS)
+    yield
+    ops.REDUCTIONS.clear()
+    ops.REDUCTIONS.update(before)
+
+
+@torch.no_grad()
+def test_a_way_to_merge_from_outside_is_an_option_like_the_others(reductions: None) -> None:
+    with pytest.raises(tldr_compile.OptionError, match="reduction='pairs'"):
+        tldr_compile.TokenMerging(reduction="pairs")
+
+    @ops.reduction("pairs", gives=True)
+    def neighbours(tokens: ops.Tokens) -> ops.Split:
+        """The first pairs of neighbours become one."""
+        batch, count = tokens.metric.shape[:2]
+        place = torch.arange(count).expand(batch, -1)
+        source = 2 * torch.arange(tokens.r).expand(batch, -1)
+        stays = (place % 2 == 1) | (place >= 2 * tokens.r)
+        kept = place[stays].reshape(batch, count - tokens.r)
+        return ops.Split(kept, source, source // 2)
+
+    (clip,) = Recipe().inputs()
+    merged = tldr_compile.apply(build(Recipe()), (clip,), schedule=[4], reduction="pairs", verify=True)
+    (decision,) = tldr_compile.inspect(merged, clip)
+    assert decision.assign[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, *range(4, 14)]

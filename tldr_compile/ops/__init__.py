@@ -2,11 +2,15 @@
 
 from .attention import attend, attend_and_sharpness, sharpness
 from .grouping import Grouping, down, group, pick, up
+from .reductions import REDUCTIONS, Split, Tokens, reduction
 from .reference import match, saliency, sharpness_of
 from .sums import mean, softmax, sum  # noqa: A004
 
 __all__ = [
+    "REDUCTIONS",
     "Grouping",
+    "Split",
+    "Tokens",
     "attend",
     "attend_and_sharpness",
     "down",
@@ -14,6 +18,7 @@ __all__ = [
     "match",
     "mean",
     "pick",
+    "reduction",
     "saliency",
     "sharpness",
     "sharpness_of",

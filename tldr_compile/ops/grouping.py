@@ -6,14 +6,13 @@ tokens are *sources* that joined a *target* group. Indices are found without gra
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reference import match, wide
-
-Reduction = Literal["merge", "drop", "random", "slice"]
+from .reductions import REDUCTIONS, Tokens
+from .reference import wide
 
 
 class Grouping(NamedTuple):
@@ -37,12 +36,6 @@ class Grouping(NamedTuple):
     """int64 `[B, N]`: the group of every token."""
 
 
-class _Split(NamedTuple):
-    kept: Tensor
-    source: Tensor
-    target: Tensor
-
-
 def group(
     metric: Tensor,
     saliency: Tensor | None,
@@ -50,25 +43,27 @@ def group(
     size: Tensor,
     r: int,
     *,
-    reduction: Reduction = "merge",
+    reduction: str = "merge",
     seed: int = 0,
 ) -> Grouping:
     """Decide which `r` of `N` tokens go where (vid-TLDR, section 3; steps 5 and 6 of the method).
 
     `metric [B, N, C]`, `N >= 2`; `saliency [B, N]`, None for 1 everywhere; `mass`, `size [B, N]`; `0 <= r <= N // 2`.
-    "merge" joins the `r` best matched sources to their destinations. The others are baselines that lose tokens: "drop"
-    the least salient, "random" ones that follow from `seed` alone, "slice" the last; a lost token's group is the
-    nearest kept token (the earlier of two), to which it gives size but neither value nor mass. Every sort is stable.
+    `reduction` names one of `REDUCTIONS`. A source gives its size to the group that it joins; and its value and mass,
+    weighed by its saliency, if the reduction gives.
 
-    Raises ValueError for a reduction without that name, and for "drop" without a saliency.
+    Raises ValueError for a reduction without that name, and for one that ranks by saliency where that is None.
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, not {reduction!r}")
+    chosen = REDUCTIONS[reduction]
     with torch.autocast(metric.device.type, enabled=False):
-        split = _split(metric.detach(), None if saliency is None else saliency.detach(), r, reduction, seed)
+        split = chosen.choose(Tokens(metric.detach(), None if saliency is None else saliency.detach(), r, seed))
     kept, source, target = split
     dtype = wide(mass.dtype)
     mass, size = mass.to(dtype), size.to(dtype)
     kept_mass, given = mass.gather(1, kept), mass.gather(1, source)
-    if reduction != "merge":
+    if not chosen.gives:
         given = torch.zeros_like(given)
     elif saliency is not None:
         given = given * saliency.to(dtype).gather(1, source)
@@ -82,51 +77,6 @@ def group(
         size=size.gather(1, kept).scatter_add(1, target, size.gather(1, source)),
         assign=kept.new_zeros(mass.shape).scatter(1, kept, groups).scatter(1, source, target),
     )
-
-
-def _split(metric: Tensor, saliency: Tensor | None, r: int, reduction: Reduction, seed: int) -> _Split:
-    if reduction == "merge":
-        return _merging(metric, r)
-    batch, tokens = metric.shape[:2]
-    position = torch.arange(tokens, device=metric.device)
-    if reduction == "drop":
-        if saliency is None:
-            raise ValueError('reduction="drop" loses the least salient tokens and needs their saliency, which is None')
-        return _losing(saliency, r)
-    if reduction == "random":
-        return _losing(_scrambled(position, seed).expand(batch, -1), r)
-    if reduction == "slice":
-        return _losing(-position.expand(batch, -1), r)
-    raise ValueError(f'reduction must be "merge", "drop", "random" or "slice", not {reduction!r}')
-
-
-def _merging(metric: Tensor, r: int) -> _Split:
-    similarity, destination = match(metric)
-    order = similarity.argsort(dim=-1, descending=True, stable=True)
-    merged, remaining = order[:, :r].sort(-1).values, order[:, r:].sort(-1).values
-    odd = torch.arange(1, metric.shape[1], 2, device=metric.device).expand(metric.shape[0], -1)
-    kept = torch.cat((2 * remaining, odd), 1)
-    return _Split(kept, 2 * merged, destination.gather(1, merged) + remaining.shape[1])
-
-
-def _losing(worth: Tensor, r: int) -> _Split:
-    """Lose the `r` tokens of least `worth [B, N]`; the rest stay in order."""
-    order = worth.argsort(dim=-1, stable=True)
-    source, kept = order[:, :r].sort(-1).values, order[:, r:].sort(-1).values
-    after = torch.searchsorted(kept, source)
-    before = (after - 1).clamp_min(0)
-    after = after.clamp_max(kept.shape[1] - 1)
-    closer = (source - kept.gather(1, before)).abs() <= (kept.gather(1, after) - source).abs()
-    return _Split(kept, source, torch.where(closer, before, after))
-
-
-def _scrambled(position: Tensor, seed: int) -> Tensor:
-    """A 32-bit hash of every position: a random order that touches no generator's state."""
-    low = 0xFFFFFFFF
-    mixed = (position + (seed * 0x9E3779B9 & low)) & low
-    for _ in range(2):
-        mixed = ((mixed ^ (mixed >> 16)) * 0x45D9F3B) & low
-    return mixed ^ (mixed >> 16)
 
 
 def pick(x: Tensor, index: Tensor, *, dim: int) -> Tensor:

@@ -1,0 +1,134 @@
+"""How a merge chooses: which tokens stay, which go away, and which kept token each of those joins.
+
+A reduction is one function, registered under the name that the option `reduction=` gives it. Whoever has one of their
+own registers it from outside:
+
+    @reduction("first", gives=True)   # the first tokens join the last
+    def first(tokens: Tokens) -> Split: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .reference import match
+
+
+class Tokens(NamedTuple):
+    """What a reduction sees, without gradients."""
+
+    metric: Tensor
+    """float `[B, N, C]`: what matching compares."""
+    saliency: Tensor | None
+    """float `[B, N]`; None where all tokens are alike, never None for a reduction that ranks by it."""
+    r: int
+    """How many of the `N` tokens go away; at most `N // 2`. Symbolic in a graph with symbolic sizes."""
+    seed: int
+    """Another number for every merge of a graph."""
+
+
+class Split(NamedTuple):
+    """Every position in `[0, N)` is kept or a source, once."""
+
+    kept: Tensor
+    """int64 `[B, N-r]`: positions of the tokens that stay, in the order of the result."""
+    source: Tensor
+    """int64 `[B, r]`: positions of those that go away, ascending."""
+    target: Tensor
+    """int64 `[B, r]`: the number, in the order of `kept`, of the token that each source joins."""
+
+
+Choose: TypeAlias = Callable[[Tokens], Split]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """`choose` splits the tokens. Sources give value and mass to their group if it `gives`; otherwise they are lost."""
+
+    choose: Choose
+    gives: bool = False
+    ranks: bool = False
+    """Whether it cannot choose without saliency."""
+
+    @property
+    def salient(self) -> bool:
+        """Whether saliency makes a difference: it weighs what is given, or ranks what is lost."""
+        return self.gives or self.ranks
+
+
+REDUCTIONS: dict[str, Reduction] = {}
+
+
+def reduction(name: str, *, gives: bool = False, ranks: bool = False) -> Callable[[Choose], Choose]:
+    """Register a function as `reduction=name`."""
+
+    def register(choose: Choose) -> Choose:
+        REDUCTIONS[name] = Reduction(choose, gives, ranks)
+        return choose
+
+    return register
+
+
+@reduction("merge", gives=True)
+def merging(tokens: Tokens) -> Split:
+    """vid-TLDR, step 5: tokens at even positions, the `r` best matched, join the best of those at odd ones."""
+    similarity, destination = match(tokens.metric)
+    order = similarity.argsort(dim=-1, descending=True, stable=True)
+    merged, remaining = order[:, : tokens.r].sort(-1).values, order[:, tokens.r :].sort(-1).values
+    batch, count = tokens.metric.shape[:2]
+    odd = torch.arange(1, count, 2, device=tokens.metric.device).expand(batch, -1)
+    kept = torch.cat((2 * remaining, odd), 1)
+    return Split(kept, 2 * merged, destination.gather(1, merged) + remaining.shape[1])
+
+
+@reduction("drop", ranks=True)
+def dropping(tokens: Tokens) -> Split:
+    """A baseline: the least salient are lost."""
+    if tokens.saliency is None:
+        raise ValueError('reduction="drop" loses the least salient tokens and needs their saliency, which is None')
+    return losing(tokens.saliency, tokens.r)
+
+
+@reduction("random")
+def scattering(tokens: Tokens) -> Split:
+    """A baseline: random ones are lost, which follow from the seed alone."""
+    return losing(_scrambled(_positions(tokens), tokens.seed), tokens.r)
+
+
+@reduction("slice")
+def slicing(tokens: Tokens) -> Split:
+    """The floor of the cost: the last are lost, and nothing is computed to tell which."""
+    return losing(-_positions(tokens), tokens.r)
+
+
+def losing(worth: Tensor, r: int) -> Split:
+    """Lose the `r` tokens of least `worth [B, N]`; the rest stay in order.
+
+    A lost token's group is the nearest kept token, the earlier of two. Of equal tokens the earlier is lost.
+    """
+    order = worth.argsort(dim=-1, stable=True)
+    source, kept = order[:, :r].sort(-1).values, order[:, r:].sort(-1).values
+    after = torch.searchsorted(kept, source)
+    before = (after - 1).clamp_min(0)
+    after = after.clamp_max(kept.shape[1] - 1)
+    closer = (source - kept.gather(1, before)).abs() <= (kept.gather(1, after) - source).abs()
+    return Split(kept, source, torch.where(closer, before, after))
+
+
+def _positions(tokens: Tokens) -> Tensor:
+    batch, count = tokens.metric.shape[:2]
+    return torch.arange(count, device=tokens.metric.device).expand(batch, -1)
+
+
+def _scrambled(position: Tensor, seed: int) -> Tensor:
+    """A 32-bit hash of every position: a random order that touches no generator's state."""
+    low = 0xFFFFFFFF
+    mixed = (position + (seed * 0x9E3779B9 & low)) & low
+    for _ in range(2):
+        mixed = ((mixed ^ (mixed >> 16)) * 0x45D9F3B) & low
+    return mixed ^ (mixed >> 16)
