@@ -1,9 +1,9 @@
 """What the pass makes of every image and video encoder of `transformers`: one verdict per model.
 
-    python -m benchmarks.coverage [--write docs/coverage.md README.md]
-    python -m benchmarks.coverage --shard 2/4            a quarter of them
-    python -m benchmarks.coverage --only Siglip CLIP     those whose name contains one of these
-    python -m benchmarks.coverage --join FILE ...        no walk: the tables of walks that were kept, such as shards
+    python benchmarks/coverage.py [--write docs/coverage.md README.md]
+    python benchmarks/coverage.py --shard 2/4            a quarter of them
+    python benchmarks/coverage.py --only Siglip CLIP     those whose name contains one of these
+    python benchmarks/coverage.py --join FILE ...        no walk: the tables of walks that were kept, such as shards
 
 Every model is built tiny with random weights, traced, merged at every site by one fraction, and held to the laws:
 
@@ -146,7 +146,7 @@ def page(records: Sequence[Record], absent: Mapping[str, str]) -> str:
         TITLE,
         "Every image and video encoder of `transformers`, one class per configuration, built tiny with random weights "
         f"and merged at every site by {FRACTION:.0%} of the tokens. Nothing is known of any model. "
-        "`python -m benchmarks.coverage --write docs/coverage.md` makes this page.",
+        "`python benchmarks/coverage.py --write docs/coverage.md` makes this page.",
         summary(records),
         table(records),
         "\n".join(missing),
@@ -174,6 +174,8 @@ def collect(encoders: Sequence[Encoder], *, jobs: int, limit: float) -> list[Rec
         for record in walk(encoders, judge, jobs=jobs, limit=limit):
             records.append(record)
             progress.update(task, advance=1, description=f"{record['name']}: {record['verdict']}")
+            if not progress.console.is_terminal:  # a log has no bar
+                progress.console.print(f"{record['name']}: {record['verdict']}", markup=False)
             if record["verdict"] in FAULTS:
                 progress.console.print(f"{record['name']}: {record['verdict']}: {record['reason']}", markup=False)
     return ordered(records)

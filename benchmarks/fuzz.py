@@ -1,6 +1,6 @@
 """Thousands of random transformers try to break the laws; every failure is logged with a minimal reproduction.
 
-    python -m benchmarks.fuzz --count 10000 [--first 0] [--jobs 2]
+    python benchmarks/fuzz.py --count 10000 [--first 0] [--jobs 2]
 
 Model number i is the same in every run, so a run can be cut: `--first 4000 --count 1000` checks 4000 to 4999.
 """
@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
 from rich.console import Console
@@ -97,6 +102,8 @@ def run(first: int, count: int, jobs: int) -> dict[str, Any]:
             for failure in new:
                 bar.console.print(f"FAILED {failure['check']}\n  {failure['finding']}", markup=False)
             bar.advance(task, CHUNK)
+            if not bar.console.is_terminal:  # a log has no bar
+                bar.console.print(f"{record['name']} {record['verdict']}, {len(failures)} failures so far")
     return {"first": first, "count": count, "verdicts": dict(verdicts.most_common()), "failures": failures}
 
 

@@ -1,6 +1,6 @@
 """Attention with its sharpness, by every provider of the device, beside attention alone (SDPA).
 
-    python -m benchmarks.kernels --device cuda --dtype bfloat16 [--tokens 1568 968] [--batch 1 8]
+    python benchmarks/kernels.py --device cuda --dtype bfloat16 [--tokens 1568 968] [--batch 1 8]
 
 One line per number of tokens, batch and provider: milliseconds (least, middle, most), how many times SDPA's that is,
 bytes held beside the inputs, and the distance from the specification.
@@ -9,10 +9,15 @@ bytes held beside the inputs, and the distance from the specification.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,7 @@
 """Latency and memory of a merged model beside what it competes with, all in one alternating run.
 
-    python -m benchmarks.speed --model umt-b [--write README.md]
-    python -m benchmarks.speed --model umt-b --device cuda --dtype bfloat16 --batch 8
+    python benchmarks/speed.py --model umt-b [--write README.md]
+    python benchmarks/speed.py --model umt-b --device cuda --dtype bfloat16 --batch 8
 
 Rows: the dense model (SDPA, compiled: what a user would pick instead; and eager), `ours` through the backend, the
 `floor` (as many tokens, dropped for free) through the backend and by hand, vid-TLDR and ToMe by hand.
@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
 from rich.progress import Progress

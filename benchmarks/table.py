@@ -1,6 +1,6 @@
 """Where the pass finds full-size models to be mergeable, as a Markdown table; nothing is run, only traced.
 
-    python -m benchmarks.table [--write README.md] [--models umt-b clip-b]
+    python benchmarks/table.py [--write README.md] [--models umt-b clip-b]
 
 `--write` replaces what stands between two lines `<!-- models -->`.
 """
@@ -8,10 +8,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # started by its path
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 from rich.progress import track
 
