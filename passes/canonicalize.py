@@ -8,8 +8,7 @@ are resolved by functionalization, dropout becomes what it does in the model's m
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import ChainedSource, Source, TracingContext, detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 from torch._higher_order_ops.flat_apply import flat_apply
 from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -34,9 +33,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.errors import CaptureError
 from passes.flex import without_blocks
+from passes.names import export_paths, is_of_module, shortest_names, source_path
 from passes.spellings import spelled
-
-Path = tuple[str | int, ...]
 
 # Their bodies are traced in place, with the mode that they stand for.
 _ENTERED = frozenset({tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled, flat_apply})
@@ -79,7 +77,7 @@ def from_export(program: ExportedProgram) -> Captured:
     return Captured(
         graph=graph,
         constants=frozenset(name for name, kind in kinds.items() if kind in _CONSTANT_KINDS),
-        names=_shortest_names(_export_paths(program)),
+        names=shortest_names(export_paths(program)),
         mutated=mutated + tuple(by_target.get(target, target) for target in already),
     )
 
@@ -95,13 +93,13 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     values = [_fake(value, node, mode) for node, value in zip(placeholders, example_inputs, strict=True)]
     graph, mutated = _retrace(gm, values, mode)
     sources = {node.name: getattr(node, "_dynamo_source", None) for node in placeholders}
-    constants = frozenset(name for name, source in sources.items() if source is not None and _is_of_module(source))
+    constants = frozenset(name for name, source in sources.items() if source is not None and is_of_module(source))
     paths = {
-        node.name: _source_path(sources[node.name], node.name)
+        node.name: source_path(sources[node.name], node.name)
         for node, value in zip(placeholders, values, strict=True)
         if node.name not in constants and isinstance(value, torch.Tensor)
     }
-    return Captured(graph=graph, constants=constants, names=_shortest_names(paths), mutated=mutated)
+    return Captured(graph=graph, constants=constants, names=shortest_names(paths), mutated=mutated)
 
 
 def inherit(new: fx.GraphModule, old: fx.GraphModule) -> fx.GraphModule:
@@ -281,81 +279,6 @@ def _fake(value: Any, node: fx.Node, mode: FakeTensorMode) -> Any:
         symbolic_context=context.tensor_to_context.get(value) if context else None,
         source=getattr(node, "_dynamo_source", None),
     )
-
-
-def _is_of_module(source: Source) -> bool:
-    """Whether a value was reached through an `nn.Module`: it is a parameter, a buffer or another attribute."""
-    return any(
-        part.guard_source.is_unspecialized_nn_module()
-        or part.guard_source.is_specialized_nn_module()
-        or part.guard_source.is_fsdp_module()
-        for part in _chain(source)
-    )
-
-
-def _chain(source: Source) -> Iterator[Source]:
-    """A source and what it was reached through, the root last."""
-    yield source
-    if isinstance(source, ChainedSource):
-        yield from _chain(source.base)
-
-
-def _source_path(source: Source | None, default: str) -> Path:
-    """`L['batch']['video'][0]` -> `("batch", "video", 0)`."""
-    if source is None:
-        return (default,)
-    path: list[str | int] = []
-    for part in _chain(source):
-        for attribute in ("index", "member", "local_name", "global_name"):
-            key = getattr(part, attribute, None)
-            if isinstance(key, (str, int)):
-                path.append(key)
-                break
-    return tuple(reversed(path)) or (default,)
-
-
-def _export_paths(program: ExportedProgram) -> dict[str, Path]:
-    """The user's path to every user input of an exported program, by placeholder name."""
-    entry = program.module_call_graph[0].signature
-    in_spec = program.call_spec.in_spec
-    if entry is None or in_spec is None:
-        raise CaptureError("the exported program does not know its own call signature")
-    leaves = torch.utils._pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
-    keyed, _ = torch.utils._pytree.tree_flatten_with_path(leaves)
-    argument_names = entry.forward_arg_names or ()
-    positional = len(leaves[0])
-    paths: dict[str, Path] = {}
-    users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
-    for name, (keys, _leaf) in zip(users, keyed, strict=True):
-        which, first, *rest = (_key(key) for key in keys)
-        if which == 0 and isinstance(first, int) and first < min(positional, len(argument_names)):
-            first = argument_names[first]
-        paths[name] = (first, *rest)
-    return paths
-
-
-def _key(key: Any) -> str | int:
-    for attribute in ("idx", "key", "name"):
-        value = getattr(key, attribute, None)
-        if isinstance(value, (str, int)):
-            return value
-    return str(key)
-
-
-def _shortest_names(paths: Mapping[str, Path]) -> dict[str, str]:
-    """`("batch", "video", 0)` -> `"video[0]"`: from the last word on; the whole path where that is not unique."""
-    short = {name: _spell(_from_last_word(path)) for name, path in paths.items()}
-    count = collections.Counter(short.values())
-    return {name: short[name] if count[short[name]] == 1 else _spell(path) for name, path in paths.items()}
-
-
-def _from_last_word(path: Path) -> Path:
-    last = max((index for index, key in enumerate(path) if isinstance(key, str)), default=0)
-    return path[last:]
-
-
-def _spell(path: Path) -> str:
-    return str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

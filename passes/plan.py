@@ -1,10 +1,9 @@
 """Schedule x sites x types -> what to do at every node, as plain data.
 
-A merge replaces a run of clip segments by one new atom, a *resolution* of that run. The plan walks the graph once and
-decides for
-every call at which resolution it is done: operands are brought there (`Conversion`), sums over tokens are weighed
-(`Weighing`), and
-where an operator does not commute with merging the operands are restored first and the operator is named (`Barrier`).
+A merge replaces a run of clip segments by one new atom, a *resolution* of that run. The plan walks the graph once
+and decides for every call at which resolution it is done: operands are brought there (`Conversion`), sums over tokens
+are weighed (`Weighing`), and where an operator does not commute with merging the operands are restored first and the
+operator is named (`Barrier`).
 """
 
 from __future__ import annotations
@@ -12,21 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from fractions import Fraction
-from typing import TypeAlias
 
-import sympy
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv
 
 from passes.attention import Attention
 from passes.axes import UNIT, Atom, Axes, Axis, Size, axis, replace, simplify, spread
-from passes.errors import NothingToMerge, ScheduleError
+from passes.errors import NothingToMerge
 from passes.rules import Kind, Typed, Use
+from passes.schedule import Entry, bind_schedule, removed
 from passes.sites import Site
 from passes.typing import TypedGraph
-
-Entry: TypeAlias = int | float
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,53 +166,6 @@ class Plan:
         return next((merge for merge in self.merges if merge.site.attention.node is attention), None)
 
 
-def bind_schedule(
-    schedule: Sequence[Entry] | Entry, sites: Sequence[Site], *, default: bool = False
-) -> tuple[Entry, ...]:
-    """One entry for every site.
-
-    A sequence is bound in execution order and missing entries are 0; one fraction, and the default sequence, go to
-    the sites
-    that can merge.
-
-    Raises:
-        ScheduleError: more entries than sites, or a positive entry at a site that cannot merge.
-    """
-    able = [site for site in sites if site.reason is None]
-    if isinstance(schedule, (int, float)):
-        return tuple(0 if site.reason else schedule for site in sites)
-    if default:
-        given = {site.index: entry for site, entry in zip(able, schedule, strict=False)}
-        return tuple(given.get(site.index, 0) for site in sites)
-    if len(schedule) > len(sites):
-        raise ScheduleError(
-            f"the schedule {list(schedule)} has {len(schedule)} entries, but the graph has {len(sites)} attention "
-            f"sites over clip tokens. Give at most {len(sites)}, or one fraction for all of them."
-        )
-    for site, entry in zip(sites, schedule, strict=False):
-        if entry and site.reason:
-            raise ScheduleError(
-                f"schedule[{site.index}] = {entry}, but site {site.index} ({site.attention.node.name}, tokens "
-                f"{site.tokens!r}) cannot merge: {site.reason}. Give it 0; sites that can: "
-                f"{[each.index for each in able]}."
-            )
-    return tuple(schedule) + (0,) * (len(sites) - len(schedule))
-
-
-def removed(entry: Entry, tokens: Size) -> Size:
-    """How many tokens a schedule's entry removes: a number, or a fraction rounded down; never more than half."""
-    half = tokens // 2 if isinstance(tokens, int) else FloorDiv(tokens, 2)
-    if isinstance(entry, int):
-        wanted: Size = entry
-    else:
-        part = Fraction(str(entry))
-        top = tokens * part.numerator
-        wanted = top // part.denominator if isinstance(top, int) else FloorDiv(top, part.denominator)
-    if isinstance(wanted, int) and isinstance(half, int):
-        return min(wanted, half)
-    return simplify(sympy.Min(wanted, half)) if isinstance(entry, int) else (wanted if entry <= 0.5 else half)
-
-
 def make_plan(
     typed: TypedGraph,
     sites: tuple[Site, ...],
@@ -234,9 +181,8 @@ def make_plan(
     if positive and not any(site.reason is None for site in sites):
         raise NothingToMerge(_nothing(sites, misses, attentions))
     entries = bind_schedule(schedule, sites, default=default)
-    walk = _Walk(
-        typed, {s.stream.node: (s, e) for s, e in zip(sites, entries, strict=True) if e and s.stream}, merged_outputs
-    )
+    scheduled = {s.stream.node: (s, e) for s, e in zip(sites, entries, strict=True) if e and s.stream}
+    walk = _Walk(typed, scheduled, merged_outputs)
     for node in typed.captured.graph.graph.nodes:
         walk.visit(node)
     if positive and not walk.merges:

@@ -15,7 +15,7 @@ output                             attend (+ log mass)  ...  up -> output
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from types import ModuleType
@@ -25,14 +25,15 @@ import torch
 from torch import fx
 
 from passes.attention import SDPA
-from passes.axes import UNIT, Atom, Axes, Axis, Factor, find, product, replace, spread
-from passes.axes import axis as atom_axis
+from passes.axes import Axes, Axis, find, product
+from passes.convert import Converter, Laid, holding
 from passes.errors import OptionError
 from passes.layout import Layout
 from passes.nodes import named, operator_name, size
-from passes.plan import Conversion, How, Merge, Plan, Resolution, Step, Weighing, at, tokens_at
+from passes.plan import Conversion, How, Merge, Plan, Resolution, Step, at, tokens_at
 from passes.rules import RESIZE, Held, Kind
 from passes.sites import maximal_runs
+from passes.weigh import Weigher
 
 aten = torch.ops.aten
 
@@ -60,14 +61,6 @@ class Rewritten:
     groupings: dict[int, fx.Node]
 
 
-@dataclass(frozen=True)
-class Laid:
-    """A node of the new graph and the axes it is held along."""
-
-    node: fx.Node
-    axes: Axes
-
-
 def rewrite(plan: Plan, operators: ModuleType, policy: Policy) -> Rewritten:
     """A copy of the plan's graph with its merges done; same placeholders, same outputs."""
     return _Rewriter(plan, operators, policy).run()
@@ -80,11 +73,10 @@ class _Rewriter:
         self.layout = Layout(self.graph)
         self.env: dict[fx.Node, Any] = {}
         self.axes: dict[fx.Node, tuple[Axes, ...]] = {}
-        self.groupings: dict[int, dict[str, fx.Node]] = {}
+        self.converter = Converter(self.layout, operators)
+        self.weigher = Weigher(self.converter, policy)
         self.sharpness: dict[fx.Node, Laid] = {}
         self.keys: dict[fx.Node, Laid | None] = {}
-        self._indices: dict[tuple[Resolution, str], fx.Node] = {}
-        self._restored: dict[tuple[fx.Node, Resolution], Laid] = {}
 
     def run(self) -> Rewritten:
         old = self.typed.captured.graph
@@ -102,7 +94,7 @@ class _Rewriter:
         self.graph.eliminate_dead_code()
         module = fx.GraphModule(old, self.graph)
         module.meta.update(old.meta)
-        return Rewritten(module, {index: fields["kept"].args[0] for index, fields in self.groupings.items()})  # type: ignore[misc]
+        return Rewritten(module, {index: fields["kept"].args[0] for index, fields in self.converter.groupings.items()})  # type: ignore[misc]
 
     # --- one node ---
 
@@ -141,7 +133,7 @@ class _Rewriter:
         laid = [Laid(self.env[o], self.axes[o][0]) for o in self.typed.operands(node)]
         for conversion in step.conversions:
             number, operand = conversion.operand, self.typed.operands(node)[conversion.operand]
-            laid[number] = self._convert(laid[number], conversion, reads[number] if reads else None)
+            laid[number] = self.converter.convert(laid[number], conversion, reads[number] if reads else None)
             if conversion.how is How.RESTORE:
                 laid[number] = self._reshaped(laid[number], self.typed.value(operand).axes)
         return laid
@@ -157,13 +149,13 @@ class _Rewriter:
             return self._attention(node, step, operands)
         operands = list(operands)
         for weighing in step.weighings:
-            weight = self._weight(weighing, node, operands)
+            weight = self.weigher.weight(weighing, operands)
             if weight is None:
                 continue
             if weighing.use.kind is Kind.CONTRACT:
-                operands[weighing.use.operand] = self._multiplied(operands[weighing.use.operand], weight, node)
+                operands[weighing.use.operand] = self.weigher.multiplied(operands[weighing.use.operand], weight, node)
             else:
-                return self._sum(node, weighing.use.kind, operands, weight)
+                return self.weigher.sum(node, weighing.use, operands[0], weight)
         feed = iter(operands)
         args, kwargs = self._arguments(node, feed)
         name = operator_name(node)
@@ -182,90 +174,6 @@ class _Rewriter:
 
         return fx.node.map_arg((node.args, dict(node.kwargs)), new)
 
-    # --- sums over tokens ---
-
-    def _weight(self, weighing: Weighing, node: fx.Node, operands: Sequence[Laid]) -> fx.Node | None:
-        """The weight of each entry of an operand, laid along it; None where entries count alike."""
-        pooled = weighing.use.kind in (Kind.MEAN, Kind.SUM)
-        mass = self.policy.pooling == "mass" if pooled else self.policy.proportional
-        if weighing.held and not mass:
-            return None
-        resolution = weighing.resolution
-        grouping = self.groupings[resolution.index]
-        source: Axes
-        if weighing.held:
-            weight, source = grouping["mass"], (resolution.batch, resolution.axis)
-        else:
-            weight, source = self._share(resolution, mass), (resolution.batch, resolution.run)
-        axes, dims = operands[weighing.use.operand].axes, weighing.use.dims
-        if weighing.use.kind is Kind.KEYS:
-            axes, dims = (*axes[:-2], UNIT, axes[-2]), (len(axes) - 1,)
-        return self._spread(weight, source, axes, dims)
-
-    def _share(self, resolution: Resolution, mass: bool) -> fx.Node:
-        """What each restored token weighs: its part of the group's mass, or of one. `[B, N]`."""
-        key = (resolution, f"share {mass}")
-        if key not in self._indices:
-            grouping = self.groupings[resolution.index]
-            call = self.layout.call
-            part = call(aten.reciprocal.default, grouping["size"])
-            part = call(aten.mul.Tensor, part, grouping["mass"]) if mass else part
-            self._indices[key] = call(self.operators.up, part, self._assign(resolution), dim=1)
-        return self._indices[key]
-
-    def _spread(self, weight: fx.Node, source: Axes, axes: Axes, dims: Sequence[int]) -> fx.Node:
-        """Lay weights along axes, for a sum over `dims`. What stands beside the tokens on an axis weighs one."""
-        atoms = {factor for axis in source for factor in axis.factors}
-        apart = [(dim, product([factor])) for dim, axis in enumerate(axes) for factor in axis.factors]
-        summed = {atom for atom in atoms if any(dim in dims and _shares(each, {atom}) for dim, each in apart)}
-        thin = tuple(each if _shares(each, atoms if dim in dims else atoms - summed) else UNIT for dim, each in apart)
-        laid = self._beside_ones(weight, source, thin)
-        used = {dim for (dim, _), each in zip(apart, thin, strict=True) if each != UNIT}
-        wide = tuple(each if dim in used else UNIT for dim, each in apart)
-        if wide != thin:
-            laid = self.layout.call(aten.expand.default, laid, self.layout.lengths(wide))
-        return self.layout.reshape(laid, wide, tuple(axis if dim in used else UNIT for dim, axis in enumerate(axes)))
-
-    def _beside_ones(self, weight: fx.Node, source: Axes, target: Axes) -> fx.Node:
-        """Lay weights along axes of which one may be a sum; its other segments weigh one."""
-        atoms = {factor for axis in source for factor in axis.factors}
-        mixed = [dim for dim, axis in enumerate(target) if len(axis.segments) > 1 and axis not in atoms]
-        if not mixed:
-            return self.layout.arrange(weight, source, target)
-        (dim,) = mixed
-        pieces = []
-        for segment in target[dim].segments:
-            laid = (*target[:dim], product([Axis((segment,))]), *target[dim + 1 :])
-            if set(segment) & atoms:
-                pieces.append(self.layout.arrange(weight, source, laid))
-            else:
-                pieces.append(self.layout.call(aten.new_ones.default, weight, self.layout.lengths(laid)))
-        return self.layout.call(aten.cat.default, pieces, dim)
-
-    def _multiplied(self, operand: Laid, weight: fx.Node, node: fx.Node) -> Laid:
-        dtype = node.meta["val"].dtype
-        weight = self.layout.call(aten.to.dtype, weight, dtype)
-        return Laid(self.layout.call(aten.mul.Tensor, operand.node, weight), operand.axes)
-
-    def _sum(self, node: fx.Node, kind: Kind, operands: Sequence[Laid], weight: fx.Node) -> fx.Node:
-        given = named(node)
-        dtype = given.get("dtype") or node.meta["val"].dtype
-        if kind is Kind.SOFTMAX:
-            safe = node.target is aten._safe_softmax.default
-            return self.layout.call(
-                self.operators.softmax, operands[0].node, weight, dim=given["dim"], dtype=dtype, safe=safe
-            )
-        function = self.operators.mean if kind is Kind.MEAN else self.operators.sum
-        (use,) = self.typed.calls[node].uses
-        return self.layout.call(
-            function,
-            operands[0].node,
-            weight,
-            dims=list(use.dims),
-            keepdim=bool(given.get("keepdim", False)),
-            dtype=dtype,
-        )
-
     # --- attention ---
 
     def _scores(self, node: fx.Node) -> bool:
@@ -281,7 +189,7 @@ class _Rewriter:
         given = named(node)
         log_mass = None
         for weighing in step.weighings:
-            if (weight := self._weight(weighing, node, operands)) is not None:
+            if (weight := self.weigher.weight(weighing, operands)) is not None:
                 log_mass = self.layout.call(aten.log.default, weight)
         mask = operands[3].node if len(operands) > 3 else None
         query, key, value = (each.node for each in operands[:3])
@@ -307,7 +215,7 @@ class _Rewriter:
                 **options,
             )
         reads = [at(each, step.held) for each in self.typed.calls[node].reads[:3]]
-        operands = [self._broadcast(*pair) for pair in zip(operands[:3], reads, strict=True)]
+        operands = [self.converter.broadcast(*pair) for pair in zip(operands[:3], reads, strict=True)]
         canonical = self._canonical(merge, operands)
         pair = self.layout.call(
             self.operators.attend_and_sharpness,
@@ -319,12 +227,6 @@ class _Rewriter:
         self._note(merge, operands[1], sharpness)
         axes = canonical[0].axes[:-1] + canonical[2].axes[-1:]
         return self.layout.reshape(attended, axes, self.axes[node][0])
-
-    def _broadcast(self, laid: Laid, reads: Axes) -> Laid:
-        """An operand with its dimensions of length 1 as long as the operator reads them."""
-        if len(laid.axes) != len(reads) or all(axis != UNIT for axis in laid.axes):
-            return laid
-        return Laid(self.layout.call(aten.expand.default, laid.node, self.layout.lengths(reads)), reads)
 
     def _canonical(self, merge: Merge, operands: Sequence[Laid]) -> list[Laid]:
         """Queries, keys and values as `[batch, heads, tokens, d]`; heads follow the batch, so this is a view."""
@@ -390,12 +292,12 @@ class _Rewriter:
         )
         for resolution in have:
             if resolution not in wanted:
-                laid = self._up(laid, resolution)
+                laid = self.converter.up(laid, resolution)
         value = self.typed.value(node)
         for resolution in wanted:
             if resolution not in have:
                 how = How.MERGE if value.floating and value.clip else How.PICK
-                laid = self._convert(laid, Conversion(0, resolution.run, None, resolution, how), None)
+                laid = self.converter.convert(laid, Conversion(0, resolution.run, None, resolution, how), None)
         return laid
 
     # --- merging ---
@@ -403,10 +305,12 @@ class _Rewriter:
     def _merge(self, merge: Merge) -> None:
         stream, target, source = merge.site.stream, merge.target, merge.source
         assert stream is not None
-        laid = self._unmixed(Laid(self.env[merge.node], self.axes[merge.node][0]), merge, merge.node)
+        laid = self.converter.unmixed(
+            Laid(self.env[merge.node], self.axes[merge.node][0]), merge, self.plan.steps[merge.node].held
+        )
         held = next((r for r in self.plan.steps[merge.node].held if r.run == stream.run), None)
         if held is not source:
-            laid = self._convert(laid, Conversion(0, stream.run, held, source, How.MERGE), None)
+            laid = self.converter.convert(laid, Conversion(0, stream.run, held, source, How.MERGE), None)
         tokens = tokens_at(stream.run, source)
         metric = self._metric(merge, laid, tokens)
         sharpness = self._laid_along_stream(merge, self.sharpness[merge.site.attention.node]) if self._salient else None
@@ -417,21 +321,16 @@ class _Rewriter:
             reduction=self.policy.reduction, seed=target.index,
         )  # fmt: skip
         fields = self.operators.Grouping._fields
-        self.groupings[target.index] = {name: self.layout.call(getitem, grouping, k) for k, name in enumerate(fields)}
-        merged = self._down(laid, target, How.MERGE)
+        self.converter.groupings[target.index] = {
+            name: self.layout.call(getitem, grouping, k) for k, name in enumerate(fields)
+        }
+        merged = self.converter.down(laid, target, How.MERGE)
         self.env[merge.node], self.axes[merge.node] = merged.node, (merged.axes,)
-
-    def _unmixed(self, laid: Laid, merge: Merge, node: fx.Node) -> Laid:
-        """A value at the merge, without the resolutions of other runs that share dimensions with the merged one."""
-        for resolution in self.plan.steps[node].held:
-            if resolution.run != merge.target.run and resolution.run.atoms & merge.target.run.atoms:
-                laid = self._up(laid, resolution)
-        return laid
 
     def _counts(self, source: Resolution | None, like: fx.Node, batch: Axis, tokens: Axis) -> tuple[fx.Node, fx.Node]:
         """Mass and size of every token so far, `[B, N]` float32."""
         if source is not None:
-            return self.groupings[source.index]["mass"], self.groupings[source.index]["size"]
+            return self.converter.groupings[source.index]["mass"], self.converter.groupings[source.index]["size"]
         ones = self.graph.call_function(
             aten.new_ones.default, (like, self.layout.lengths((batch, tokens))), {"dtype": torch.float32}
         )
@@ -444,8 +343,8 @@ class _Rewriter:
         if self.policy.metric == "keys":
             return self._key_metric(merge)
         batch = site.stream.batch
-        stream = self._flat(stream, tokens)
-        (dim,) = _holding(stream.axes, tokens)
+        stream = self.converter.flat(stream, tokens)
+        (dim,) = holding(stream.axes, tokens)
         place = find(stream.axes[dim], tokens)
         assert place is not None
         part = self.layout.segments(stream.node, stream.axes, dim, place)
@@ -469,7 +368,7 @@ class _Rewriter:
         """What a site says of its clip tokens, `[batch, tokens, ...]`, by atom along the stream `[B, N, ...]`."""
         stream = merge.site.stream
         assert stream is not None
-        laid = self._unmixed(laid, merge, merge.site.attention.scored)
+        laid = self.converter.unmixed(laid, merge, self._held_at(merge))
         (run,) = maximal_runs(merge.site.tokens)
         whole = run == stream.run
         held = next((r for r in self._held_at(merge) if r.run == stream.run), None)
@@ -482,112 +381,9 @@ class _Rewriter:
         result = Laid(self.layout.arrange(node, source, target), target)
         at_site, source_of_stream = held if whole else None, merge.source
         if at_site is not None and (source_of_stream is None or at_site not in source_of_stream.chain):
-            result, at_site = self._up(result, at_site), None
+            result, at_site = self.converter.up(result, at_site), None
         if at_site is not source_of_stream:
-            result = self._convert(result, Conversion(0, stream.run, at_site, source_of_stream, How.MERGE), None)
+            result = self.converter.convert(
+                result, Conversion(0, stream.run, at_site, source_of_stream, How.MERGE), None
+            )
         return result.node
-
-    # --- conversions ---
-
-    def _convert(self, laid: Laid, conversion: Conversion, reads: Axes | None) -> Laid:
-        if conversion.how is How.RESTORE:
-            assert conversion.source is not None
-            return self._up(laid, conversion.source)
-        assert conversion.target is not None
-        if conversion.source is None:
-            laid = self._with_batch(laid, reads, conversion.target)
-        below = conversion.source.chain if conversion.source else ()
-        for resolution in reversed([r for r in conversion.target.chain if r not in below]):
-            laid = self._down(laid, resolution, conversion.how)
-        return laid
-
-    def _with_batch(self, laid: Laid, reads: Axes | None, target: Resolution) -> Laid:
-        """A table that is the same for every sample, repeated for those over which the grouping differs."""
-        if reads is None:
-            return laid
-        axes = (UNIT,) * (len(reads) - len(laid.axes)) + laid.axes
-        wide = tuple(
-            read if axis == UNIT and read.atoms & (target.batch.atoms | target.run.atoms) else axis
-            for axis, read in zip(axes, reads, strict=True)
-        )
-        if wide == axes:
-            return Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
-        node = self.layout.reshape(laid.node, laid.axes, axes)
-        return Laid(self.layout.call(aten.expand.default, node, self.layout.lengths(wide)), wide)
-
-    def _up(self, laid: Laid, source: Resolution) -> Laid:
-        """From a resolution to full length: every token gets its group's value."""
-        key = (laid.node, source)
-        if key not in self._restored:
-
-            def apply(part: fx.Node, axes: Axes, dim: int) -> fx.Node:
-                index = self._laid(self._assign(source), source.batch, source.run, axes, dim)
-                return self.layout.call(self.operators.up, part, index, dim=dim)
-
-            node, axes = laid.node, laid.axes
-            while holding := _holding(axes, source.axis):
-                node, axes = self.layout.along(node, axes, holding[-1], source.axis, source.run, apply)
-            self._restored[key] = Laid(node, axes)
-        return self._restored[key]
-
-    def _down(self, laid: Laid, target: Resolution, how: How) -> Laid:
-        """One step from a resolution's parent to it."""
-        tokens, grouping = tokens_at(target.run, target.parent), self.groupings[target.index]
-
-        def apply(part: fx.Node, axes: Axes, dim: int) -> fx.Node:
-            def along(field: str) -> fx.Node:
-                tokens = target.axis if field.startswith("kept") else atom_axis(target.gone)
-                return self._laid(grouping[field], target.batch, tokens, axes, dim)
-
-            if how is How.PICK:
-                return self.layout.call(self.operators.pick, part, along("kept"), dim=dim)
-            fields = ("kept", "source", "target", "kept_weight", "source_weight")
-            return self.layout.call(self.operators.down, part, *map(along, fields), dim=dim)
-
-        wanted, laid = at(laid.axes, [target]), self._flat(laid, tokens)
-        node, axes = laid.node, laid.axes
-        while holding := _holding(axes, tokens):
-            node, axes = self.layout.along(node, axes, holding[-1], tokens, target.axis, apply)
-        if target.parent is None:
-            node, axes = self.layout.reshape(node, axes, wanted), wanted
-        return Laid(node, axes)
-
-    def _flat(self, laid: Laid, tokens: Axis) -> Laid:
-        """A run that lies on several dimensions on one of its own."""
-        while (dims := spread(laid.axes, tokens)) is not None:
-            axes = (*laid.axes[: dims[0]], tokens, *laid.axes[dims[1] :])
-            laid = Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
-        return laid
-
-    def _assign(self, resolution: Resolution) -> fx.Node:
-        """The group of every token of the run at full length, `[B, N]`."""
-        key = (resolution, "assign")
-        if key not in self._indices:
-            assign = self.groupings[resolution.index]["assign"]
-            if resolution.parent is not None:
-                assign = self.layout.call(aten.gather.default, assign, 1, self._assign(resolution.parent))
-            self._indices[key] = assign
-        return self._indices[key]
-
-    def _laid(self, node: fx.Node, batch: Axis, tokens: Axis, axes: Axes, dim: int) -> fx.Node:
-        """A tensor `[batch, tokens]` laid along axes whose dimension `dim` stands for the tokens.
-
-        A dimension of the batch that lies on several axes, as in a matrix of pairs, is the one nearest to the tokens.
-        """
-        nearest = {
-            min((d for d, axis in enumerate(axes) if d != dim and f in axis.factors), key=lambda d: abs(d - dim))
-            for f in batch.factors
-        }
-        target = tuple(tokens if d == dim else axis if d in nearest else UNIT for d, axis in enumerate(axes))
-        return self.layout.arrange(node, (batch, tokens), target)
-
-
-def _shares(axis: Axis, atoms: Collection[Factor]) -> bool:
-    """Whether an axis has one of the factors, in one product or in a segment of a sum."""
-    return axis in atoms or any(factor in atoms for segment in axis.segments for factor in segment)
-
-
-def _holding(axes: Axes, tokens: Axis) -> list[int]:
-    """The dimensions that hold the tokens whole."""
-    probe = Atom(tokens.size)
-    return [dim for dim in range(len(axes)) if probe in replace(axes[dim], tokens, probe).atoms]

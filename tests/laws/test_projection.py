@@ -17,8 +17,10 @@ from torch import Tensor, fx
 
 import passes
 import tldr_compile
+from passes.convert import Converter
 from passes.plan import How, Weighing
 from passes.rewrite import _Rewriter
+from passes.weigh import Weigher
 from tests.laws.support import but, check, every_case, flat_inputs, merge, program
 from tests.zoo import FAMILIES, Attn, Case, case
 from tldr_compile import VerificationError, ops
@@ -101,7 +103,7 @@ def test_other_inputs_than_those_of_the_capture(case: Case) -> None:
 def test_verify_at_compile_time_runs_the_law() -> None:
     umt = case("umt")
     with (
-        mock.patch.object(_Rewriter, "_weight", return_value=None),
+        mock.patch.object(Weigher, "weight", return_value=None),
         pytest.raises(VerificationError, match=r"output 0 \(\w+\) differs from its meaning by .* report the model"),
     ):
         tldr_compile.apply(umt.build(), umt.inputs(), schedule=umt.schedule, verify=True)
@@ -168,7 +170,7 @@ def test_a_wrong_operator_is_refused(wrong: str) -> None:
 
 
 def always(how: How) -> Callable[..., Any]:
-    down = _Rewriter._down
+    down = Converter.down
     return lambda self, laid, target, _: down(self, laid, target, how)
 
 
@@ -176,36 +178,36 @@ def ones(self: _Rewriter, source: Any, like: fx.Node, batch: Any, tokens: Any) -
     return COUNTS(self, None, like, batch, tokens)
 
 
-def plain_share(self: _Rewriter, resolution: Any, mass: bool) -> fx.Node:
+def plain_share(self: Weigher, resolution: Any, mass: bool) -> fx.Node:
     return SHARE(self, resolution, not mass)
 
 
-def unheld(self: _Rewriter, weighing: Weighing, node: fx.Node, operands: Any) -> fx.Node | None:
-    return WEIGHT(self, weighing, node, operands) if weighing.held else None
+def unheld(self: Weigher, weighing: Weighing, operands: Any) -> fx.Node | None:
+    return WEIGHT(self, weighing, operands) if weighing.held else None
 
 
-def shifted(self: _Rewriter, resolution: Any) -> fx.Node:
+def shifted(self: Converter, resolution: Any) -> fx.Node:
     return self.layout.call(torch.ops.aten.roll.default, ASSIGN(self, resolution), [1], [1])
 
 
-ASSIGN, COUNTS, SHARE, WEIGHT = _Rewriter._assign, _Rewriter._counts, _Rewriter._share, _Rewriter._weight
-WRONG_REWRITERS = {
-    "no sum is weighed": ("umt", "_weight", lambda *_: None),
-    "restored keys are not weighed": ("timesformer", "_weight", unheld),
-    "restored keys weigh the size of their group": ("timesformer", "_share", plain_share),
-    "the mass of the merge before is forgotten": ("umt", "_counts", ones),
-    "tables are averaged": ("vjepa2", "_down", always(How.MERGE)),
-    "the stream is picked": ("umt", "_down", always(How.PICK)),
-    "restored tokens are off by one": ("umt", "_assign", shifted),
+ASSIGN, COUNTS, SHARE, WEIGHT = Converter.assign, _Rewriter._counts, Weigher._share, Weigher.weight
+WRONG_REWRITERS: dict[str, tuple[str, type, str, Any]] = {
+    "no sum is weighed": ("umt", Weigher, "weight", lambda *_: None),
+    "restored keys are not weighed": ("timesformer", Weigher, "weight", unheld),
+    "restored keys weigh the size of their group": ("timesformer", Weigher, "_share", plain_share),
+    "the mass of the merge before is forgotten": ("umt", _Rewriter, "_counts", ones),
+    "tables are averaged": ("vjepa2", Converter, "down", always(How.MERGE)),
+    "the stream is picked": ("umt", Converter, "down", always(How.PICK)),
+    "restored tokens are off by one": ("umt", Converter, "assign", shifted),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_REWRITERS)
 def test_a_wrong_rewriter_is_refused(wrong: str) -> None:
-    name, method, changed = WRONG_REWRITERS[wrong]
+    name, owner, method, changed = WRONG_REWRITERS[wrong]
     model = case(name, FAMILIES[name].attns[-1])
     check(model)
-    with mock.patch.object(_Rewriter, method, changed):
+    with mock.patch.object(owner, method, changed):
         merged = merge(model)
     with pytest.raises(VerificationError):
         passes.verify(merged, flat_inputs(model))
