@@ -145,7 +145,7 @@ def _why_not(record: Mapping[str, Any], refused: Counter[str]) -> str:
     if record["misses"]:
         operator, reason = record["misses"][0]
         return f"no attention site; nearest: {operator}: {reason}"
-    return "it attends to other tokens than its queries" if record["softmax"] else "no attention"
+    return "its attentions have other keys than queries, or no run of tokens" if record["softmax"] else "no attention"
 
 
 def _run(module: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Any:

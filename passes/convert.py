@@ -138,7 +138,7 @@ class Converter:
     def unmixed(self, laid: Laid, merge: Merge, held: Sequence[Resolution]) -> Laid:
         """A value at a merge, without the resolutions of other runs that share dimensions with the merged one."""
         for resolution in held:
-            if resolution.run != merge.target.run and resolution.run.atoms & merge.target.run.atoms:
+            if resolution.run != merge.target.run and resolution.meets(merge.target):
                 laid = self.up(laid, resolution)
         return laid
 

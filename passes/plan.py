@@ -19,7 +19,7 @@ from passes.axes import UNIT, Atom, Axes, Axis, Size, axis, replace, simplify, s
 from passes.errors import NothingToMerge
 from passes.rules import Kind, Typed, Use
 from passes.schedule import Entry, bind_schedule, removed
-from passes.sites import Site
+from passes.sites import Site, why_nothing
 from passes.typing import TypedGraph
 
 
@@ -36,6 +36,11 @@ class Resolution:
     groups: Atom
     gone: Atom
     parent: Resolution | None
+
+    def meets(self, other: Resolution) -> bool:
+        """Whether the two cannot be held at once: one groups what the other groups, or depends on."""
+        mine, theirs = self.run.atoms, other.run.atoms
+        return bool(mine & theirs or mine & other.batch.atoms or self.batch.atoms & theirs)
 
     @property
     def chain(self) -> tuple[Resolution, ...]:
@@ -156,7 +161,7 @@ class Plan:
     def held(self, node: fx.Node) -> tuple[Resolution, ...]:
         """At which resolutions a value is held, merge after it included."""
         merge, step = self.merge_after(node), self.steps.get(node, Step())
-        kept = tuple(r for r in step.held if merge is None or not r.run.atoms & merge.target.run.atoms)
+        kept = tuple(r for r in step.held if merge is None or not r.meets(merge.target))
         return (*kept, merge.target) if merge else kept
 
     def merge_after(self, node: fx.Node) -> Merge | None:
@@ -179,7 +184,7 @@ def make_plan(
     """Decide everything. Raises `ScheduleError`, or `NothingToMerge` if a positive schedule would remove nothing."""
     positive = any(schedule) if isinstance(schedule, Sequence) else schedule > 0
     if positive and not any(site.reason is None for site in sites):
-        raise NothingToMerge(_nothing(sites, misses, attentions))
+        raise NothingToMerge(why_nothing(sites, misses, attentions))
     entries = bind_schedule(schedule, sites, default=default)
     scheduled = {s.stream.node: (s, e) for s, e in zip(sites, entries, strict=True) if e and s.stream}
     walk = _Walk(typed, scheduled, merged_outputs)
@@ -191,28 +196,6 @@ def make_plan(
             "0. Give larger entries, or a schedule of zeros to leave the model as it is."
         )
     return Plan(typed, sites, misses, entries, tuple(walk.merges), walk.steps)
-
-
-def _nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]], others: Sequence[Attention]) -> str:
-    searched = "searched for scaled_dot_product_attention and for product - softmax - product over the tokens of a clip"
-    if sites:
-        near = "; ".join(
-            f"site {s.index} ({s.attention.node.name}, tokens {s.tokens!r}): {s.reason}" for s in sites[:3]
-        )
-        return f"no attention site of this graph can merge tokens ({searched}). Nearest: {near}."
-    if misses:
-        node, reason = misses[0]
-        return f"this graph has no attention site ({searched}). Nearest miss: {node.target} ({node.name}): {reason}."
-    if others:
-        names = ", ".join(each.node.name for each in others[:3])
-        return (
-            f"this graph has no attention site ({searched}). Its attentions ({names}) have keys other than their "
-            "queries or no tokens of the clip; clip= names the inputs that carry the video, if that was not told right."
-        )
-    return (
-        f"this graph has no attention site ({searched}; it has no softmax over tokens either). "
-        "Is this the part of the model that holds the transformer? on_nothing='warn' compiles it as it is."
-    )
 
 
 class _Walk:
@@ -254,7 +237,7 @@ class _Walk:
         target = Resolution(len(self.merges) + 1, run, site.stream.batch, groups, Atom(count), source)
         self.merges.append(Merge(site, count, source, target))
         for state in (self.held, self.weighed):
-            state[node] = (*(r for r in state[node] if not r.run.atoms & run.atoms), target)
+            state[node] = (*(r for r in state[node] if not r.meets(target)), target)
 
     def _step(self, node: fx.Node, typed: Typed) -> Step:
         operands = self.typed.operands(node)

@@ -220,3 +220,26 @@ def _layout(tokens: Axis, stream: Stream | None) -> str:
 
 def _text(axes: Axes) -> str:
     return " x ".join(map(repr, axes))
+
+
+def why_nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]], others: Sequence[Attention]) -> str:
+    """Why there is nothing to merge: what was searched for, and what came nearest."""
+    searched = "searched for scaled_dot_product_attention and for product - softmax - product over the tokens of a clip"
+    if sites:
+        near = "; ".join(
+            f"site {s.index} ({s.attention.node.name}, tokens {s.tokens!r}): {s.reason}" for s in sites[:3]
+        )
+        return f"no attention site of this graph can merge tokens ({searched}). Nearest: {near}."
+    if misses:
+        node, reason = misses[0]
+        return f"this graph has no attention site ({searched}). Nearest miss: {node.target} ({node.name}): {reason}."
+    if others:
+        names = ", ".join(each.node.name for each in others[:3])
+        return (
+            f"this graph has no attention site ({searched}). Its attentions ({names}) have keys other than their "
+            "queries or no tokens of the clip; clip= names the inputs that carry the video, if that was not told right."
+        )
+    return (
+        f"this graph has no attention site ({searched}; it has no softmax over tokens either). "
+        "Is this the part of the model that holds the transformer? on_nothing='warn' compiles it as it is."
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passes.axes import UNIT, Axis
+from passes.axes import BORN, UNIT, Axis
 from passes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unknown
 
 
@@ -52,6 +52,9 @@ def gather(call: Call) -> Typed:
     dim = call.given["dim"] % len(x.axes)
     columns = _beside(call, x, indices, dim)
     outputs = tuple(indices.axes[d] if columns[d] is None else columns[d] for d in range(len(x.axes)))
+    if x.axes[dim].clip and not indices.axes[dim].clip:  # a choice among tokens of the clip is of the clip
+        chosen = call.same(call.fresh(indices.axes[dim].size, clip=True, strength=BORN), indices.axes[dim])
+        outputs = (*outputs[:dim], chosen, *outputs[dim + 1 :])
     return call.typed(tuple(call.solved.resolve(each) for each in outputs if each is not None))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from passes.axes import BORN, CONSTANT, Axes
-from passes.rules.table import Call, Kind, Typed, rule
+from passes.rules.table import Call, Kind, Operand, Typed, rule
 
 MAPS = {
     1: "avg_pool1d adaptive_avg_pool1d upsample_linear1d upsample_nearest1d",
@@ -29,11 +29,25 @@ def convolution(call: Call) -> Typed:
     if call.given.get("groups", 1) == 1:
         call.absorb(weight.axes[1], x.axes[-len(weight.axes) + 1])
     spatial = len(weight.axes) - 2
-    call.use(Kind.MIX, x, *range(-spatial - 1, 0))
     call.use(Kind.MIX, weight, *range(len(weight.axes)))
-    born = positions(call, spatial)
     out = call.same(weight.axes[0], *(each.axes[0] for each in bias))
+    if _pointwise(call, weight):
+        call.use(Kind.MIX, x, -spatial - 1)
+        return call.typed((*call.axes(x)[: -spatial - 1], out, *call.axes(x)[-spatial:]))
+    call.use(Kind.MIX, x, *range(-spatial - 1, 0))
+    born = positions(call, spatial)
     return call.typed((*call.axes(x)[: -spatial - 1], out, *born))
+
+
+def _pointwise(call: Call, weight: Operand) -> bool:
+    """A kernel of one entry that is moved by one: a linear layer over the channels, position by position."""
+    kernel = [axis.size for axis in weight.axes[2:]]
+    return all(size == 1 for size in kernel) and _all(call, "stride", 1) and _all(call, "padding", 0)
+
+
+def _all(call: Call, name: str, value: int) -> bool:
+    given = call.given.get(name, value)
+    return all(each == value for each in (given if isinstance(given, (list, tuple)) else [given]))
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")

@@ -58,6 +58,8 @@ class Generated(nn.Module):
             x = x.reshape(x.shape[0], -1, self.recipe.grid[2], WIDTH)
         states, maps = [], []
         for number, block in enumerate(self.blocks):
+            if self.recipe.joins and number == 1:
+                x = x.reshape(-1, self.recipe.grid[0] * self.recipe.tokens, WIDTH)
             if self.recipe.branch == "ushaped" and number and number == len(self.blocks) - 1:
                 x = self.joined(torch.cat([x, states[0]], -1))
             x, weights = block(x, keep)
@@ -69,6 +71,8 @@ class Generated(nn.Module):
             x = x.transpose(0, 1)
         if self.recipe.layout == "grid":
             x = x.flatten(1, 2)
+        if self.recipe.joins:
+            x = x.reshape(-1, self.recipe.tokens, WIDTH)
         return self.finished(self.norm(x), states, maps)
 
     def embedded(self, clip: Tensor) -> Tensor:

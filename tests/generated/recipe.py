@@ -22,7 +22,8 @@ class Recipe:
     position: str = "learned"  # none, learned, sinusoidal, interpolated, ids (an input), arange, table, axial (rotary)
     layout: str = "batch"  # batch, sequence (first), grid (two dimensions of tokens)
     norm: str = "pre"  # pre, post, none
-    branch: str = "serial"  # serial, parallel, scaled (LayerScale), inplace, between (attention over frames), ushaped
+    branch: str = "serial"
+    # serial, parallel, scaled (LayerScale), inplace, ushaped, between (attention over frames), joint (after one block)
     attention: str = "sdpa"  # sdpa, matmul, bmm, baddbmm, einsum, capped, sinks, talking, module
     qkv: str = "fused"  # fused, split, grouped, multiquery, normed
     scale: str = "after"  # after, before, both, divided
@@ -56,6 +57,16 @@ class Recipe:
     @property
     def torch_dtype(self) -> torch.dtype:
         return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}[self.dtype]
+
+    @property
+    def joins(self) -> bool:
+        """Whether blocks over single frames are followed by blocks over all tokens; tables know one length only."""
+        return (
+            (self.branch, self.embed, self.layout, self.bias) == ("joint", "frames", "batch", "none")
+            and not (self.before or self.after or self.position in ("arange", "table", "axial"))
+            and self.mlp not in ("mixing", "convolution")
+            and self.depth > 1
+        )
 
     @property
     def duplicable(self) -> bool:

@@ -20,7 +20,7 @@ RECIPE: Choices = {
     "position": ["none", "learned", "sinusoidal", "interpolated", "ids", "arange", "table", "axial"],
     "layout": ["batch", "batch", "batch", "sequence", "grid"],
     "norm": ["pre", "pre", "post", "none"],
-    "branch": ["serial", "parallel", "scaled", "inplace", "between", "ushaped"],
+    "branch": ["serial", "parallel", "scaled", "inplace", "between", "ushaped", "joint"],
     "attention": ["sdpa", "sdpa", "matmul", "bmm", "baddbmm", "einsum", "capped", "sinks", "talking", "module"],
     "qkv": ["fused", "split", "grouped", "multiquery", "normed"],
     "scale": ["after", "before", "both", "divided"],

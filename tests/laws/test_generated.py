@@ -28,6 +28,11 @@ FOUND: list[tuple[Recipe, dict[str, Any]]] = [
     (Recipe(layout="grid", tail="skip"), {"schedule": [0.4, 0.1], "outputs": "merged", "proportional": False}),
     # Merged per frame: scores between frames pair entries of different groupings.
     (Recipe(embed="frames", branch="between"), {"schedule": 0.25}),
+    # Merged over frames at every place, after every frame was merged: each grouping rests on what the other groups.
+    (Recipe(embed="frames", batch=1, branch="between", depth=1), {"schedule": [2, 2], "reduction": "slice"}),
+    # Merged per frame and then over the whole clip, which holds the frames' runs.
+    (Recipe(embed="frames", branch="joint", depth=3), {"schedule": [2, 4, 3]}),
+    (Recipe(embed="frames", branch="joint", attention="matmul", tail="attentions"), {"schedule": [2, 4]}),
 ]
 """What thousands of random models once broke, in its smallest form."""
 

@@ -29,6 +29,8 @@ SPATIAL = [
     *barred("conv1d", MIXES, lambda h: aten.conv1d.default(across(h), number(5, C, 3))),
     *carried("conv2d", lambda h: aten.conv2d.default(rows(h, 2, 2, 2), number(5, 2, 2, 2))),
     *carried("conv3d", lambda h: aten.conv3d.default(rows(h, 1, 2, 2, 2), number(5, 1, 2, 2, 2))),
+    *carried("conv1d", lambda h: aten.conv1d.default(across(h), number(5, C, 1), number(5))),
+    *barred("conv1d", MIXES, lambda h: aten.conv1d.default(across(h), number(5, C, 1), None, [2])),
     *carried(
         "convolution",
         lambda h: aten.convolution.default(rows(h, 2, 4), number(6, 1, 3), None, [1], [0], [1], False, [0], 2),
