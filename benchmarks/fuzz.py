@@ -93,6 +93,7 @@ def run(first: int, count: int, jobs: int) -> dict[str, Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("generated models", total=count)
+        attempt(*drawn(Random(first)))  # what a first capture loads, no process then loads again
         work = chunks(first, count)
         for record in walk(work, examine, jobs=jobs, limit=CHUNK * SECONDS):
             verdicts.update(record.get("verdicts", {}))
