@@ -59,6 +59,10 @@ class Layout:
             self._lengths[wanted] = result.node if isinstance(result, fx.Proxy) else int(result)
         return self._lengths[wanted]
 
+    def knows(self, value: Any) -> bool:
+        """Whether a traced number follows from the inputs' sizes."""
+        return isinstance(value, torch.SymInt) and all(each in self.symbols for each in value.node.expr.free_symbols)
+
     def lengths(self, axes: Sequence[Axis]) -> list[Length]:
         return [self.length(axis) for axis in axes]
 

@@ -99,7 +99,7 @@ class _Rewriter:
     # --- one node ---
 
     def _emit(self, node: fx.Node) -> Any:
-        if isinstance(node.meta.get("val"), (torch.SymInt, int)) and self._follows_from_inputs(node):
+        if isinstance(node.meta.get("val"), (torch.SymInt, int)) and self.layout.knows(node.meta["val"]):
             return self.layout.length(size(node.meta["val"]))
         if node in self.typed.values:
             self.axes[node] = tuple(each.axes for each in self.typed.values[node])
@@ -118,10 +118,6 @@ class _Rewriter:
         if isinstance(new, fx.Node):
             new.meta = {key: value for key, value in node.meta.items() if key != "val"}
         return new
-
-    def _follows_from_inputs(self, node: fx.Node) -> bool:
-        value = node.meta["val"]
-        return isinstance(value, torch.SymInt) and all(s in self.layout.symbols for s in value.node.expr.free_symbols)
 
     def _inherit(self, node: fx.Node) -> None:
         """An element of a tuple is held as the tuple is."""
@@ -183,6 +179,7 @@ class _Rewriter:
 
     @property
     def _salient(self) -> bool:
+        """Whether saliency is read off attention."""
         return self.policy.saliency == "attention" and self.operators.REDUCTIONS[self.policy.reduction].salient
 
     def _attention(self, node: fx.Node, step: Step, operands: Sequence[Laid]) -> Any:
@@ -264,11 +261,8 @@ class _Rewriter:
         site = merge.site
         self.keys[site.attention.node] = key
         if sharpness is not None:
-            self.sharpness[site.attention.node] = Laid(sharpness, (site.clip_batch, self._site_tokens(merge)))
-
-    def _site_tokens(self, merge: Merge) -> Axis:
-        """The token axis of a site as its attention is computed."""
-        return at((merge.site.tokens,), self._held_at(merge))[0]
+            (tokens,) = at((site.tokens,), self._held_at(merge))
+            self.sharpness[site.attention.node] = Laid(sharpness, (site.clip_batch, tokens))
 
     def _held_at(self, merge: Merge) -> tuple[Resolution, ...]:
         return self.plan.steps[merge.site.attention.scored].held
@@ -286,10 +280,7 @@ class _Rewriter:
 
     def _brought(self, node: fx.Node, wanted: Sequence[Resolution]) -> Laid:
         """A value of the original graph at the wanted resolutions."""
-        laid, have = (
-            Laid(self.env[node], self.axes[node][0]),
-            self.plan.steps[node].held if node in self.plan.steps else (),
-        )
+        laid, have = Laid(self.env[node], self.axes[node][0]), self.plan.held(node)
         for resolution in have:
             if resolution not in wanted:
                 laid = self.converter.up(laid, resolution)
@@ -313,8 +304,8 @@ class _Rewriter:
             laid = self.converter.convert(laid, Conversion(0, stream.run, held, source, How.MERGE), None)
         tokens = tokens_at(stream.run, source)
         metric = self._metric(merge, laid, tokens)
-        sharpness = self._laid_along_stream(merge, self.sharpness[merge.site.attention.node]) if self._salient else None
-        saliency = self.layout.call(self.operators.saliency, sharpness) if sharpness is not None else None
+        told = self._told(merge, laid, tokens)
+        saliency = self.layout.call(self.operators.saliency, told) if told is not None else None
         mass, sizes = self._counts(source, metric, stream.batch, tokens)
         grouping = self.layout.call(
             self.operators.group, metric, saliency, mass, sizes, self.layout.length(merge.count),
@@ -327,6 +318,25 @@ class _Rewriter:
         merged = self.converter.down(laid, target, How.MERGE)
         self.env[merge.node], self.axes[merge.node] = merged.node, (merged.axes,)
 
+    def _told(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node | None:
+        """What saliency is read off, `[B, N]`; None where all tokens are alike."""
+        if self._salient:
+            return self._laid_along_stream(merge, self.sharpness[merge.site.attention.node])
+        chosen = self.operators.REDUCTIONS[self.policy.reduction]
+        return self._shift(merge, stream, tokens) if self.policy.saliency == "shift" and chosen.salient else None
+
+    def _shift(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node:
+        """How far the attention of a site moved every token of its stream, `[B, N]` float32.
+
+        Representation Shift (ICCV 2025): a token that a layer moves little says little. It needs no attention map.
+        """
+        assert merge.site.stream is not None
+        kept = [r for r in self.plan.steps[merge.node].held if not r.meets(merge.target)]
+        before = self._brought(merge.site.stream.before, [*kept, *([merge.source] if merge.source else [])])
+        moved = self.layout.call(aten.sub.Tensor, stream.node, before.node)
+        rows = self._over_tokens(merge, Laid(moved, stream.axes), tokens)
+        return self.layout.call(aten.linalg_vector_norm.default, rows, 2, [-1], dtype=torch.float32)
+
     def _counts(self, source: Resolution | None, like: fx.Node, batch: Axis, tokens: Axis) -> tuple[fx.Node, fx.Node]:
         """Mass and size of every token so far, `[B, N]` float32."""
         if source is not None:
@@ -338,11 +348,12 @@ class _Rewriter:
 
     def _metric(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node:
         """What matching compares, `[B, N, C]`."""
-        site = merge.site
-        assert site.stream is not None
-        if self.policy.metric == "keys":
-            return self._key_metric(merge)
-        batch = site.stream.batch
+        return self._key_metric(merge) if self.policy.metric == "keys" else self._over_tokens(merge, stream, tokens)
+
+    def _over_tokens(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node:
+        """A value along the residual stream as rows of its clip tokens, `[B, N, C]`."""
+        assert merge.site.stream is not None
+        batch = merge.site.stream.batch
         stream = self.converter.flat(stream, tokens)
         (dim,) = holding(stream.axes, tokens)
         place = find(stream.axes[dim], tokens)

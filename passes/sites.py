@@ -26,10 +26,12 @@ _THROUGH = frozenset({aten.clone.default, aten._to_copy.default})
 class Stream:
     """Where the merge of a site stands: after `node`, which holds the run of clip segments `run` from axis `dim` on.
 
-    `batch` is the product of the other clip atoms: the grouping is computed for each of their values.
+    `batch` is the product of the other clip atoms: the grouping is computed for each of their values. `before` is the
+    stream that the attention is added to.
     """
 
     node: fx.Node
+    before: fx.Node
     dim: int
     run: Axis
     batch: Axis
@@ -97,30 +99,39 @@ class Flow:
     def _descendants(self) -> dict[fx.Node, set[fx.Node]]:
         return {}
 
-    def residual(self, attention: fx.Node) -> fx.Node | None:
-        """The first residual addition that post-dominates an attention; past its norm, past parallel branches."""
-        node = self.post_dominator.get(attention)
-        while node is not None and not self._adds_stream(node, attention):
-            node = self.post_dominator.get(node)
-        while node is not None and (following := self._continues(node)) is not None:
-            node = following
-        return node
+    def residual(self, attention: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The first residual addition that post-dominates an attention; past its norm, past parallel branches.
 
-    def _adds_stream(self, node: fx.Node, branch: fx.Node) -> bool:
+        With it the stream that comes to the addition from elsewhere than the attention.
+        """
+        node = self.post_dominator.get(attention)
+        while node is not None and self._stream_beside(node, attention) is None:
+            node = self.post_dominator.get(node)
+        if node is None:
+            return None
+        before = self._stream_beside(node, attention)
+        assert before is not None
+        while (following := self._continues(node)) is not None:
+            node = following
+        return node, before
+
+    def _stream_beside(self, node: fx.Node, branch: fx.Node) -> fx.Node | None:
+        """What an addition adds a branch to, if it is one of the two and the other is one stream of the clip."""
         if node.target not in _ADDITIONS:
-            return False
+            return None
         inside: list[fx.Node] = []
         outside: list[fx.Node] = []
         for side in self.typed.operands(node):
             (inside if self.descends(side, branch) else outside).append(side)
-        return bool(inside) and sum(self.typed.value(side).clip for side in outside) == 1
+        streams = [side for side in outside if self.typed.value(side).clip]
+        return streams[0] if inside and len(streams) == 1 else None
 
     def _continues(self, node: fx.Node) -> fx.Node | None:
         """The only reader, where it still belongs to the same residual step."""
         if len(node.users) != 1:
             return None
         (user,) = node.users
-        if user.target in _NORMS or user.target in _THROUGH or self._adds_stream(user, node):
+        if user.target in _NORMS or user.target in _THROUGH or self._stream_beside(user, node) is not None:
             return user
         return None
 
@@ -156,9 +167,10 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
     runs = maximal_runs(tokens)
     if len(runs) > 1:
         return f"its tokens {tokens!r} hold the clip in {len(runs)} places"
-    node = flow.residual(attention.node)
-    if node is None:
+    residual = flow.residual(attention.node)
+    if residual is None:
         return "no residual addition follows it on every path"
+    node, before = residual
     axes = flow.typed.value(node).axes
     holding = [dim for dim, axis in enumerate(axes) if runs[0].atoms & axis.atoms]
     if not holding:
@@ -173,7 +185,7 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
     if len(candidates) != 1 or (len(holding) > 1 and candidates[0] != together):
         return f"its tokens {tokens!r} are no one run of the residual stream {_text(axes)}"
     others = [f for d, axis in enumerate(axes) if d not in holding for f in axis.factors]
-    return Stream(node, holding[0], candidates[0], product(f for f in others if isinstance(f, Atom) and f.clip))
+    return Stream(node, before, holding[0], candidates[0], product(f for f in others if isinstance(f, Atom) and f.clip))
 
 
 def _refusal(

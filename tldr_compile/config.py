@@ -15,7 +15,7 @@ from tldr_compile.ops import REDUCTIONS
 DEFAULT_SCHEDULE: Final = (0.25, 0.12, 0.06)
 
 _CHOICES: Final[Mapping[str, Collection[str]]] = {
-    "saliency": ("attention", "uniform"),
+    "saliency": ("attention", "shift", "uniform"),
     "metric": ("tokens", "keys"),
     "reduction": REDUCTIONS,
     "outputs": ("restore", "merged"),
@@ -33,7 +33,8 @@ class TokenMerging:
         execution order, missing entries are 0: an int is a number of tokens, a float in (0, 1) a fraction of
         the tokens there. One float holds for every site that can merge. `None` is `DEFAULT_SCHEDULE`, bound to
         the first sites that can merge.
-    saliency: how much a token weighs when it is merged: by its attention (vid-TLDR), or all the same (ToMe).
+    saliency: how much a token weighs when it is merged: by its attention (vid-TLDR); by how far attention moved it
+        (Representation Shift), which costs no attention map; or all the same (ToMe).
     metric: what matching compares: the residual stream, or the mean of the keys over the heads (ToMe).
     reduction: how tokens are chosen: merge, one of the baselines that drop tokens instead, or one that was registered
         with `tldr_compile.ops.reduction`.
@@ -50,7 +51,7 @@ class TokenMerging:
     """
 
     schedule: float | Sequence[float] | None = None
-    saliency: Literal["attention", "uniform"] = "attention"
+    saliency: Literal["attention", "shift", "uniform"] = "attention"
     metric: Literal["tokens", "keys"] = "tokens"
     reduction: str = "merge"
     outputs: Literal["restore", "merged"] = "restore"

@@ -38,7 +38,7 @@ RECIPE: Choices = {
 
 OPTIONS: Choices = {
     "schedule": [[1], [3], [2, 1], [3, 0.25], [1, 0, 2], [0.4, 0.1], 0.25, [2, 5, 1]],
-    "saliency": ["attention", "attention", "uniform"],
+    "saliency": ["attention", "attention", "uniform", "shift"],
     "metric": ["tokens", "tokens", "keys"],
     "reduction": ["merge", "merge", "merge", "drop", "random", "slice"],
     "outputs": ["restore", "restore", "merged"],
@@ -60,7 +60,8 @@ def possible(recipe: Recipe) -> bool:
 
 def settled(options: dict[str, Any]) -> dict[str, Any]:
     """Dropping the least salient tokens needs a saliency."""
-    return {**options, "saliency": "attention"} if options["reduction"] == "drop" else options
+    blind = options["reduction"] == "drop" and options["saliency"] == "uniform"
+    return {**options, "saliency": "attention"} if blind else options
 
 
 def drawn(random: Random) -> tuple[Recipe, dict[str, Any]]:

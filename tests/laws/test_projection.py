@@ -30,6 +30,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"outputs": "merged"},
     {"saliency": "uniform"},
+    {"saliency": "shift"},
     {"metric": "keys"},
     {"pooling": "plain", "proportional": False},
     {"reduction": "drop", "outputs": "merged"},
@@ -62,11 +63,11 @@ def plans(draw: st.DrawFn, name: str) -> dict[str, Any]:
     """Options with a schedule that can be followed: every other site of TimeSformer is temporal, and cannot merge."""
     able = [site % 2 == 1 or name != "timesformer" for site in range(SITES[name])]
     schedule = tuple(draw(entries()) if merges else 0 for merges in able[: draw(st.integers(2, SITES[name]))])
-    saliency = draw(st.sampled_from(["attention", "uniform"]))
+    saliency = draw(st.sampled_from(["attention", "shift", "uniform"]))
     return {
         "schedule": draw(st.just(schedule) | st.floats(0.3, 0.7)),
         "saliency": saliency,
-        "reduction": draw(st.sampled_from(["merge", "random", "slice", *["drop"] * (saliency == "attention")])),
+        "reduction": draw(st.sampled_from(["merge", "random", "slice", *["drop"] * (saliency != "uniform")])),
         "metric": draw(st.sampled_from(["tokens", "keys"])),
         "pooling": draw(st.sampled_from(["mass", "plain"])),
         "proportional": draw(st.booleans()),

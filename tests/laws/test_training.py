@@ -144,3 +144,18 @@ def test_scores_beyond_half_precision_overflow_no_exponential() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         low = tldr_compile.apply(model.to(dtype), (x.to(dtype),), schedule=[4])
         assert low(x.to(dtype)).isfinite().all()
+
+
+@torch.no_grad()
+def test_shift_is_how_far_attention_moved_a_token() -> None:
+    """Told by hand: the norm of what attention added, before the first merge."""
+    x = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(2))
+    model = Block().eval()
+    layer = model.block
+    normed = layer.norm1(x)
+    moved = layer.self_attn(normed, normed, normed, need_weights=False)[0]
+    merged = tldr_compile.apply(model, (x,), schedule=[4], saliency="shift", verify=True)
+    (decision,) = tldr_compile.inspect(merged, x)
+    torch.testing.assert_close(decision.saliency, tldr_compile.ops.saliency(moved.norm(dim=-1)), rtol=1e-4, atol=1e-5)
+    kernels = [node for node in merged.graph_module.graph.nodes if node.target is tldr_compile.ops.attend_and_sharpness]
+    assert not kernels
