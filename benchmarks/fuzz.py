@@ -2,7 +2,8 @@
 
     python benchmarks/fuzz.py --count 10000 [--first 0] [--jobs 2]
 
-Model number i is the same in every run, so a run can be cut: `--first 4000 --count 1000` checks 4000 to 4999.
+Every model is checked with four sets of options, which is what is counted: 10000 checks are 2500 models. Model number i
+is the same in every run, so a run can be cut: `--first 1000 --count 400` checks models 1000 to 1099.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -28,18 +29,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import timing
 from benchmarks.judge import CRASHED, Record
 from benchmarks.walk import walk
-from tests.generated.check import check
+from tests.generated.check import Traced, check_model, check_options
 from tests.generated.recipe import Recipe
-from tests.generated.strategy import drawn
+from tests.generated.strategy import drawn_options, drawn_recipe
 
-CHUNK = 50
-SECONDS = 20  # that one model may take
+CHUNK = 20
+OPTIONS = 4  # sets of options that every model is merged with: a capture costs as much as three merges
+SECONDS = 60  # that one model may take
 CHECKED = "checked"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some numbers in a row, for one process."""
+    """Some models in a row, for one process."""
 
     numbers: range
     module: str = "benchmarks.fuzz"
@@ -59,21 +61,39 @@ def examine(chunk: Chunk, say: Callable[[str], None]) -> Record:
     failures: list[dict[str, Any]] = []
     for number in chunk.numbers:
         say(f"model {number}")
-        recipe, options = drawn(Random(number))
-        if (finding := attempt(recipe, options)).startswith("failed"):
-            simple = minimal(recipe, options)
-            failures.append({"number": number, "check": f"check({simple}, {options})", "finding": finding})
-        # Names and numbers of one model would hide that two reasons are one.
-        verdicts[re.sub(r"\(.*?\)|\d+|'.*?'", "", finding)[:160] if "refused" in finding else finding[:7]] += 1
+        random = Random(number)
+        recipe, several = drawn_recipe(random), [drawn_options(random) for _ in range(OPTIONS)]
+        for options, finding in findings(recipe, several):
+            if finding.startswith("failed"):
+                simple = minimal(recipe, options)
+                failures.append({"number": number, "check": f"check({simple}, {options})", "finding": finding})
+            # Names and numbers of one model would hide that two reasons are one.
+            told = re.sub(r"\(.*?\)|\d+|'.*?'", "", finding)[:160] if "refused" in finding else finding[:7]
+            verdicts[told.strip()] += 1
     return {"name": chunk.name, "module": chunk.module, "verdict": CHECKED, "verdicts": verdicts, "failures": failures}
 
 
-def attempt(recipe: Recipe, options: dict[str, Any]) -> str:
-    """The verdict; `failed: ...` where a law is broken or something else is raised."""
+def findings(recipe: Recipe, several: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """A verdict for each set of options; `failed: ...` where a law is broken or something else is raised."""
     try:
-        return check(recipe, options)
+        traced = Traced.of(recipe)
+        check_model(traced)
     except Exception as finding:  # noqa: BLE001 - whatever is raised is what is looked for
-        return f"failed: {type(finding).__name__}: {finding}"
+        yield from ((options, _failed(finding)) for options in several)
+        return
+    for options in several:
+        try:
+            yield options, check_options(traced, options)
+        except Exception as finding:  # noqa: BLE001 - as above
+            yield options, _failed(finding)
+
+
+def _failed(finding: Exception) -> str:
+    return f"failed: {type(finding).__name__}: {finding}"
+
+
+def fails(recipe: Recipe, options: dict[str, Any]) -> bool:
+    return any(finding.startswith("failed") for _, finding in findings(recipe, [options]))
 
 
 def minimal(recipe: Recipe, options: dict[str, Any]) -> Recipe:
@@ -81,7 +101,7 @@ def minimal(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     default = Recipe()
     for name in Recipe.__dataclass_fields__:
         simpler = Recipe(**{**vars(recipe), name: getattr(default, name)})
-        if simpler != recipe and attempt(simpler, options).startswith("failed"):
+        if simpler != recipe and fails(simpler, options):
             recipe = simpler
     return recipe
 
@@ -92,9 +112,9 @@ def run(first: int, count: int, jobs: int) -> dict[str, Any]:
     failures: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("generated models", total=count)
-        attempt(*drawn(Random(first)))  # what a first capture loads, no process then loads again
-        work = chunks(first, count)
+        task = bar.add_task("checks", total=count)
+        fails(Recipe(), {})  # what a first capture loads, no process then loads again
+        work = chunks(first, -(-count // OPTIONS))
         for record in walk(work, examine, jobs=jobs, limit=CHUNK * SECONDS):
             verdicts.update(record.get("verdicts", {}))
             new = list(_failures(record))
@@ -102,7 +122,7 @@ def run(first: int, count: int, jobs: int) -> dict[str, Any]:
             failures += new
             for failure in new:
                 bar.console.print(f"FAILED {failure['check']}\n  {failure['finding']}", markup=False)
-            bar.advance(task, CHUNK)
+            bar.advance(task, CHUNK * OPTIONS)
             if not bar.console.is_terminal:  # a log has no bar
                 bar.console.print(f"{record['name']} {record['verdict']}, {len(failures)} failures so far")
     return {"first": first, "count": count, "verdicts": dict(verdicts.most_common()), "failures": failures}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,15 +24,18 @@ if not __package__:  # started by its path
 
 import torch
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+import tldr_compile
 from benchmarks import timing
 from benchmarks.handwritten import Handwritten, Method
 from benchmarks.models import MODELS, Spec
 from benchmarks.table import replaced
 from benchmarks.timing import Spread
 from benchmarks.umt import UMT
+from tldr_compile import TokenMerging
+from tldr_compile.backend import merged_graph
 
 MARKER = "<!-- speed -->"
 DENSE, OURS, FLOOR = "dense compiled", "ours", "floor by hand"
@@ -51,6 +55,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """GFLOPs of one call in matrix products, dense and merged; seconds of all passes together."""
+
+    gflops_dense: float
+    gflops_merged: float
+    passes_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"GFLOPs per call: {self.gflops_dense:.0f} dense, {self.gflops_merged:.0f} merged. "
+            f"All passes: {self.passes_seconds:.1f} s of the first call of `{OURS}`."
+        )
+
+
+@dataclass(frozen=True)
 class Setting:
     """What `variants` needs to make every row."""
 
@@ -64,9 +83,25 @@ class Setting:
     def compiled(self, model: nn.Module) -> Callable[..., Any]:
         return torch.compile(model, options=dict(self.inductor))
 
-    def merged(self, reduction: str) -> Callable[..., Any]:
-        options: dict[str, Any] = {"schedule": list(self.schedule), "reduction": reduction, "inductor": self.inductor}
+    def merged(self, reduction: str, **more: Any) -> Callable[..., Any]:
+        options = {"schedule": list(self.schedule), "reduction": reduction, "inductor": self.inductor, **more}
         return torch.compile(self.model, backend="tldr", options=options)
+
+    def cost(self, inputs: tuple[Tensor, ...]) -> Cost:
+        """What merging does to the count of operations, and how long the passes take beside Inductor."""
+        config = TokenMerging(schedule=self.schedule)
+        taken: list[float] = []
+
+        def probe(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+            start = time.perf_counter()
+            merged_graph(gm, examples, config)
+            taken.append(time.perf_counter() - start)
+            return gm.forward
+
+        torch._dynamo.reset()
+        torch.compile(self.model, backend=probe)(*inputs)
+        told = tldr_compile.explain(self.model, inputs, config=config).to_dict()
+        return Cost(told["gflops_before"], told["gflops_after"], sum(taken))
 
     def by_hand(self, method: Method) -> nn.Module:
         if not isinstance(self.model, UMT):
@@ -78,6 +113,7 @@ ROWS: dict[str, Callable[[Setting], Callable[..., Any]]] = {
     DENSE: Setting.dense,
     "dense eager": lambda setting: setting.model,
     OURS: lambda setting: setting.merged("merge"),
+    "ours, shift": lambda setting: setting.merged("merge", saliency="shift"),
     "floor": lambda setting: setting.merged("slice"),
     FLOOR: lambda setting: setting.compiled(setting.by_hand("slice")),
     "vid-TLDR eager": lambda setting: setting.by_hand("vid-tldr"),
@@ -85,7 +121,7 @@ ROWS: dict[str, Callable[[Setting], Callable[..., Any]]] = {
     "ToMe eager": lambda setting: setting.by_hand("tome"),
     "ToMe compiled": lambda setting: setting.compiled(setting.by_hand("tome")),
 }
-GENERAL_ROWS = (DENSE, "dense eager", OURS, "floor")
+GENERAL_ROWS = (DENSE, "dense eager", OURS, "ours, shift", "floor")
 
 
 @torch.inference_mode()
@@ -176,6 +212,7 @@ def record(spec: Spec, chosen: argparse.Namespace) -> tuple[Path, str]:
     setting = Setting(model, schedule, chosen.inductor)
     rows = measure(setting, inputs, names, clips=chosen.batch, rounds=chosen.rounds)
     weights = sum(value.nbytes for value in model.parameters())
+    cost = setting.cost(inputs)
     facts = {
         "model": chosen.model,
         "schedule": schedule,
@@ -184,11 +221,12 @@ def record(spec: Spec, chosen: argparse.Namespace) -> tuple[Path, str]:
         "rounds": chosen.rounds,
         "inductor": chosen.inductor,
         "weight_bytes": weights,
+        **asdict(cost),
         "machine": timing.machine(device),
         "rows": [asdict(row) for row in rows],
     }
     name = chosen.name or f"speed-{chosen.model}-{chosen.device}-{chosen.dtype}-b{chosen.batch}"
-    return timing.write(name, facts), markdown(rows, weights)
+    return timing.write(name, facts), f"{markdown(rows, weights)}\n\n{cost}"
 
 
 def main() -> None:

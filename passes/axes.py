@@ -238,6 +238,14 @@ class Substitution:
             raise Conflict(f"{atom!r} and {to!r} were born apart: that their sizes agree is a coincidence")
         return Substitution({**self.bindings, atom: to})
 
+    def given_to_clip(self, whole: Axis) -> Substitution:
+        """Every atom of an axis is of the clip: the axis stands for a dimension that is."""
+        solved = self
+        for each in self.resolve(whole).atoms:
+            if not each.clip:
+                solved = solved.bind(each, axis(Atom(each.size, each.label, True, each.strength)))
+        return solved
+
     def identify(self, keep: Axis, other: Axis) -> Substitution:
         """The two axes are one. Of two lone atoms the firmer one stays, then the clip's, then the first."""
         keep, other = self.resolve(keep), self.resolve(other)

@@ -333,9 +333,9 @@ class _Rewriter:
         assert merge.site.stream is not None
         kept = [r for r in self.plan.steps[merge.node].held if not r.meets(merge.target)]
         before = self._brought(merge.site.stream.before, [*kept, *([merge.source] if merge.source else [])])
-        moved = self.layout.call(aten.sub.Tensor, stream.node, before.node)
+        moved = self.layout.call(self.operators.shift, stream.node, before.node)
         rows = self._over_tokens(merge, Laid(moved, stream.axes), tokens)
-        return self.layout.call(aten.linalg_vector_norm.default, rows, 2, [-1], dtype=torch.float32)
+        return self.layout.call(aten.linalg_vector_norm.default, rows, 2, [-1])
 
     def _counts(self, source: Resolution | None, like: fx.Node, batch: Axis, tokens: Axis) -> tuple[fx.Node, fx.Node]:
         """Mass and size of every token so far, `[B, N]` float32."""

@@ -106,7 +106,7 @@ def test_a_schedule_of_zeros_hands_on_dynamos_own_graph() -> None:
     handed: list[bool] = []
 
     def check(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        handed.append(module._merged(gm, inputs, TokenMerging(schedule=[0, 0])) is gm)
+        handed.append(module.merged_graph(gm, inputs, TokenMerging(schedule=[0, 0])) is gm)
         return gm
 
     torch.compile(Tiny(), backend=check)(clip())
@@ -129,7 +129,7 @@ def test_parameters_stay_static_inputs() -> None:
         return compile_fx_inner(graph, inputs, **kwargs)
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        merged = module._merged(gm, inputs, TokenMerging(schedule=[5, 3]))
+        merged = module.merged_graph(gm, inputs, TokenMerging(schedule=[5, 3]))
         assert merged is not gm
         return compile_fx(merged, inputs, inner_compile=inner)
 

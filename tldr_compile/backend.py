@@ -39,7 +39,7 @@ def tldr(
 
     config = TokenMerging.from_options(options or {})
     patches = list_mode_options(mode) if mode else dict(config.inductor)
-    graph = _merged(gm, example_inputs, config)
+    graph = merged_graph(gm, example_inputs, config)
     compiled = compile_fx(graph, list(example_inputs), config_patches=patches or None)
     return cast(Callable[..., Any], compiled)
 
@@ -51,7 +51,7 @@ def register() -> None:
         register_backend(tldr, name=_NAME)
 
 
-def _merged(gm: fx.GraphModule, example_inputs: Sequence[Any], config: TokenMerging) -> fx.GraphModule:
+def merged_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: TokenMerging) -> fx.GraphModule:
     """The graph to compile: `gm` itself where nothing is to be merged."""
     if config.is_zero:
         return gm

@@ -116,7 +116,9 @@ class Call:
         firm = table.clip and not activation.clip  # a table of tables: what met the clip before has its dimension
         if table.lone and not firm and activation != UNIT and activation != table and activation.size == table.size:
             self.solved = self.solved.bind(table.lone, activation)
-        return self.same(activation, table)
+        elif activation.lone and activation.clip and not table.lone and activation.size == table.size:
+            self.solved = self.solved.given_to_clip(table)  # a grid of places, for tokens that come as one dimension
+        return self.same(activation, self.solved.resolve(table))
 
     def absorb(self, weight: Axis, activation: Axis, *, channel: bool = True) -> None:
         """A parameter names the dimension of an activation that it meets, which is therefore a channel.

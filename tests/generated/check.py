@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,33 +22,63 @@ from tldr_compile.errors import NothingToMerge, OptionError, ScheduleError
 BOUND = 2e-5  # of the largest magnitude, for two graphs that sum in another order
 
 
-def check(recipe: Recipe, options: dict[str, Any]) -> str:
-    """Projection, Restore and that a fused graph is the traced one; on a share of the recipes Zero and Twins; where it
-    applies Duplicates.
+@dataclass(frozen=True)
+class Traced:
+    """A generated model and its capture, which serves any number of options."""
 
-    Returns the verdict: merged, partly, or refused with the reason.
-    """
-    model, inputs = build(recipe), recipe.inputs()
-    with torch.no_grad():
-        program = export(model, inputs, dynamic_shapes=_dynamic(recipe, inputs))
-        captured, dense = from_export(program), program.module()
-        config = TokenMerging.from_options(options)
-        if recipe.seed % 3 == 0:
-            _same(assemble(program, captured, nothing_of(config))(*inputs), dense(*inputs), 0)
-        try:
-            merged = _fitting(program, captured, config)
-        except (NothingToMerge, OptionError, ScheduleError) as reason:
-            return f"refused: {reason}"
-        for each in (inputs, recipe.inputs(recipe.batch + 2)) if recipe.dynamic else (inputs,):
-            merged.verify(each)
-            expected = dense(*each)
-            _restored(merged(*each), expected, options)
-            fused = merged._merged.plan.typed.captured.graph(*merged._flat_inputs(each, {}))
-            _same(list(fused), _leaves(expected), BOUND)
-        if recipe.duplicable:
-            _duplicates(recipe, program, captured)
-        if recipe.seed == 0 and not recipe.dynamic:
-            _same(_twin(model, merged._merged.options)(*inputs), merged(*inputs), BOUND)
+    recipe: Recipe
+    model: nn.Module
+    program: ExportedProgram
+    captured: Captured
+    dense: Callable[..., Any]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Traced:
+        model, inputs = build(recipe), recipe.inputs()
+        with torch.no_grad():
+            program = export(model, inputs, dynamic_shapes=_dynamic(recipe, inputs))
+            return cls(recipe, model, program, from_export(program), program.module())
+
+    @property
+    def calls(self) -> list[tuple[Tensor, ...]]:
+        """Inputs to call it with, the traced ones first."""
+        recipe = self.recipe
+        return [recipe.inputs(), *([recipe.inputs(recipe.batch + 2)] if recipe.dynamic else [])]
+
+
+def check(recipe: Recipe, options: dict[str, Any]) -> str:
+    """All laws on a recipe. Returns the verdict: merged, partly, or refused with the reason."""
+    traced = Traced.of(recipe)
+    check_model(traced)
+    return check_options(traced, options)
+
+
+@torch.no_grad()
+def check_model(traced: Traced) -> None:
+    """What does not rest on options: Zero, and where it applies Duplicates."""
+    (inputs, *_) = traced.calls
+    zero = assemble(traced.program, traced.captured, TokenMerging(schedule=()))
+    _same(zero(*inputs), traced.dense(*inputs), 0)
+    if traced.recipe.duplicable:
+        _duplicates(traced.recipe, traced.program, traced.captured)
+
+
+@torch.no_grad()
+def check_options(traced: Traced, options: dict[str, Any]) -> str:
+    """Projection, Restore and that the fused graph is the traced one; on a share of the recipes Twins."""
+    try:
+        merged = _fitting(traced.program, traced.captured, TokenMerging.from_options(options))
+    except (NothingToMerge, OptionError, ScheduleError) as reason:
+        return f"refused: {reason}"
+    for each in traced.calls:
+        merged.verify(each)
+        expected = traced.dense(*each)
+        _restored(merged(*each), expected, options)
+        fused = merged._merged.plan.typed.captured.graph(*merged._flat_inputs(each, {}))
+        _same(list(fused), _leaves(expected), BOUND)
+    if traced.recipe.seed == 0 and not traced.recipe.dynamic:
+        (inputs,) = traced.calls
+        _same(_twin(traced.model, merged._merged.options)(*inputs), merged(*inputs), BOUND)
     return "partly" if any(r["operator"] != "output" for r in merged.report.restorations) else "merged"
 
 

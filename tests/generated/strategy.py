@@ -64,11 +64,15 @@ def settled(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "saliency": "attention"} if blind else options
 
 
-def drawn(random: Random) -> tuple[Recipe, dict[str, Any]]:
-    """A recipe and options, every choice drawn by itself."""
+def drawn_recipe(random: Random) -> Recipe:
+    """A recipe, every choice drawn by itself."""
     while not possible(recipe := Recipe(**{name: random.choice(values) for name, values in RECIPE.items()})):
         pass
-    return recipe, settled({name: random.choice(values) for name, values in OPTIONS.items()})
+    return recipe
+
+
+def drawn_options(random: Random) -> dict[str, Any]:
+    return settled({name: random.choice(values) for name, values in OPTIONS.items()})
 
 
 recipes = st.builds(Recipe, **{name: st.sampled_from(values) for name, values in RECIPE.items()}).filter(possible)

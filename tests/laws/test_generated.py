@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 from tests.generated.check import check
 from tests.generated.recipe import Recipe
-from tests.generated.strategy import drawn, options, recipes
+from tests.generated.strategy import drawn_options, drawn_recipe, options, recipes
 
 PLAIN: dict[str, Any] = {
     "schedule": [2, 1],
@@ -39,7 +39,8 @@ FOUND: list[tuple[Recipe, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("number", range(160))
 def test_every_random_model_keeps_the_laws(number: int) -> None:
-    check(*drawn(Random(number)))
+    random = Random(number)
+    check(drawn_recipe(random), drawn_options(random))
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))

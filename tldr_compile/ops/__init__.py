@@ -3,7 +3,7 @@
 from .attention import attend, attend_and_sharpness, sharpness
 from .grouping import Grouping, down, group, pick, up
 from .reductions import REDUCTIONS, Split, Tokens, reduction
-from .reference import match, saliency, sharpness_of
+from .reference import match, saliency, sharpness_of, shift
 from .sums import mean, softmax, sum  # noqa: A004
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "saliency",
     "sharpness",
     "sharpness_of",
+    "shift",
     "softmax",
     "sum",
     "up",

@@ -60,6 +60,12 @@ def attention_with_sharpness(
     return (safe_softmax(proportional) @ v.to(dtype)).to(q.dtype), sharpness
 
 
+def shift(after: Tensor, before: Tensor) -> Tensor:
+    """How a layer moved its tokens: the difference, in float32 (float64 of float64)."""
+    dtype = wide(after.dtype)
+    return after.to(dtype) - before.to(dtype)
+
+
 def saliency(sharpness: Tensor) -> Tensor:
     """Steps 3 and 4: `[B, N]` to `[B, N]` in [0, 1], 0 on the background; ones where all of a sample are equal.
 
