@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
 
-from passes.axes import UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Size, Substitution, born
+from passes.axes import UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Size, Substitution, born, subaxis
 
 
 class Kind(Enum):
@@ -116,9 +116,11 @@ class Call:
         firm = table.clip and not activation.clip  # a table of tables: what met the clip before has its dimension
         if table.lone and not firm and activation != UNIT and activation != table and activation.size == table.size:
             self.solved = self.solved.bind(table.lone, activation)
-        elif activation.lone and activation.clip and not table.lone and activation.size == table.size:
-            self.solved = self.solved.given_to_clip(table)  # a grid of places, for tokens that come as one dimension
-        return self.same(activation, self.solved.resolve(table))
+        self.same(activation, table)
+        for part in (subaxis([segment]) for segment in activation.segments):
+            if part.lone and part.clip:  # tokens that come as one dimension may meet a grid of places: it is theirs
+                self.solved = self.solved.given_to_clip(part)
+        return self.solved.resolve(activation if activation != UNIT else table)
 
     def absorb(self, weight: Axis, activation: Axis, *, channel: bool = True) -> None:
         """A parameter names the dimension of an activation that it meets, which is therefore a channel.
