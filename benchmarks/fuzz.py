@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz.py --count 10000 [--first 0] [--jobs 2]
 
-Every model is checked with eight sets of options, which is what is counted: 10000 checks are 1250 models. Model number i
-is the same in every run, so a run can be cut: `--first 1000 --count 800` checks models 1000 to 1099.
+Every model is checked with eight sets of options, which is what is counted: 10000 checks are 1250 models. Model i is
+the same in every run, so a run can be cut: `--first 1000 --count 800` checks models 1000 to 1099.
 """
 
 from __future__ import annotations

@@ -66,14 +66,15 @@ def check_model(traced: Traced) -> None:
 @torch.no_grad()
 def check_options(traced: Traced, options: dict[str, Any]) -> str:
     """Projection, Restore and that the fused graph is the traced one; on a share of the recipes Twins."""
+    config = TokenMerging.from_options(options)
     try:
-        merged = _fitting(traced.program, traced.captured, TokenMerging.from_options(options))
+        merged = _fitting(traced.program, traced.captured, config)
     except (NothingToMerge, OptionError, ScheduleError) as reason:
         return f"refused: {reason}"
     for each in traced.calls:
         merged.verify(each)
         expected = traced.dense(*each)
-        _restored(merged(*each), expected, options)
+        _restored(merged(*each), expected, config.outputs)
         fused = merged._merged.plan.typed.captured.graph(*merged._flat_inputs(each, {}))
         _same(list(fused), _leaves(expected), BOUND)
     if traced.recipe.seed == 0 and not traced.recipe.dynamic:
@@ -124,11 +125,11 @@ def _twin(model: nn.Module, config: TokenMerging) -> Any:
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-def _restored(actual: Any, dense: Any, options: dict[str, Any]) -> None:
+def _restored(actual: Any, dense: Any, outputs: str) -> None:
     assert pytree.tree_structure(actual) == pytree.tree_structure(dense), "the structure of the outputs changed"
     for one, two in _pairs(actual, dense):
         assert one.dtype == two.dtype, "a dtype changed"
-        assert options["outputs"] == "merged" or one.shape == two.shape, "a shape changed"
+        assert outputs == "merged" or one.shape == two.shape, "a shape changed"
         assert one.isfinite().all(), "not finite"
 
 
