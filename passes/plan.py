@@ -287,7 +287,7 @@ class _Walk:
             resolution = target or _of(self.weighed.get(operands[use.operand], ()), run)
             touches = any(axes[dim].atoms & run.atoms for dim in use.dims)
             indexed = run.atoms <= frozenset().union(*(each.atoms for each in axes)) if axes else False
-            if resolution is not None and touches and indexed:
+            if resolution is not None and touches and indexed and not _doubled(axes, resolution, use.dims):
                 yield Weighing(use, resolution, target is not None)
 
     def _obstacle(self, node: fx.Node, typed: Typed, run: Axis, target: Resolution) -> str | None:
@@ -360,6 +360,15 @@ def _holds(axes: Axes, run: Axis) -> bool:
 
 def _free_atoms(axes: Axes) -> set[Atom]:
     return {factor for each in axes for factor in each.factors if isinstance(factor, Atom)}
+
+
+def _doubled(axes: Axes, resolution: Resolution, dims: Sequence[int]) -> bool:
+    """Whether a dimension that the grouping depends on lies on several axes, none of them one that is summed over.
+
+    Such entries are of pairs of samples, and no sample's tokens say what they weigh.
+    """
+    summed = {atom for dim in dims for atom in axes[dim].atoms}
+    return any(sum(atom in each.atoms for each in axes) > 1 for atom in resolution.batch.atoms - summed)
 
 
 def _ambiguous(axes: Axes, target: Resolution) -> Atom | None:

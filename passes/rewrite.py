@@ -157,9 +157,10 @@ class _Rewriter:
         name = operator_name(node)
         if name in RESIZE and step.held:
             given = named(node, args, kwargs)
-            held = Held(given, self.typed.calls[node], operands[0].axes, self.axes[node], self.layout.length)
-            target, args = RESIZE[name](held)
-            return self.layout.call(target, *args)
+            call, now = self.typed.calls[node], self.axes[node]
+            held = Held(node.target, given, call, operands[0].axes, now, self.layout.length)
+            target, args, *options = RESIZE[name](held)
+            return self.layout.call(target, *args, **dict(*options))
         return self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
 
     def _arguments(self, node: fx.Node, feed: Iterator[Laid]) -> tuple[Any, Any]:
@@ -191,11 +192,8 @@ class _Rewriter:
         mask = operands[3].node if len(operands) > 3 else None
         query, key, value = (each.node for each in operands[:3])
         merge = self.plan.merge_of(node)
-        options: dict[str, Any] = {
-            "scale": given.get("scale"),
-            "mask": mask,
-            "enable_gqa": given.get("enable_gqa", False),
-        }
+        grouped = given.get("enable_gqa", False)
+        options: dict[str, Any] = {"scale": given.get("scale"), "mask": mask, "enable_gqa": grouped}
         dropout, causal = given.get("dropout_p", 0.0), given.get("is_causal", False)
         if merge is None or not self._salient or dropout:
             if merge is not None:
@@ -296,10 +294,10 @@ class _Rewriter:
     def _merge(self, merge: Merge) -> None:
         stream, target, source = merge.site.stream, merge.target, merge.source
         assert stream is not None
-        laid = self.converter.unmixed(
-            Laid(self.env[merge.node], self.axes[merge.node][0]), merge, self.plan.steps[merge.node].held
-        )
-        held = next((r for r in self.plan.steps[merge.node].held if r.run == stream.run), None)
+        node, held_there = merge.node, self.plan.steps[merge.node].held
+        laid = self.converter.unmixed(Laid(self.env[node], self.axes[node][0]), merge, held_there)
+        laid = self._reshaped(laid, self.typed.value(node).axes)
+        held = next((r for r in held_there if r.run == stream.run), None)
         if held is not source:
             laid = self.converter.convert(laid, Conversion(0, stream.run, held, source, How.MERGE), None)
         tokens = tokens_at(stream.run, source)
@@ -315,8 +313,8 @@ class _Rewriter:
         self.converter.groupings[target.index] = {
             name: self.layout.call(getitem, grouping, k) for k, name in enumerate(fields)
         }
-        merged = self.converter.down(laid, target, How.MERGE)
-        self.env[merge.node], self.axes[merge.node] = merged.node, (merged.axes,)
+        laid = self.converter.down(laid, target, How.MERGE)
+        self.env[merge.node], self.axes[merge.node] = laid.node, (laid.axes,)
 
     def _told(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node | None:
         """What saliency is read off, `[B, N]`; None where all tokens are alike."""

@@ -33,7 +33,7 @@ def bind_schedule(
     if default:
         given = {site.index: entry for site, entry in zip(able, schedule, strict=False)}
         return tuple(given.get(site.index, 0) for site in sites)
-    if len(schedule) > len(sites):
+    if any(schedule[len(sites) :]):
         raise ScheduleError(
             f"the schedule {list(schedule)} has {len(schedule)} entries, but the graph has {len(sites)} attention "
             f"sites over clip tokens. Give at most {len(sites)}, or one fraction for all of them."
@@ -45,7 +45,7 @@ def bind_schedule(
                 f"{site.tokens!r}) cannot merge: {site.reason}. Give it 0; sites that can: "
                 f"{[each.index for each in able]}."
             )
-    return tuple(schedule) + (0,) * (len(sites) - len(schedule))
+    return (*schedule, *[0] * len(sites))[: len(sites)]
 
 
 def removed(entry: Entry, tokens: Size) -> Size:

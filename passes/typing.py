@@ -123,7 +123,12 @@ def infer(
     attended = [first.value(each.queries).axes[:-1] for each in attentions]
     solved = _carrying(walk.solved, walk.inputs.values(), attended)
     tokens = [axes[-1] for axes in attended] if protect else []
-    return walk.run(_protecting(solved, tokens, protect))
+    try:
+        return walk.run(_protecting(solved, tokens, protect))
+    except Conflict as reason:
+        raise OptionError(
+            f"protect={protect} takes tokens apart that belong together at another attention: {reason}"
+        ) from reason
 
 
 class _Walk:
@@ -174,9 +179,9 @@ def _results(node: fx.Node, call: Call, typed: Typed) -> tuple[Value, ...]:
 
 
 def _carrying(solved: Substitution, inputs: Iterable[tuple[Value, ...]], attended: Iterable[Axes]) -> Substitution:
-    """Of features `[b, n, c]` that come from outside, what no attention attends along is what the tokens carry."""
+    """Of an input such as features `[b, n, c]`, what no attention attends along is what tokens carry."""
     tokens = {atom for axes in attended for axis in axes for atom in solved.resolve(axis).atoms if atom.clip}
-    for (value,) in (each for each in inputs if len(each) == 1 and len(each[0].axes) == 3):
+    for (value,) in (each for each in inputs if len(each) == 1 and len(each[0].axes) >= 3):
         for each in value.axes if value.clip and tokens else ():
             for atom in solved.resolve(each).atoms - tokens:
                 solved = solved.bind(atom, born(Atom(atom.size, strength=BORN)))

@@ -19,8 +19,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Held:
-    """A call as it is done now: `given` are the arguments to emit by name, `x` and `outputs` the axes now held."""
+    """A call of `target` as it is done now.
 
+    `given` are the arguments to emit by name, `x` and `outputs` the axes now held.
+    """
+
+    target: Any
     given: Mapping[str, Any]
     typed: Typed
     x: Axes
@@ -41,7 +45,8 @@ class Held:
         return simplify(sum((segment_size(segment) for segment in now[:number]), inside))
 
 
-Emission: TypeAlias = tuple[Any, tuple[Any, ...]]
+Emission: TypeAlias = tuple[Any, ...]
+"""The operator, its arguments, and its keywords where it has any."""
 RESIZE: dict[str, Callable[[Held], Emission]] = {}
 
 
@@ -67,6 +72,15 @@ def shape(call: Held) -> Emission:
 @resize("expand")
 def expanded(call: Held) -> Emission:
     return aten.expand.default, (_self(call), [call.length(axis.size) for axis in call.outputs[0]])
+
+
+@resize("new_zeros", "new_ones", "new_full", "new_empty")
+def made(call: Held) -> Emission:
+    """What is made as long as other values are is as long as they are now."""
+    filled = (call.given["fill_value"],) if "fill_value" in call.given else ()
+    lengths = [call.length(axis.size) for axis in call.outputs[0]]
+    options = {name: value for name, value in call.given.items() if name not in ("self", "size", "fill_value")}
+    return call.target, (_self(call), lengths, *filled), options
 
 
 @resize("slice")

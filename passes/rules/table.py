@@ -97,18 +97,28 @@ class Call:
         return born(self.births[self._born - 1])
 
     def same(self, *axes: Axis) -> Axis:
-        """All axes are one, up to broadcasting. Axes with nothing of the clip may disagree: nothing rests on them."""
+        """All axes are one, up to broadcasting. Axes with nothing of the clip may disagree: nothing rests on them.
+
+        A dimension of the clip that was born whole is not one that was joined out of parts: those were shifted.
+        """
         result = UNIT
         for each in axes:
             if result == UNIT:
                 result = each
             elif each != UNIT:
                 try:
+                    self._unjoined(result, each)
                     self.solved = self.solved.identify(result, each)
                 except Conflict:
                     if self.solved.resolve(result).clip or self.solved.resolve(each).clip:
                         raise
         return self.solved.resolve(result)
+
+    def _unjoined(self, one: Axis, other: Axis) -> None:
+        for whole, parts in ((one, other), (other, one)):
+            atom, joined = self.solved.resolve(whole).lone, self.solved.resolve(parts)
+            if atom and atom.clip and atom.born and len(joined.segments) > 1 and joined.clip:
+                raise Conflict(f"{atom!r} was born whole, and {joined!r} is joined out of parts")
 
     def adopt(self, activation: Axis, table: Axis) -> Axis:
         """A constant meets an activation, up to broadcasting: its dimension is the activation's."""

@@ -1,0 +1,145 @@
+"""What was once found broken in models that no family of the others has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tldr_compile
+from tldr_compile.errors import OptionError
+
+WIDTH = 8
+
+
+class Blocks(nn.Module):
+    """A forward of its own around attention with weights `weight [2, 3 C, C]`."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 3 * WIDTH, WIDTH, generator=generator) * 0.5)
+        self.stem = nn.Parameter(torch.randn(WIDTH, 3, 1, 2, 2, generator=generator) * 0.3)
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self._forward(self, x)
+
+    def attend(self, x: Tensor, number: int = 0) -> Tensor:
+        """Over the last dimension but one; everything before it is batch."""
+        rows = x.reshape(-1, *x.shape[-2:])
+        q, k, v = F.linear(rows, self.weight[number]).chunk(3, -1)
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0].reshape(x.shape)
+
+    def patches(self, video: Tensor) -> Tensor:
+        """`[B, T, H, W, C]`."""
+        return F.conv3d(video, self.stem, stride=(1, 2, 2)).permute(0, 2, 3, 4, 1)
+
+    def spatial(self, x: Tensor) -> Tensor:
+        return self.attend(x.flatten(2, 3)).reshape(x.shape)
+
+    def temporal(self, x: Tensor) -> Tensor:
+        return self.attend(x.permute(0, 2, 3, 1, 4), 1).permute(0, 3, 1, 2, 4)
+
+
+def video() -> Tensor:
+    return torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 12, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+def merged(forward: Callable[[Any, Tensor], Any], x: Tensor, **options: Any) -> tldr_compile.MergedModule:
+    return tldr_compile.apply(Blocks(forward), (x,), verify=True, **{"schedule": [4], **options})
+
+
+READERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "channels": lambda s, x: F.linear(x, s.weight[0]),
+    "rows transposed": lambda s, x: F.linear(x.transpose(2, 3).flatten(2, 3), s.weight[0]),
+    "mean of a row": lambda s, x: x.mean(3),
+    "another block": lambda s, x: x + s.spatial(x),
+    "a table": lambda s, x: x + s.weight[0, :16].reshape(4, 4, WIDTH),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("schedule", [[4, 1], [0, 1], 0.25], ids=str)
+def test_divided_attention_on_a_grid(reader: str, schedule: Any) -> None:
+    """A merge over frames undoes that of the frames: what it leaves lies on the grid again."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x = s.patches(x)
+        x = x + s.spatial(x)
+        x = x + s.temporal(x)
+        return READERS[reader](s, x)
+
+    merged(forward, video(), schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x + x.new_zeros(x.shape),
+        lambda x: torch.cat([x, x.new_ones(2, 12, 4)], -1),
+        lambda x: torch.stack([x, x.new_full(x.shape, 2.0, dtype=torch.float32)]),
+        lambda x: x.new_zeros(x.shape).scatter(-1, x.argmax(-1, keepdim=True), 1.0) * x,
+    ],
+)
+def test_what_is_made_as_long_as_the_tokens_is_shortened_with_them(read: Callable[[Tensor], Tensor]) -> None:
+    merged(lambda s, x: read(x + s.attend(x)), tokens())
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: torch.einsum("bnc,amc->banm", x, x).amax(-1).sum(-1),
+        lambda x: (x[:, None] * x[None]).sum(-1).mean(-1),
+    ],
+)
+def test_pairs_of_samples(read: Callable[[Tensor], Tensor]) -> None:
+    merged(lambda s, x: read(x + s.attend(x)), tokens())
+
+
+@pytest.mark.parametrize(
+    "shift",
+    [
+        lambda x: torch.cat([x[:, :1], x[:, :-1]], 1),
+        lambda x: torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1),
+        lambda x: F.pad(x[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)),
+    ],
+)
+def test_a_shift_along_time_takes_no_site_away(shift: Callable[[Tensor], Tensor]) -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x = s.patches(x)
+        x = x + s.spatial(x)
+        return x + shift(x)
+
+    statuses = [site["status"] for site in merged(forward, video()).report.to_dict()["sites"]]
+    assert statuses == ["merged"]
+
+
+def test_protect_that_takes_tokens_apart_is_refused_in_words() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x = s.patches(x)
+        x = x + s.spatial(x)
+        return x + s.temporal(x)
+
+    with pytest.raises(OptionError, match="protect=1 takes tokens apart that belong together at another attention"):
+        merged(forward, video(), protect=1, schedule=0.25)
+
+
+def test_features_of_frames_have_channels() -> None:
+    """`[B, T, P, C]`: no attention goes along C, so it is what tokens carry, though no layer made it."""
+    features = torch.randn(2, 3, 6, WIDTH, generator=torch.Generator().manual_seed(1))
+    module = merged(lambda s, x: x + s.attend(x.flatten(1, 2)).reshape(x.shape), features)
+    assert module(features).shape == features.shape
+
+
+def test_a_schedule_of_zeros_asks_for_no_site() -> None:
+    model, x = Blocks(lambda s, x: F.linear(x, s.weight[0])), tokens()
+    assert torch.equal(tldr_compile.apply(model, (x,), schedule=[0, 0])(x), model(x))
