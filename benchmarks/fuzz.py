@@ -122,7 +122,7 @@ def run(first: int, count: int, jobs: int) -> dict[str, Any]:
             failures += new
             for failure in new:
                 bar.console.print(f"FAILED {failure['check']}\n  {failure['finding']}", markup=False)
-            bar.advance(task, CHUNK * OPTIONS)
+            bar.advance(task, sum(record.get("verdicts", {}).values()))
             if not bar.console.is_terminal:  # a log has no bar
                 bar.console.print(f"{record['name']} {record['verdict']}, {len(failures)} failures so far")
     return {"first": first, "count": count, "verdicts": dict(verdicts.most_common()), "failures": failures}
