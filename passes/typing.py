@@ -179,7 +179,7 @@ def _results(node: fx.Node, call: Call, typed: Typed) -> tuple[Value, ...]:
 
 
 def _carrying(solved: Substitution, inputs: Iterable[tuple[Value, ...]], attended: Iterable[Axes]) -> Substitution:
-    """Of an input such as features `[b, n, c]`, what no attention attends along, but for samples, is carried by tokens."""
+    """Of an input such as `[b, n, c]`, samples apart, what no attention attends along is what tokens carry."""
     tokens = {atom for axes in attended for axis in axes for atom in solved.resolve(axis).atoms if atom.clip}
     for (value,) in (each for each in inputs if len(each) == 1 and len(each[0].axes) >= 3):
         for each in value.axes[1:] if value.clip and tokens else ():
