@@ -251,6 +251,21 @@ def test_explain_is_what_apply_reports() -> None:
     assert explain(model, args, schedule=[5, 3]).to_dict() == apply(model, args, schedule=[5, 3]).report.to_dict()
 
 
+def test_gflops_are_those_of_all_products() -> None:
+    def block(tokens: int, left: int) -> int:
+        pairs = WIDTH * tokens**2 * 2
+        return tokens * (3 + 1) * WIDTH**2 + pairs + left * 2 * 2 * WIDTH**2
+
+    def matching(tokens: int) -> int:
+        return WIDTH * (tokens - tokens // 2) * (tokens // 2)
+
+    rest = TOKENS * WIDTH * 3 * 2 * 4 * 4 + 5 * WIDTH
+    told = explain(Tiny(), (clip(),), schedule=[5, 3]).to_dict()
+    dense = rest + 2 * block(18, 18)
+    merged = rest + block(18, 13) + matching(18) + block(13, 10) + matching(13)
+    assert (told["gflops_before"], told["gflops_after"]) == pytest.approx((2 * 2 * dense / 1e9, 2 * 2 * merged / 1e9))
+
+
 def test_nothing_to_merge() -> None:
     model, x = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU()), clip()
     with pytest.raises(tldr_compile.NothingToMerge) as caught:

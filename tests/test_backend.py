@@ -151,6 +151,23 @@ def test_gradients_flow() -> None:
     assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
 
 
+def test_deterministic_algorithms_give_the_same_bits() -> None:
+    """What joins a group is summed in one order then, whichever thread comes first."""
+    model, video, threads = Tiny(), clip(64), torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(3)
+    try:
+        fast, results = compiled(model, schedule=[9, 4]), []
+        for _ in range(3):
+            loss = fast(video).square().sum()
+            results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    for again in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], again, strict=True))
+
+
 def test_a_batch_of_any_size() -> None:
     model = Tiny()
     run = compiled(model, schedule=0.25)

@@ -16,6 +16,7 @@ import passes
 from passes.axes import Axes, Axis, Size
 from passes.plan import How, Plan, Resolution, at
 from passes.sites import Site, maximal_runs
+from tldr_compile.ops.attention import attention_flop
 
 
 class Report:
@@ -172,6 +173,10 @@ def _gflops(graph: fx.GraphModule) -> float:
         return float("nan")
 
 
+# What torch has no formula for.
+_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop}
+
+
 def _counted(graph: fx.GraphModule) -> float:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         inputs = [
@@ -180,6 +185,6 @@ def _counted(graph: fx.GraphModule) -> float:
             else _hint(value)
             for value in (node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder"))
         ]
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
             fx.Interpreter(graph).run(*inputs)
     return float(counter.get_total_flops()) / 1e9

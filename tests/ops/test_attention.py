@@ -50,8 +50,10 @@ def log_masses(b: int, m: int, **options: Any) -> Tensor:
 
 
 def both(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[tuple[Tensor, Tensor]]:
-    results = ops.attend_and_sharpness(q, k, v, scale=0.5, **options)
-    return list(zip(results, reference.attention_with_sharpness(q, k, v, scale=0.5, **options), strict=True))
+    """The output of attention alone, that beside sharpness, and sharpness; beside each what the specification says."""
+    results = ops.attend(q, k, v, scale=0.5, **options), *ops.attend_and_sharpness(q, k, v, scale=0.5, **options)
+    out, sharp = reference.attention_with_sharpness(q, k, v, scale=0.5, **options)
+    return list(zip(results, (out, out, sharp), strict=True))
 
 
 sizes = st.integers(1, 23)
@@ -266,6 +268,27 @@ def test_operator_is_registered_soundly(biased: bool, dtype: torch.dtype) -> Non
     torch.library.opcheck(
         torch.ops.tldr.attend_and_sharpness_backward, arguments, test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.parametrize("provider", ["native"], indirect=True)
+def test_fused_attention_serves_gradients_and_the_provider_what_needs_none(provider: str) -> None:
+    q, k, v = qkv(2, 3, 7, 9)
+    log_mass = log_masses(2, 9)
+    torch.library.opcheck(
+        torch.ops.tldr.attend, (q, k, v, 0.5, None, log_mass), test_utils=("test_schema", "test_faketensor")
+    )
+
+    def operators() -> set[str]:
+        graph = make_fx(lambda *t: ops.attend(*t[:3], log_mass=t[3]), pre_dispatch=True)(q, k, v, log_mass).graph
+        return {str(node.target) for node in graph.nodes if node.op == "call_function"}
+
+    served = ops.attend(q, k, v, log_mass=log_mass)
+    assert "tldr.attend.default" in operators()
+    q.requires_grad_()
+    assert "tldr.attend.default" not in operators()
+    torch.testing.assert_close(ops.attend(q, k, v, log_mass=log_mass), served, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert "tldr.attend.default" in operators()
 
 
 def test_compiles_whole_with_gradients_and_a_dynamic_batch() -> None:

@@ -2,8 +2,9 @@
 
 from .attention import attend, attend_and_sharpness, sharpness
 from .grouping import Grouping, down, group, pick, up
+from .matching import match
 from .reductions import REDUCTIONS, Split, Tokens, reduction
-from .reference import match, saliency, sharpness_of, shift
+from .reference import saliency, sharpness_of, shift
 from .sums import mean, softmax, sum  # noqa: A004
 
 __all__ = [

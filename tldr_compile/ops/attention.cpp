@@ -247,7 +247,7 @@ void attend(const View& q, const float* packed_k, const float* packed_v, const V
                keep.row<bool>(sample, head, top + i), keep.strides[3]);
           std::fill(row + n.keys, row + keys, -INF);
           const Sums sums = exponentials(row, keys, mass.row<float>(sample, head, 0));
-          accumulate(mean + i * row_floats, row, keys, inverse(sums.plain) / n.heads, head == 0);
+          if (sharpness.data) accumulate(mean + i * row_floats, row, keys, inverse(sums.plain) / n.heads, head == 0);
           factors[i] = inverse(sums.weighed);
         }
         for (int64_t start = 0; start < keys; start += CHUNK) {
@@ -258,7 +258,7 @@ void attend(const View& q, const float* packed_k, const float* packed_v, const V
           copy(out.row<float>(sample, head, top + i), outputs + i * values, 1, n.values, factors[i]);
         }
       }
-      for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t i = 0; sharpness.data && i < rows; ++i) {
         *sharpness.row<float>(sample, 0, top + i) = sharpness_of(mean + i * row_floats, keys);
       }
     }

@@ -37,7 +37,11 @@ def attend(
     `q [..., H, Nq, d]`, `k [..., H, Nk, d]`, `v [..., H, Nk, c]`; `mask` (bool, True keeps, or additive) and `log_mass`
     broadcast to `[..., H, Nq, Nk]`. The rest is that of `torch.nn.functional.scaled_dot_product_attention`.
     """
+    plain = q.dim() >= 3 and not (dropout_p or is_causal or enable_gqa)
     if log_mass is not None:
+        if plain and native.serves(q, k, v, mask, log_mass) and not _differentiates(q, k, v, mask, log_mass):
+            out = torch.ops.tldr.attend(*_flat(q, k, v, scale, mask, log_mass))
+            return out.reshape(*q.shape[:-3], *out.shape[1:])
         bias = torch.atleast_2d(log_mass.to(q.dtype))
         if is_causal:
             bias = masked(bias, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril())
@@ -62,11 +66,8 @@ def attend_and_sharpness(
     """
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     lead = q.shape[:-3]
-    q, k, v = (t.reshape(math.prod(lead), *t.shape[-3:]) for t in (q, k, v))
-    mask, log_mass = (None if bias is None else _batched(bias, lead) for bias in (mask, log_mass))
-    out, sharpness = torch.ops.tldr.attend_and_sharpness(q, k, v, scale, mask, log_mass)
+    out, sharpness = torch.ops.tldr.attend_and_sharpness(*_flat(q, k, v, scale, mask, log_mass))
     return out.reshape(*lead, *out.shape[1:]), sharpness.reshape(*lead, *sharpness.shape[1:])
 
 
@@ -77,6 +78,20 @@ def sharpness(
     return attend_and_sharpness(q, k, k[..., :0], scale=scale, mask=mask, enable_gqa=enable_gqa)[1]
 
 
+def _differentiates(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _flat(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]:
+    """What the registered operators take: all leading dimensions as one, and the scale spelled out."""
+    lead = q.shape[:-3]
+    q, k, v = (t.reshape(math.prod(lead), *t.shape[-3:]) for t in (q, k, v))
+    mask, log_mass = (None if bias is None else _batched(bias, lead) for bias in (mask, log_mass))
+    return q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, mask, log_mass
+
+
 def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:
     """A bias that broadcasts to `[*lead, H, Nq, Nk]` as one that broadcasts to `[B, H, Nq, Nk]`."""
     bias = bias.reshape((1,) * (len(lead) + 3 - bias.dim()) + bias.shape)
@@ -85,7 +100,22 @@ def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:
     return bias.expand(*lead, *bias.shape[-3:]).reshape(math.prod(lead), *bias.shape[-3:])
 
 
-# --- the registered operator, on [B, H, N, d] -------------------------------------------------------------------------
+# --- the registered operators, on [B, H, N, d] ------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tldr::attend", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> Tensor:
+    """Without gradients: where those are wanted, fused attention has its own."""
+    return native.attend(q, k, v, scale, mask, log_mass)
+
+
+@_attend.register_fake
+def _attend_fake(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> Tensor:
+    return blocked.empty_results(q, v)[0]
 
 
 @torch.library.custom_op("tldr::attend_and_sharpness", mutates_args=())
@@ -155,10 +185,13 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_sharpness: Tensor) -> tuple[
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.tldr.attend_and_sharpness)
-def _forward_flop(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
+def attention_flop(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
+    """Floating-point operations of the two products of `q [B, H, Nq, d]`, `k [B, H, Nk, d]`, `v [B, H, Nk, c]`."""
     batch, heads, rows, channels = q_shape
     return 2 * batch * heads * rows * k_shape[-2] * (channels + v_shape[-1])
+
+
+register_flop_formula([torch.ops.tldr.attend, torch.ops.tldr.attend_and_sharpness])(attention_flop)
 
 
 @register_flop_formula(torch.ops.tldr.attend_and_sharpness_backward)

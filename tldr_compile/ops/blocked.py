@@ -22,6 +22,11 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Of q, k, v, mask and log_mass."""
 
 
+def block_bytes(device: torch.device) -> int:
+    """What one block of scores on this device may take."""
+    return BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
+
+
 def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
     """All arguments, on every device."""
     return True
@@ -93,7 +98,7 @@ def empty_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_ma
 def _blocks(queries: Tensor, keys: Tensor) -> Iterator[Block]:
     """Some rows of one sample where its scores exceed a block, otherwise as many whole samples as fit."""
     batch, heads, rows, _ = queries.shape
-    budget = BLOCK_BYTES.get(queries.device.type, BLOCK_BYTES["cuda"])
+    budget = block_bytes(queries.device)
     row_bytes = max(1, heads * keys.shape[-2] * queries.element_size())
     height = max(1, min(rows, budget // row_bytes))
     depth = max(1, budget // (row_bytes * height)) if height == rows else 1

@@ -61,7 +61,7 @@ def compiles() -> bool:
 
 def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
     """Whether `forward` is made for such arguments: on a CPU, not in float64, with masses that only differ by key."""
-    by_key = log_mass is None or log_mass.shape[-2] == 1
+    by_key = log_mass is None or torch.atleast_2d(log_mass).shape[-2] == 1
     return q.device.type == "cpu" and q.dtype != torch.float64 and by_key and compiles()
 
 
@@ -73,6 +73,30 @@ def forward(
     `log_mass` may not differ by query. Computed in float32; a row's result does not depend on the number of threads.
     """
     out, sharpness = empty_results(q, v)
+    _fill(out, sharpness, q, k, v, scale, mask, log_mass)
+    return out, sharpness
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> Tensor:
+    """The output of `forward` alone."""
+    out, _ = empty_results(q, v)
+    _fill(out, None, q, k, v, scale, mask, log_mass)
+    return out
+
+
+def _fill(
+    out: Tensor,
+    sharpness: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    log_mass: Tensor | None,
+) -> None:
+    """Sample by sample, or as many as `PACKED_BYTES` allows."""
     batch, heads, rows, _ = q.shape
     keys = k.shape[-2]
     mass = relative_mass(log_mass, torch.float32)
@@ -84,22 +108,21 @@ def forward(
     depth = max(1, PACKED_BYTES // max(1, sample_bytes))
     for first in range(0, batch, depth):
         part = slice(first, first + depth)
-        biases = (None if bias is None else bias[part] for bias in (mask, mass))
-        _attend(out[part], sharpness[part], q[part], k[part], v[part], scale, *biases)
-    return out, sharpness
+        rest = (None if each is None else each[part] for each in (mask, mass, sharpness))
+        _call(out[part], q[part], k[part], v[part], scale, *rest)
 
 
-def _attend(
+def _call(
     out: Tensor,
-    sharpness: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
     mask: Tensor | None,
     mass: Tensor | None,
+    sharpness: Tensor | None,
 ) -> None:
-    """Fill `out` and `sharpness`; `mask [B, H, Nq, Nk]`, `mass [B, H, 1, padded Nk]`."""
+    """Run the C++; `mask [B, H, Nq, Nk]`, `mass [B, H, 1, padded Nk]`."""
     compiled = library()
     result = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     q, k, v = (t.to(torch.float32) for t in (q, k, v))
@@ -120,7 +143,7 @@ def _attend(
         _view(keep),
         _view(mass),
         _view(result),
-        _view(sharpness[:, None, :, None]),
+        _view(None if sharpness is None else sharpness[:, None, :, None]),
         ctypes.c_float(scale),
         ctypes.byref(sizes),
         _pointer(scratch),

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .reference import match
+from .matching import match
 
 
 class Tokens(NamedTuple):

@@ -78,13 +78,18 @@ def saliency(sharpness: Tensor) -> Tensor:
     return torch.where(flat, 1.0, above.clamp_min(0) / torch.where(flat, 1.0, top))
 
 
+def unit(metric: Tensor) -> Tensor:
+    """Vectors `[..., C]` of length 1, a zero vector as it is, in float32 (float64 of float64)."""
+    metric = metric.to(wide(metric.dtype))
+    return metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
+
+
 def match(metric: Tensor) -> tuple[Tensor, Tensor]:
     """Step 5, bipartite matching: the similarity and the index of the best destination of every source.
 
     `metric [B, N, C]`, `N >= 2`; even positions are sources, odd ones destinations; gives float32 and int64, both
     `[B, ceil(N/2)]`. Similarity is the cosine, 0 of a zero vector. Between equals the first wins.
     """
-    metric = metric.to(wide(metric.dtype))
-    unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
-    similarity, destination = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)
+    tokens = unit(metric)
+    similarity, destination = (tokens[:, ::2] @ tokens[:, 1::2].mT).max(-1)
     return similarity, destination

@@ -1,0 +1,44 @@
+"""Matching without the matrix of all similarities: block of sources by block of sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .blocked import block_bytes
+from .reference import unit
+
+
+def match(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.match`: of `metric [B, N, C]` every source's best similarity and destination, `[B, ceil(N/2)]`, without
+    gradients."""
+    tokens = unit(metric.detach())
+    similarity, destination = torch.ops.tldr.best(tokens[:, ::2], tokens[:, 1::2])
+    return similarity, destination
+
+
+@torch.library.custom_op("tldr::best", mutates_args=())
+def _best(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
+    """For `sources [B, S, C]` the largest product with one of `destinations [B, D, C]`, and the first that has it."""
+    products, index = _best_fake(sources, destinations)
+    row_bytes = sources.shape[0] * destinations.shape[1] * sources.element_size()
+    height = max(1, block_bytes(sources.device) // max(1, row_bytes))
+    for first in range(0, sources.shape[1], height):
+        rows = slice(first, first + height)
+        torch.max(sources[:, rows] @ destinations.mT, -1, out=(products[:, rows], index[:, rows]))
+    return products, index
+
+
+@_best.register_fake
+def _best_fake(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
+    return sources.new_empty(sources.shape[:2]), sources.new_empty(sources.shape[:2], dtype=torch.int64)
+
+
+@register_flop_formula(torch.ops.tldr.best)
+def _best_flop(sources: Sequence[int], destinations: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    batch, rows, channels = sources
+    return 2 * batch * rows * destinations[1] * channels
