@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import speeds, sweep, timing
 from benchmarks.models import MODELS
-from benchmarks.speed import Setting, difference, markdown, measure
+from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting, difference, markdown, measure
 from benchmarks.table import line, replaced
 from benchmarks.timing import Spread, alternate, peak_bytes, ratio, seconds
 from benchmarks.umt import UMT, UMTConfig
@@ -99,3 +102,46 @@ def test_only_what_stands_between_the_markers_is_replaced() -> None:
     )
     with pytest.raises(ValueError, match="two lines <!-- models -->, found 1"):
         replaced("a\n<!-- models -->\nb", "new")
+
+
+@pytest.mark.parametrize("which", sweep.SWEEPS)
+def test_sweeps_count_tokens_as_the_model_has_them(
+    which: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    methods = {DENSE: None, OURS: "vid-tldr", FLOOR: "slice"}
+    for row, method in methods.items():
+        monkeypatch.setitem(ROWS, row, lambda setting, by=method: setting.by_hand(by) if by else setting.model)
+    monkeypatch.setattr(sweep, "PICTURES", tmp_path)
+    config = UMTConfig(image=32, frames=4, patch=8, dim=12, depth=4, heads=2)
+    chosen = Namespace(device="cpu", dtype="float32", batch=1, frames=(2, 6), rounds=1)
+    points = sweep.SWEEPS[which](config, chosen)
+    if which == "kept":
+        assert {point["tokens"] for point in points} == {64}
+        for fraction, point in zip(sweep.FRACTIONS, points, strict=True):
+            model = Setting(UMT(config), (fraction,) * sweep.SITES, {}).by_hand("slice")
+            assert model(torch.zeros(1, 3, 4, 32, 32)).shape[1] == point["kept"]
+    else:
+        assert [point["tokens"] for point in points] == [32, 96]
+    assert all(set(point["ours_over"]) == {DENSE, FLOOR} for point in points)
+    assert len(sweep.markdown(points).splitlines()) == 2 + len(points)
+    record = {"model": "UMT", "batch": 1, "dtype": "float32", "fraction": 0.15, "points": points}
+    timing.write(f"sweep-{which}-cpu", record, tmp_path)
+    assert sweep.picture("cpu", tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_line_of_one_measurement() -> None:
+    def row(name: str, milliseconds: float, over: float, peak: int) -> dict[str, object]:
+        return {
+            "name": name,
+            "latency": [0, milliseconds / 1000, 9],
+            "ours_over_this": [0, over, 9],
+            "peak_bytes": peak,
+        }
+
+    rows = [row(DENSE, 300, 0.5, 100), row(OURS, 150, 1, 50), row("floor", 140, 1.07, 50)]
+    record = {"model": "umt-b", "schedule": [6, 0.5], "batch": 2, "dtype": "float32", "weight_bytes": 100, "rows": rows}
+    assert speeds.line({**record, "machine": {"device": "C"}}) == (
+        "| UMT-B | `[6, 0.5]` | C | float32 | 2 | 300 | 150 | 2.00 | 1.07 | 0.75 |"
+    )
+    by_hand = {**record, "machine": {"device": "C"}, "rows": [*rows, row(FLOOR, 130, 1.15, 50)]}
+    assert "| 1.15 |" in speeds.line(by_hand)

@@ -14,6 +14,7 @@ from tests.laws.support import compiled, graphs_for_inductor
 from tests.umt import ENCODERS, GoldenEncoder, assert_golden, golden_encoder
 from tests.zoo import Attn
 from tldr_compile.inspection import inspect
+from tldr_compile.ops import native
 
 Road: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
@@ -56,6 +57,13 @@ def assert_dense(golden: GoldenEncoder, road: Road) -> None:
 @pytest.mark.parametrize(("name", "attn"), EVERY_ENCODER)
 def test_merged_encoders_are_golden(name: str, attn: Attn, road: Road) -> None:
     assert_merged(golden_encoder(name, attn), road)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_merged_encoders_are_golden_without_a_compiler_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the provider in plain PyTorch, and fused attention for what comes after a merge."""
+    monkeypatch.setattr(native, "serves", lambda *arguments: False)
+    assert_merged(golden_encoder(name, "sdpa"), applied)
 
 
 @pytest.mark.parametrize("road", [applied, interpreted])

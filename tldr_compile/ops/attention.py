@@ -37,15 +37,15 @@ def attend(
     `q [..., H, Nq, d]`, `k [..., H, Nk, d]`, `v [..., H, Nk, c]`; `mask` (bool, True keeps, or additive) and `log_mass`
     broadcast to `[..., H, Nq, Nk]`. The rest is that of `torch.nn.functional.scaled_dot_product_attention`.
     """
-    plain = q.dim() >= 3 and not (dropout_p or is_causal or enable_gqa)
     if log_mass is not None:
-        if plain and native.serves(q, k, v, mask, log_mass) and not _differentiates(q, k, v, mask, log_mass):
+        plain = q.dim() >= 3 and not (dropout_p or is_causal or enable_gqa)
+        if plain and native.takes(q, log_mass) and not _differentiates(q, k, v, mask, log_mass):
             out = torch.ops.tldr.attend(*_flat(q, k, v, scale, mask, log_mass))
             return out.reshape(*q.shape[:-3], *out.shape[1:])
-        bias = torch.atleast_2d(log_mass.to(q.dtype))
         if is_causal:
-            bias = masked(bias, torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril())
-        mask, is_causal = masked(bias, mask), False
+            causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+            log_mass, is_causal = masked(torch.atleast_2d(log_mass), causal), False
+        mask = _biased(q, mask, log_mass)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -78,6 +78,11 @@ def sharpness(
     return attend_and_sharpness(q, k, k[..., :0], scale=scale, mask=mask, enable_gqa=enable_gqa)[1]
 
 
+def _biased(q: Tensor, mask: Tensor | None, log_mass: Tensor) -> Tensor:
+    """Mask and masses as the one additive mask that fused attention takes."""
+    return masked(torch.atleast_2d(log_mass.to(q.dtype)), mask)
+
+
 def _differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -104,17 +109,16 @@ def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:
 
 
 @torch.library.custom_op("tldr::attend", mutates_args=())
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
-) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor) -> Tensor:
     """Without gradients: where those are wanted, fused attention has its own."""
-    return native.attend(q, k, v, scale, mask, log_mass)
+    if native.serves(q, k, v, mask, log_mass):
+        return native.attend(q, k, v, scale, mask, log_mass)
+    fused = F.scaled_dot_product_attention(q, k, v, _biased(q, mask, log_mass), scale=scale)
+    return _attend_fake(q, k, v, scale, mask, log_mass).copy_(fused)  # in the layout that was promised
 
 
 @_attend.register_fake
-def _attend_fake(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
-) -> Tensor:
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor) -> Tensor:
     return blocked.empty_results(q, v)[0]
 
 

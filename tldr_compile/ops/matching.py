@@ -14,8 +14,7 @@ from .reference import unit
 
 
 def match(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.match`: of `metric [B, N, C]` every source's best similarity and destination, `[B, ceil(N/2)]`, without
-    gradients."""
+    """`reference.match` without gradients: `metric [B, N, C]` to similarity and destination, both `[B, ceil(N/2)]`."""
     tokens = unit(metric.detach())
     similarity, destination = torch.ops.tldr.best(tokens[:, ::2], tokens[:, 1::2])
     return similarity, destination

@@ -59,10 +59,15 @@ def compiles() -> bool:
     return True
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
-    """Whether `forward` is made for such arguments: on a CPU, not in float64, with masses that only differ by key."""
+def takes(q: Tensor, log_mass: Tensor | None) -> bool:
+    """Whether `forward` and `attend` are made for these: on a CPU, not in float64, masses that only differ by key."""
     by_key = log_mass is None or torch.atleast_2d(log_mass).shape[-2] == 1
-    return q.device.type == "cpu" and q.dtype != torch.float64 and by_key and compiles()
+    return q.device.type == "cpu" and q.dtype != torch.float64 and by_key
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
+    """Whether `forward` takes these arguments and there is a compiler for it."""
+    return takes(q, log_mass) and compiles()
 
 
 def forward(
