@@ -6,6 +6,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -35,6 +37,7 @@ static_assert(PAD % LANES == 0, "a padded row is whole vectors");
 struct View {
   void* data;
   int64_t strides[4];
+  int64_t kind;  // as in native.py: what its numbers are, if they may be of several kinds
 
   template <class T>
   T* row(int64_t sample, int64_t head, int64_t row) const {
@@ -123,8 +126,21 @@ void each(int64_t length, int64_t step, const F& f) {
   }
 }
 
-void copy(float* to, const float* from, int64_t step, int64_t length, float factor) {
-  each(length, step, [=](int64_t j, int64_t from_j) { to[j] = factor * from[from_j]; });
+template <class To, class From>
+void copy(To* to, const From* from, int64_t step, int64_t length, float factor) {
+  each(length, step, [=](int64_t j, int64_t from_j) {
+    to[j] = static_cast<To>(factor * static_cast<float>(from[from_j]));
+  });
+}
+
+// f with a number of the kind that the view holds.
+template <class F>
+void of_kind(const View& view, const F& f) {
+  switch (view.kind) {
+    case 1: return f(c10::BFloat16());
+    case 2: return f(c10::Half());
+    default: return f(float());
+  }
 }
 
 void mask(float* row, int64_t length, const float* bias, int64_t bias_step, const bool* keep, int64_t keep_step) {
@@ -172,27 +188,29 @@ float sharpness_of(const float* mean, int64_t length) {
 float inverse(float x) { return x == 0 ? 0 : 1 / x; }
 
 // Transposed: [keys, channels] to panels [channels, PANEL] of keys.
+template <class T>
 void pack_keys(const View& k, int64_t sample, int64_t head, const Sizes& n, float* to) {
   const int64_t keys = padded(n.keys);
   for (int64_t start = 0; start < keys; start += PANEL) {
     const int64_t width = std::min(PANEL, keys - start);
     std::fill_n(to, n.channels * width, 0.f);
     for (int64_t j = 0; j < std::min(width, n.keys - start); ++j) {
-      const float* from = k.row<float>(sample, head, start + j);
-      for (int64_t i = 0; i < n.channels; ++i) to[i * width + j] = from[i * k.strides[3]];
+      const T* from = k.row<T>(sample, head, start + j);
+      for (int64_t i = 0; i < n.channels; ++i) to[i * width + j] = static_cast<float>(from[i * k.strides[3]]);
     }
     to += n.channels * width;
   }
 }
 
 // Times their mass: [keys, values] to panels [keys, PANEL] of values.
+template <class T>
 void pack_values(const View& v, const float* mass, int64_t sample, int64_t head, const Sizes& n, float* to) {
   const int64_t keys = padded(n.keys), values = padded(n.values);
   for (int64_t start = 0; start < values; start += PANEL) {
     const int64_t width = std::min(PANEL, values - start);
     std::fill_n(to, keys * width, 0.f);
     for (int64_t j = 0; j < n.keys; ++j) {
-      const float* from = v.row<float>(sample, head, j) + start * v.strides[3];
+      const T* from = v.row<T>(sample, head, j) + start * v.strides[3];
       copy(to + j * width, from, v.strides[3], std::min(width, n.values - start), mass ? mass[j] : 1);
     }
     to += keys * width;
@@ -213,8 +231,13 @@ void pack(const View& k, const View& v, const View& mass, const Sizes& n, float*
   at::parallel_for(0, n.samples * n.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t sample = part / n.heads, head = part % n.heads;
-      pack_keys(k, sample, head, n, packed_k + part * keys * n.channels);
-      pack_values(v, mass.row<float>(sample, head, 0), sample, head, n, packed_v + part * keys * values);
+      of_kind(k, [&](auto number) {
+        pack_keys<decltype(number)>(k, sample, head, n, packed_k + part * keys * n.channels);
+      });
+      of_kind(v, [&](auto number) {
+        const float* weights = mass.row<float>(sample, head, 0);
+        pack_values<decltype(number)>(v, weights, sample, head, n, packed_v + part * keys * values);
+      });
     }
   });
 }
@@ -236,9 +259,12 @@ void attend(const View& q, const float* packed_k, const float* packed_v, const V
       const int64_t sample = block / blocks, top = block % blocks * height, rows = std::min(height, n.rows - top);
       for (int64_t head = 0; head < n.heads; ++head) {
         const int64_t part = sample * n.heads + head;
-        for (int64_t i = 0; i < rows; ++i) {
-          copy(queries + i * n.channels, q.row<float>(sample, head, top + i), q.strides[3], n.channels, scale);
-        }
+        of_kind(q, [&](auto number) {
+          for (int64_t i = 0; i < rows; ++i) {
+            const auto* from = q.row<decltype(number)>(sample, head, top + i);
+            copy(queries + i * n.channels, from, q.strides[3], n.channels, scale);
+          }
+        });
         product(queries, n.channels, packed_k + part * keys * n.channels, n.channels, scores, row_floats, rows, keys, 0,
                 n.channels);
         for (int64_t i = 0; i < rows; ++i) {
@@ -254,9 +280,11 @@ void attend(const View& q, const float* packed_k, const float* packed_v, const V
           product(scores, row_floats, packed_v + part * keys * values, keys, outputs, values, rows, values, start,
                   std::min(start + CHUNK, keys));
         }
-        for (int64_t i = 0; i < rows; ++i) {
-          copy(out.row<float>(sample, head, top + i), outputs + i * values, 1, n.values, factors[i]);
-        }
+        of_kind(out, [&](auto number) {
+          for (int64_t i = 0; i < rows; ++i) {
+            copy(out.row<decltype(number)>(sample, head, top + i), outputs + i * values, 1, n.values, factors[i]);
+          }
+        });
       }
       for (int64_t i = 0; sharpness.data && i < rows; ++i) {
         *sharpness.row<float>(sample, 0, top + i) = sharpness_of(mean + i * row_floats, keys);

@@ -22,10 +22,11 @@ PACKED_BYTES = 64 << 20
 """So much of the keys and values, or one sample of them, is laid out anew at a time."""
 
 _PAD = 16  # as in attention.cpp
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as there too
 
 
 class _View(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4))
+    _fields_ = (("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4), ("kind", ctypes.c_int64))
 
 
 class _Sizes(ctypes.Structure):
@@ -62,12 +63,12 @@ def compiles() -> bool:
 def takes(q: Tensor, log_mass: Tensor | None) -> bool:
     """Whether `forward` and `attend` are made for these: on a CPU, not in float64, masses that only differ by key."""
     by_key = log_mass is None or torch.atleast_2d(log_mass).shape[-2] == 1
-    return q.device.type == "cpu" and q.dtype != torch.float64 and by_key
+    return q.device.type == "cpu" and q.dtype in _KINDS and by_key
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
     """Whether `forward` takes these arguments and there is a compiler for it."""
-    return takes(q, log_mass) and compiles()
+    return takes(q, log_mass) and k.dtype == v.dtype == q.dtype and compiles()
 
 
 def forward(
@@ -129,16 +130,15 @@ def _call(
 ) -> None:
     """Run the C++; `mask [B, H, Nq, Nk]`, `mass [B, H, 1, padded Nk]`."""
     compiled = library()
-    result = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    q, k, v = (t.to(torch.float32) for t in (q, k, v))
     keep = mask if mask is not None and mask.dtype == torch.bool else None
     bias = None if mask is None or keep is not None else mask.to(torch.float32)
     batch, heads, rows, channels = q.shape
     keys, values = v.shape[-2:]
     sizes = _Sizes(batch, heads, rows, keys, channels, values)
-    packed_k = q.new_empty(batch, heads, _padded(keys), channels)
-    packed_v = q.new_empty(batch, heads, _padded(keys), _padded(values))
-    scratch = q.new_empty(torch.get_num_threads(), compiled.scratch_floats(ctypes.byref(sizes)))
+    floats = functools.partial(q.new_empty, dtype=torch.float32)
+    packed_k = floats(batch, heads, _padded(keys), channels)
+    packed_v = floats(batch, heads, _padded(keys), _padded(values))
+    scratch = floats(torch.get_num_threads(), compiled.scratch_floats(ctypes.byref(sizes)))
     packed = _pointer(packed_k), _pointer(packed_v)
     compiled.pack(_view(k), _view(v), _view(mass), ctypes.byref(sizes), *packed)
     compiled.attend(
@@ -147,14 +147,12 @@ def _call(
         _view(bias),
         _view(keep),
         _view(mass),
-        _view(result),
+        _view(out),
         _view(None if sharpness is None else sharpness[:, None, :, None]),
         ctypes.c_float(scale),
         ctypes.byref(sizes),
         _pointer(scratch),
     )
-    if result is not out:
-        out.copy_(result)
 
 
 def _padded(length: int) -> int:
@@ -167,4 +165,6 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 def _view(tensor: Tensor | None) -> object:
     """The C++ code's `const View&` of a tensor that somebody else keeps alive."""
-    return ctypes.byref(_View() if tensor is None else _View(tensor.data_ptr(), tensor.stride()))
+    if tensor is None:
+        return ctypes.byref(_View())
+    return ctypes.byref(_View(tensor.data_ptr(), tensor.stride(), _KINDS.get(tensor.dtype, 0)))
