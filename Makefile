@@ -2,6 +2,7 @@
 #
 #   make demo            the main job on a real clip (ARGS="--video my.mp4" to say more)
 #   make test            the tests (ARGS="tests/laws -k zero" to say less)
+#   make quality         accuracy of merged models at equal GFLOPs, half an hour (ARGS="--clips 400" to take less)
 #   make lint            ruff and mypy
 #
 # A torch >= 2.11 that PYTHON can already import is kept. Otherwise TORCH is installed before anything else can ask for
@@ -26,13 +27,16 @@ if tuple(map(int, torch.version.split(".")[:2])) >= (2, 11): print(torch.locate_
 endef
 export FIND_TORCH
 
-.PHONY: demo test lint clean
+.PHONY: demo test quality lint clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/tldr run $(ARGS)
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(RUN) -m pytest -n auto $(or $(ARGS),tests)
+
+quality: $(VENV)/.quality
+	$(RUN) -m benchmarks.quality.table $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .
@@ -46,7 +50,7 @@ $(VENV)/.torch: pyproject.toml
 	$(RUN) -c "import torch" 2> /dev/null || $(RUN) -m pip install $(TORCH)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.test $(VENV)/.quality $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch
 	$(RUN) -m pip install --quiet --editable ".[$*]"
 	@touch $@
 

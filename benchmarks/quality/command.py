@@ -1,0 +1,36 @@
+"""What the commands share: errors as one line, and a file to write a table into."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.table import replaced
+from tldr_compile.errors import OptionError, TldrError
+
+
+def status(name: str, work: Callable[[], None]) -> int:
+    """The exit status of the work: 0, or 1 after an error made on purpose, told in one line on stderr."""
+    try:
+        work()
+    except TldrError as error:
+        print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def check_writable(path: Path | None, marker: str) -> None:
+    """Before the work, not after it: raises OptionError for a file without the two markers."""
+    if path is None:
+        return
+    try:
+        replaced(path.read_text(), "", marker)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--write {path}: {error}") from error
+
+
+def write(path: Path | None, block: str, marker: str) -> None:
+    """Put the block between the file's two markers."""
+    if path is not None:
+        path.write_text(replaced(path.read_text(), block, marker))

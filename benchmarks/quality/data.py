@@ -1,0 +1,116 @@
+"""A model and the clips that it is judged on: made ones, or a folder of videos."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.clips import CLASSES, FRAMES, SIZE, Split
+from benchmarks.quality.folders import Clip, DataError, listed
+from benchmarks.quality.train import CHECKPOINTS, EVAL_BATCH, HERE, batches
+from tldr_compile.cli import models, video
+from tldr_compile.cli.models import ModelError, Subject
+from tldr_compile.cli.video import VideoError
+from tldr_compile.errors import OptionError
+
+VAL_CLIPS = 400
+
+
+class Batch(NamedTuple):
+    """Clips of which the first are labelled; the last batch of a folder is filled up with clips that do not count."""
+
+    pixels: Tensor  # float32 [B, T, 3, H, W]
+    labels: Tensor  # int64 [n], n <= B
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the clips, in batches of one size."""
+
+    clips: int
+    batch: int
+    batches: Iterator[Batch]
+    skipped: list[str] = field(default_factory=list)
+    """What could not be read, known once the batches are used up."""
+
+    @property
+    def count(self) -> int:
+        """How many batches, at most."""
+        return -(-self.clips // self.batch)
+
+
+def checkpoint() -> str:
+    """The folder of the model that is trained here. Raises ModelError where it is missing."""
+    path = HERE / CHECKPOINTS["base"]
+    if not path.is_dir():
+        raise ModelError(f"there is no checkpoint in {path}: train it with python -m benchmarks.quality.train")
+    return str(path)
+
+
+def load(name: str, *, attention: str | None = None) -> Subject:
+    """A video classifier by hub id or folder. Raises ModelError, also where its weights leave parameters random."""
+    subject = models.load(name, attention=attention, seed=0)
+    # The command line takes any model; here a head without weights would make every number below meaningless.
+    told = type(subject.model).from_pretrained(name, output_loading_info=True)[1]
+    if told["missing_keys"]:
+        few = ", ".join(sorted(told["missing_keys"])[:3])
+        raise ModelError(f"{name} has no weights for {len(told['missing_keys'])} of its parameters, such as {few}")
+    return subject
+
+
+def check_made(subject: Subject, name: str, number: int) -> None:
+    """Raises ModelError for a model that reads other clips than the made ones, OptionError for so many of them."""
+    if number % EVAL_BATCH:
+        raise OptionError(f"--clips {number}: made clips come {EVAL_BATCH} at a time, one of every class")
+    reads = (subject.model.config.num_labels, subject.frames, *subject.preprocessing.crop)
+    if reads != (CLASSES, FRAMES, SIZE, SIZE):
+        raise ModelError(
+            f"{name} tells {reads[0]} classes from {reads[1]} frames of {reads[2]} x {reads[3]}, and the made clips "
+            f"have {CLASSES}, {FRAMES} and {SIZE} x {SIZE}: say with --data which videos it is for"
+        )
+
+
+def made(split: Split, number: int) -> Part:
+    """Made clips of a split, a multiple of 80."""
+    taken = (Batch(batch.pixels, batch.labels) for batch in batches(split, number))
+    return Part(number, EVAL_BATCH, taken)
+
+
+def folder(subject: Subject, path: Path, number: int, batch: int) -> tuple[Part, Part]:
+    """Videos to choose the schedule by, and at most `number` others to test on. Raises DataError."""
+    found = listed(path, subject.model.config.label2id)
+    if len(found) < 2:
+        raise DataError(f"--data {path} has one clip: one is needed to choose a schedule by, and others to test on")
+    random.Random(0).shuffle(found)  # listed by class: a part of the list would be of few classes
+    val = min(VAL_CLIPS, max(1, len(found) // 5))
+    return _videos(subject, found[:val], batch), _videos(subject, found[val : val + number], batch)
+
+
+def _videos(subject: Subject, chosen: Sequence[Clip], batch: int) -> Part:
+    skipped: list[str] = []
+    return Part(len(chosen), batch, _batched(_read(subject, chosen, skipped), batch), skipped)
+
+
+def _read(subject: Subject, chosen: Sequence[Clip], skipped: list[str]) -> Iterator[tuple[Tensor, int]]:
+    for clip in chosen:
+        try:
+            frames = video.sample(clip.path, video.count(clip.path), subject.frames)
+            fitted = video.fit(frames, subject.preprocessing)
+        except VideoError as error:
+            skipped.append(str(error))
+            continue
+        yield video.normalise(fitted, subject.preprocessing), clip.label
+
+
+def _batched(read: Iterator[tuple[Tensor, int]], size: int) -> Iterator[Batch]:
+    while some := list(islice(read, size)):
+        pixels = [pixels for pixels, _ in some]
+        pixels += [pixels[-1]] * (size - len(some))
+        yield Batch(torch.cat(pixels), torch.tensor([label for _, label in some]))

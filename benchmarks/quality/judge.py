@@ -1,0 +1,148 @@
+"""What the merged models say of the clips, and what that is worth: accuracy, agreement, and how sure it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.quality import report
+from benchmarks.quality.budget import Cell
+from benchmarks.quality.data import Batch
+from benchmarks.quality.folders import DataError
+from benchmarks.quality.methods import OURS, RANDOM
+
+Key = TypeVar("Key", bound=Hashable)
+Z95 = 1.959964
+
+
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    middle: float
+    low: float
+    high: float
+
+
+class Said(NamedTuple):
+    """What every model says of every clip."""
+
+    classes: Mapping[Hashable, Tensor]  # int64 [N]
+    labels: Tensor  # int64 [N]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget, or a dense model."""
+
+    method: str
+    budget: float | None
+    """Part of the dense GFLOPs; None for a dense model."""
+    gflops: float
+    schedule: Sequence[float]
+    accuracy: Estimate
+    """Of several variants the mean, with the Wilson interval of one."""
+    agreement: float
+    """Share of the clips of which it says what the dense model says."""
+    over_random: Estimate | None
+    """Accuracy less that of random dropping at this budget, over the same clips."""
+    variants: Sequence[float]
+    """Accuracy of each, where there are several."""
+    missed: str = ""
+    """Why the budget is not met; the row is then of what comes closest."""
+
+
+@torch.inference_mode()
+def said(
+    models: Mapping[Key, nn.Module], batches: Iterable[Batch], device: torch.device, tick: Callable[[], object]
+) -> Said:
+    """Every model on every batch, in turn, so that each clip is made or decoded once. Raises DataError of no clips."""
+    found: dict[Key, list[Tensor]] = {key: [] for key in models}
+    labels: list[Tensor] = []
+    for batch in batches:
+        labels.append(batch.labels)
+        pixels = batch.pixels.to(device)
+        for key, model in models.items():
+            found[key].append(model(pixels).logits.argmax(1)[: len(batch.labels)].cpu())
+            tick()
+    if not labels:
+        raise DataError("no clip could be read")
+    return Said({key: torch.cat(parts) for key, parts in found.items()}, torch.cat(labels))
+
+
+def hits(heard: Said, keys: Sequence[Hashable]) -> Tensor:
+    """float32 [N]: which clips are told right; of several models, by which part of them."""
+    return torch.stack([(heard.classes[key] == heard.labels).float() for key in keys]).mean(0)
+
+
+def wilson(right: Tensor) -> Estimate:
+    """Of the mean of `right [N]`."""
+    return Estimate(float(right.mean()), *report.wilson(round(float(right.sum())), len(right)))
+
+
+def paired(ours: Tensor, theirs: Tensor) -> Estimate:
+    """Of the mean difference of two `[N]` over the same clips."""
+    off = ours - theirs
+    middle = float(off.mean())
+    half = Z95 * float(off.std(correction=0)) / len(off) ** 0.5
+    return Estimate(middle, middle - half, middle + half)
+
+
+def alone(name: str, gflops: float, heard: Said, dense: Hashable) -> Row:
+    """The row of a dense model; it is called `name` in what was heard, too."""
+    agreement = (heard.classes[name] == heard.classes[dense]).float().mean()
+    return Row(name, None, gflops, (), wilson(hits(heard, [name])), float(agreement), None, ())
+
+
+def rows(cells: Sequence[Cell], heard: Said, dense: Hashable) -> list[Row]:
+    """One for each cell."""
+    random = {cell.budget: hits(heard, cell.configs) for cell in cells if cell.method == RANDOM and not cell.missed}
+
+    def row(cell: Cell) -> Row:
+        right = hits(heard, cell.configs)
+        same = torch.stack([(heard.classes[key] == heard.classes[dense]).float() for key in cell.configs])
+        compared = cell.budget in random and cell.method != RANDOM and not cell.missed
+        variants = [float(hits(heard, [key]).mean()) for key in cell.configs]
+        return Row(
+            cell.method,
+            cell.budget,
+            cell.gflops,
+            list(cell.configs[0].entries),
+            wilson(right),
+            float(same.mean()),
+            paired(right, random[cell.budget]) if compared else None,
+            variants if len(variants) > 1 else [],
+            cell.missed,
+        )
+
+    return [row(cell) for cell in cells]
+
+
+def verdict(told: Sequence[Row]) -> str:
+    """How vid-TLDR stands against random dropping, in words; empty where they are not compared."""
+    ours = [(row.budget, row.over_random) for row in told if row.method == OURS and row.over_random]
+    sides = {
+        "better": [(budget, over) for budget, over in ours if over.low > 0],
+        "worse": [(budget, over) for budget, over in ours if over.high < 0],
+        "not shown to be either": [(budget, over) for budget, over in ours if over.low <= 0 <= over.high],
+    }
+    parts = [
+        f"{side} at {', '.join(f'{budget:g} ({points(over)})' for budget, over in some)}"
+        for side, some in sides.items()
+        if some
+    ]
+    return (
+        f"Than random dropping, {OURS} is {'; '.join(parts)} of the dense GFLOPs (in brackets points of accuracy over "
+        "the same clips, with the 95 % interval of the paired difference)."
+        if parts
+        else ""
+    )
+
+
+def points(difference: Sequence[float]) -> str:
+    """In points of accuracy."""
+    middle, low, high = (f"{100 * value:+.1f}" for value in difference)
+    return f"{middle}, {low} to {high}"

@@ -1,0 +1,58 @@
+"""Latency beside the dense model's, of everything that is timed in one alternating run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from benchmarks import timing
+from benchmarks.quality.budget import Cell
+from benchmarks.quality.methods import SEEDS
+from benchmarks.timing import Spread
+from tldr_compile import TokenMerging
+
+Name = tuple[str, float | None]
+"""A method and its budget; None for a dense model."""
+
+
+def calls(models: Mapping[str, nn.Module], dense: str, cells: Sequence[Cell]) -> dict[Name, Callable[[Tensor], Any]]:
+    """Dense models compiled by Inductor, and those of the cells that meet their budgets through the backend."""
+    plain = {(name, None): torch.compile(model) for name, model in models.items()}
+    merged = {
+        (cell.method, cell.budget): torch.compile(models[dense], backend="tldr", options=options(cell.configs[0]))
+        for cell in cells
+        if not cell.missed
+    }
+    return {**plain, **merged}
+
+
+def options(config: TokenMerging) -> dict[str, Any]:
+    """As `torch.compile` takes them. Inductor cannot compile a seed's generator: the built-in, as dear, stands in."""
+    config = replace(config, reduction="random") if config.reduction in SEEDS else config
+    return {each.name: getattr(config, each.name) for each in fields(config)}
+
+
+@torch.inference_mode()
+def ratios(run: Mapping[Name, Callable[[Tensor], Any]], dense: Name, clips: Tensor, rounds: int) -> dict[Name, Spread]:
+    """Latency of each by that of `dense`, over rounds in which all take their turn; first calls, which compile, apart.
+
+    clips: float32 [B, T, 3, H, W].
+    """
+    torch.compiler.reset()
+    # All variants are compiled from one forward(), and torch keeps 8 of those by default.
+    with torch._dynamo.config.patch(recompile_limit=len(run) + 1), Progress(transient=True) as progress:
+        task = progress.add_task("compiling", total=2 * len(run))
+        for call in run.values():
+            for _ in range(2):
+                call(clips)
+                progress.advance(task)
+        task = progress.add_task("timing in turn", total=rounds * len(run))
+        bound = {name: partial(call, clips) for name, call in run.items()}
+        taken = timing.alternate(bound, clips.device, rounds=rounds, tick=lambda: progress.advance(task))
+    return {name: timing.ratio(seconds, taken[dense]) for name, seconds in taken.items()}

@@ -1,0 +1,76 @@
+"""What is compared: ways to have fewer tokens, and the shapes of their schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from tldr_compile import TokenMerging, ops
+from tldr_compile.ops.reductions import Split, Tokens, losing
+
+SEEDS: Final = tuple(f"random {seed}" for seed in range(5))
+OURS, RANDOM = "vid-TLDR", "random drop"
+
+
+class Method(NamedTuple):
+    """Options of tldr-compile, and where in the model they hold."""
+
+    options: Mapping[str, Any]
+    shape: str | None = None
+    """One of `SHAPES`; None for the one that the validation clips chose."""
+    reductions: Sequence[str] = ()
+    """Several that are told as one, their mean."""
+
+    def configs(self, schedule: tuple[float, ...]) -> tuple[TokenMerging, ...]:
+        variants: Sequence[Mapping[str, Any]] = [{"reduction": name} for name in self.reductions] or [{}]
+        return tuple(TokenMerging(schedule=schedule, **self.options, **variant) for variant in variants)
+
+
+METHODS: Final[Mapping[str, Method]] = {
+    OURS: Method({}),
+    "uniform merging, tokens": Method({"saliency": "uniform"}),
+    "uniform merging, keys (ToMe)": Method({"saliency": "uniform", "metric": "keys"}),
+    "merging by shift": Method({"saliency": "shift"}),
+    "drop the least salient": Method({"reduction": "drop"}),
+    RANDOM: Method({}, reductions=SEEDS),
+    "drop the last": Method({"reduction": "slice"}),
+    "vid-TLDR, early": Method({}, shape="first half"),
+    "vid-TLDR, late": Method({}, shape="second half"),
+    "vid-TLDR, plain pooling": Method({"pooling": "plain"}),
+    "vid-TLDR, not proportional": Method({"proportional": False}),
+}
+TIMED: Final = (OURS, "uniform merging, keys (ToMe)", "merging by shift", RANDOM)
+
+SHAPES: Final[Mapping[str, Callable[[int], range]]] = {
+    "first site": lambda sites: range(1),
+    "first two sites": lambda sites: range(min(2, sites)),
+    "first three sites": lambda sites: range(min(3, sites)),
+    "every site": lambda sites: range(sites),
+    "first half": lambda sites: range((sites + 1) // 2),
+    "second half": lambda sites: range((sites + 1) // 2, sites),
+}
+"""Which of the sites that can merge have the fraction; the others keep all their tokens."""
+CANDIDATES: Final = ("first site", "first two sites", "first three sites", "every site")
+
+
+def schedule(shape: str, able: Sequence[bool], fraction: float) -> tuple[float, ...]:
+    """One entry for every site; `able` says which of them can merge."""
+    sites = [index for index, can in enumerate(able) if can]
+    chosen = {sites[place] for place in SHAPES[shape](len(sites))}
+    return tuple(fraction if index in chosen else 0.0 for index in range(len(able)))
+
+
+def register() -> None:
+    """Make the seeds known as `reduction="random 0"` and so on."""
+    for seed, name in enumerate(SEEDS):
+        ops.reduction(name)(partial(scattering, seed))
+
+
+def scattering(seed: int, tokens: Tokens) -> Split:
+    """Lose random tokens, others in every sample; the same ones whenever the seed, the merge and the sizes are."""
+    generator = torch.Generator().manual_seed(1000 * seed + tokens.seed)
+    worth = torch.rand(tokens.metric.shape[:2], generator=generator)
+    return losing(worth.to(tokens.metric.device), tokens.r)

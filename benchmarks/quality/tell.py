@@ -1,0 +1,109 @@
+"""The record of a run as tables and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from benchmarks.plot import Chart, Line
+from benchmarks.quality.judge import points
+from benchmarks.quality.methods import OURS
+
+MARKER: Final = "<!-- quality -->"
+Row = Mapping[str, Any]
+"""A row of the record: the fields of `judge.Row`, and `over_dense`, its latency by the dense model's."""
+
+
+def long(facts: Mapping[str, Any]) -> str:
+    """All that is known, a line for each row, by budgets."""
+    head = ("method", "of dense", "GFLOPs", "accuracy, %", "as dense, %", "over random drop, points", "latency ÷ dense")
+    ordered = sorted(facts["rows"], key=lambda row: -(row["budget"] or 1))
+    return "\n\n".join((grid(head, map(_line, ordered)), about(facts)))
+
+
+def short(facts: Mapping[str, Any]) -> str:
+    """Accuracies and latencies, a column for each budget."""
+    budgets = sorted(facts["budgets"], reverse=True)
+    head = ("accuracy, %", "dense", *(f"{budget:g} of its GFLOPs" for budget in budgets))
+    latencies = ("latency ÷ dense", *head[1:])
+    timed = [row for row in facts["rows"] if row["over_dense"]]
+    return "\n\n".join(
+        (
+            grid(head, wide(facts["rows"], budgets, _accuracy)),
+            about(facts),
+            grid(latencies, wide(timed, budgets, _latency)),
+        )
+    )
+
+
+def wide(rows: Iterable[Row], budgets: Sequence[float], cell: Callable[[Row], str]) -> list[tuple[str, ...]]:
+    """One line for each method, with an entry for no budget and for each."""
+    by = {(row["method"], row["budget"]): row for row in rows}
+    return [
+        (name, *(cell(by[name, budget]) if (name, budget) in by else "-" for budget in (None, *budgets)))
+        for name in dict.fromkeys(name for name, _ in by)
+    ]
+
+
+def about(facts: Mapping[str, Any]) -> str:
+    """What the numbers are of, and how vid-TLDR stands against random dropping."""
+    shapes = facts["shapes"]
+    skipped = f", {len(facts['skipped'])} more could not be read" if facts["skipped"] else ""
+    return (
+        f"{facts['model']} on {facts['clips']} clips ({facts['data']}){skipped}, with Wilson's 95 % intervals. "
+        f"Schedule: one fraction at {shapes['chosen']}, the shape that is best for {OURS} on {shapes['clips']} other "
+        f"clips. Latencies: min / median / max, {facts['latency']['batch']} clips a call. {facts['verdict']}"
+    ).strip()
+
+
+def charts(facts: Mapping[str, Any]) -> list[Chart]:
+    """Accuracy over GFLOPs: the methods, and the variants of vid-TLDR. Budgets that are not met are not drawn."""
+    dense = [row for row in facts["rows"] if row["budget"] is None]
+    merged = [row for row in facts["rows"] if row["budget"] is not None and not row["missed"]]
+    ours = [row for row in merged if row["method"] == OURS]
+    variants = [row for row in merged if row["method"].startswith(f"{OURS},")]
+    methods = [row for row in merged if row not in ours and row not in variants]
+    return [
+        Chart(title, "GFLOPs of one clip", "accuracy, %", _lines([*dense, *some]))
+        for title, some in ((f"{facts['clips']} clips", [*ours, *methods]), (f"variants of {OURS}", [*ours, *variants]))
+    ]
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, Line]:
+    def line(name: str) -> Line:
+        some = sorted((row for row in rows if row["method"] == name), key=lambda row: row["gflops"])
+        values = zip(*(row["accuracy"] for row in some), strict=True)
+        middle, low, high = ([100 * value for value in column] for column in values)
+        return Line([row["gflops"] for row in some], middle, low, high)
+
+    return {name: line(name) for name in dict.fromkeys(row["method"] for row in rows)}
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    return (
+        row["method"],
+        "1" if row["budget"] is None else f"{row['budget']:g}{': ' if row['missed'] else ''}{row['missed']}",
+        f"{row['gflops']:.3f}",
+        _accuracy({**row, "missed": ""}),
+        f"{100 * row['agreement']:.1f}",
+        points(row["over_random"]) if row["over_random"] else "-",
+        _latency(row),
+    )
+
+
+def _accuracy(row: Row) -> str:
+    if row["missed"]:
+        return row["missed"].partition(",")[2].strip()
+    middle, low, high = (f"{100 * value:.1f}" for value in row["accuracy"])
+    several = row["variants"]
+    spread = f", {len(several)} seeds {100 * min(several):.1f} to {100 * max(several):.1f}" if several else ""
+    return f"{middle} ({low} to {high}){spread}"
+
+
+def _latency(row: Row) -> str:
+    return " / ".join(f"{ratio:.2f}" for ratio in row["over_dense"]) if row["over_dense"] else "-"
+
+
+def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))

@@ -1,0 +1,129 @@
+"""Training that can be killed at any time: everything that a step depends on is one state file.
+
+A step draws its clips by its own number and the model has no dropout, so there is no random state to keep: the model,
+the optimiser and the step say it all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+from benchmarks.quality import clips
+from benchmarks.quality.clips import Clips
+from benchmarks.quality.model import Measure, Size, loss, measure
+
+FAINT, RAMP, WARM_UP = 0.1, 0.3, 0.02  # contrast at the start; parts of all steps
+WEIGHT_DECAY, LARGEST_GRADIENT = 0.05, 1.0
+
+
+class StateError(Exception):
+    """A state file that training cannot go on from."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result of a run."""
+
+    size: Size
+    steps: int
+    batch: int
+    seed: int
+    rate: float
+
+
+@dataclass
+class Training:
+    """A model, its optimiser and how far they are."""
+
+    settings: Settings
+    model: VideoMAEForVideoClassification
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, settings: Settings, config: VideoMAEConfig) -> Training:
+        """Random weights by the seed."""
+        torch.manual_seed(settings.seed)
+        model = VideoMAEForVideoClassification(config).train()
+        return cls(settings, model, _optimizer(model, settings.rate))
+
+    def clips(self) -> Clips:
+        """The next step's."""
+        first = self.step * self.settings.batch
+        indices = range(first, first + self.settings.batch)
+        faint = contrast(self.step, self.settings.steps)
+        return clips.make("train", indices, seed=self.settings.seed, contrast=faint)
+
+    def learn(self, batch: Clips) -> Measure:
+        """One step; what it measures is from before it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(self.step, self.settings.steps, self.settings.rate)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(batch.pixels).logits
+        logits = logits.float()
+        loss(logits, batch.labels).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return measure(logits.detach(), batch.labels)
+
+    def save(self, path: Path) -> None:
+        """Replace the state file at once, so a kill leaves the old one or the new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "settings": asdict(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+        unfinished = path.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        os.replace(unfinished, path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a state file. Raises StateError when it is damaged or of a run with other settings."""
+        advice = f"delete {path} to start again"
+        try:
+            state = torch.load(path, weights_only=True)
+            settings = Settings(**state["settings"])
+            if settings != self.settings:
+                raise StateError(f"{path} is of {settings}, not {self.settings}: give its options, or {advice}")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise StateError(f"{path} is damaged, or of another version ({type(error).__name__}): {advice}") from error
+
+
+def contrast(step: int, steps: int) -> float:
+    """Of the background, from faint to full."""
+    return min(1.0, FAINT + (1 - FAINT) * step / (RAMP * steps))
+
+
+def rate(step: int, steps: int, peak: float) -> float:
+    """Learning rate: a linear warm-up, then a cosine to 0."""
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _optimizer(model: nn.Module, peak: float) -> torch.optim.Optimizer:
+    weights = [value for value in model.parameters() if value.ndim > 1]
+    others = [value for value in model.parameters() if value.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import VideoMAEForPreTraining
+
+from benchmarks.quality import data, latency, table, tell
+from benchmarks.quality.budget import Cell
+from benchmarks.quality.methods import METHODS, OURS, RANDOM, SEEDS, TIMED
+from benchmarks.timing import Spread
+from tests.quality.support import CLASS_NAMES, checkpoint, config, kinetics
+from tldr_compile import TokenMerging, ops
+
+FEW = ("--methods", OURS, RANDOM)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One shape to choose from, few clips to choose by, and latencies that are not measured."""
+
+    def ratios(calls: Any, dense: Any, clips: Any, rounds: int) -> dict[latency.Name, Spread]:
+        return dict.fromkeys(calls, Spread(0.5, 0.6, 0.7))
+
+    monkeypatch.setattr(table, "CANDIDATES", ("every site",))
+    monkeypatch.setattr(table, "VAL_CLIPS", 80)
+    monkeypatch.setattr(latency, "ratios", ratios)
+    before = dict(ops.REDUCTIONS)
+    yield
+    ops.REDUCTIONS.clear()
+    ops.REDUCTIONS.update(before)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> tuple[str, ...]:
+    return ("--out", str(tmp_path), "--picture", str(tmp_path / "quality.png"))
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> Path:
+    return checkpoint(tmp_path / "named", config(side=32, frames=4, names=CLASS_NAMES))
+
+
+def error(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a command failed with."""
+    assert table.main(arguments) == 1
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-1].startswith("quality: ")
+    assert not any("Traceback" in line for line in told)
+    return told[-1]
+
+
+def test_every_method_has_its_row(tmp_path: Path, places: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, page = checkpoint(tmp_path / "model", config()), tmp_path / "page.md"
+    page.write_text(f"before\n{tell.MARKER}\nold\n{tell.MARKER}\nafter")
+    arguments = ("--model", str(folder), "--clips", "80", "--budgets", "0.8", *places, "--write", str(page))
+    assert table.main(arguments) == 0
+    facts = json.loads((tmp_path / "quality.json").read_text())
+    assert [row["method"] for row in facts["rows"]] == [table.DENSE, *METHODS]
+    assert facts["clips"] == 80
+    assert facts["shapes"]["chosen"] == "every site"
+    rows = {row["method"]: row for row in facts["rows"]}
+    for name, row in rows.items():
+        assert 0 <= row["accuracy"][0] <= 1
+        assert (row["over_dense"] is not None) == (name in (table.DENSE, *TIMED))
+        assert (row["over_random"] is None) == (name in (table.DENSE, RANDOM) or bool(row["missed"]))
+        if row["budget"] and not row["missed"]:
+            assert row["gflops"] == pytest.approx(0.8 * rows[table.DENSE]["gflops"], rel=0.02)
+    assert len(rows[RANDOM]["variants"]) == len(SEEDS)
+    assert rows[table.DENSE]["agreement"] == 1
+    told = page.read_text()
+    assert told.startswith(f"before\n{tell.MARKER}\n| accuracy, % | dense | 0.8 of its GFLOPs |")
+    assert told.endswith(f"{tell.MARKER}\nafter")
+    assert "Than random dropping, vid-TLDR is " in told
+    out = capsys.readouterr().out
+    assert all(f"| {name} | 0.8" in out for name in METHODS)
+    assert (tmp_path / "quality.png").stat().st_size > 1000
+
+
+def test_real_clips_and_a_corrupt_one(
+    tmp_path: Path, named: Path, places: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = kinetics(tmp_path / "data", CLASS_NAMES, 3)
+    (folder / CLASS_NAMES[0] / "broken.mp4").write_bytes(b"no video")
+    (folder / CLASS_NAMES[1] / "none.mp4").touch()
+    arguments = ("--model", str(named), "--data", str(folder), "--budgets", "0.75", "--batch", "3", *FEW, *places)
+    assert table.main(arguments) == 0
+    facts = json.loads((tmp_path / "quality.json").read_text())
+    skipped = facts["skipped"] + facts["shapes"]["skipped"]
+    assert facts["clips"] + facts["shapes"]["clips"] == 6
+    assert any("broken.mp4: not a video" in text for text in skipped)
+    assert any("none.mp4: the file is empty" in text for text in skipped)
+    out = capsys.readouterr().out
+    assert out.count("skipped: ") == 2
+    assert f"{len(facts['skipped'])} more could not be read" in out or not facts["skipped"]
+
+
+def test_something_of_a_folder_is_wrong(tmp_path: Path, named: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ("--model", str(named), "--data", str(tmp_path / "gone"))
+    assert "DataError: --data" in (told := error(gone, capsys))
+    assert "there is no such folder" in told
+    folder = kinetics(tmp_path / "data", ("juggling",), 1)
+    assert "not classes of the model: 'juggling'" in error(("--model", str(named), "--data", str(folder)), capsys)
+    folder = kinetics(tmp_path / "one", CLASS_NAMES[:1], 1)
+    assert "has one clip" in error(("--model", str(named), "--data", str(folder)), capsys)
+
+
+def test_a_budget_that_no_shape_meets(named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = kinetics(tmp_path / "data", CLASS_NAMES, 1)
+    told = error(("--model", str(named), "--data", str(folder), "--budgets", "0.01", "--batch", "1"), capsys)
+    assert "every site: cannot meet 0.01 of the dense GFLOPs, 0." in told
+    assert "is the closest" in told
+
+
+@pytest.mark.parametrize("budget", ["0", "1", "1.5", "-0.1", "much", "nan"])
+def test_no_budget(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        table.options(["--budgets", budget])
+    assert "write a part of the dense GFLOPs" in capsys.readouterr().err
+
+
+def test_weights_that_are_cut(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = named / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "ModelError" in (told := error(("--model", str(named)), capsys))
+    assert "cannot be had" in told
+
+
+def test_weights_without_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    VideoMAEForPreTraining(config()).save_pretrained(tmp_path / "model")
+    told = error(("--model", str(tmp_path / "model")), capsys)
+    assert "has no weights for " in told
+    assert "classifier.weight" in told
+
+
+def test_a_model_of_other_clips(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = error(("--model", str(named)), capsys)
+    assert "tells 2 classes from 4 frames of 32 x 32" in told
+    assert "say with --data" in told
+
+
+def test_a_missing_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "HERE", tmp_path)
+    assert "train it with python -m benchmarks.quality.train" in error((), capsys)
+
+
+def test_data_needs_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--data needs --model" in error(("--data", str(tmp_path)), capsys)
+
+
+def test_a_file_without_markers_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("no markers")
+    assert f"expected two lines {tell.MARKER}, found 0" in error(("--write", str(page)), capsys)
+
+
+def test_a_seed_is_timed_as_the_reduction_that_is_built_in() -> None:
+    table.methods.register()
+    told = latency.options(TokenMerging(schedule=(0.25,), reduction=SEEDS[2]))
+    assert told["reduction"] == "random"
+    assert TokenMerging.from_options(told).entries == (0.25,)
+    cells = [Cell(OURS, 0.5, (TokenMerging(),), 0.4), Cell(OURS, 0.1, (TokenMerging(),), 0.4, "far")]
+    assert list(latency.calls({"dense": torch.nn.Identity()}, "dense", cells)) == [("dense", None), (OURS, 0.5)]

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+
+from benchmarks.quality import clips, model, report, train
+from benchmarks.quality.clips import CLASSES, FRAMES, SIZE
+from benchmarks.quality.training import Settings, StateError, Training, contrast, rate
+
+SETTINGS = Settings(size="base", steps=20, batch=8, seed=0, rate=2e-3)
+TINY = VideoMAEConfig(
+    image_size=SIZE,
+    num_frames=FRAMES,
+    patch_size=16,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=64,
+    num_labels=CLASSES,
+)
+
+
+def fresh() -> Training:
+    return Training.fresh(SETTINGS, TINY)
+
+
+def test_the_loss_falls_on_clips_seen_again() -> None:
+    training = fresh()
+    batch = training.clips()
+    losses = [training.learn(batch).loss for _ in range(20)]
+    assert losses[0] == pytest.approx(math.log(80) + math.log(10) + math.log(8), abs=0.5)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
+    unbroken, first, second = fresh(), fresh(), fresh()
+    train.train(unbroken, 20, tmp_path / "unbroken")
+    train.train(first, 10, tmp_path / "broken")
+    second.resume(tmp_path / "broken" / "state.pt")
+    assert second.step == 10
+    train.train(second, 20, tmp_path / "broken")
+    for name, value in unbroken.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], value, msg=name)
+    assert not torch.equal(second.model.classifier.weight, first.model.classifier.weight)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "log.jsonl").read_text().splitlines()]
+    assert steps == [10, 20]
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", None])
+def test_a_damaged_state_says_what_to_do(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "state.pt"
+    fresh().save(path)
+    path.write_bytes(path.read_bytes()[:-2000] if content is None else content)
+    with pytest.raises(StateError, match=r"damaged.*delete .*state\.pt to start again"):
+        fresh().resume(path)
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    fresh().save(path)
+    other = Training.fresh(replace(SETTINGS, steps=30), TINY)
+    with pytest.raises(StateError, match=r"steps=20.*steps=30.*give its options"):
+        other.resume(path)
+
+
+def test_finish_writes_a_checkpoint_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "TEST_CLIPS", CLASSES)
+    training = fresh()
+    train.train(training, 2, tmp_path / "work")
+    train.finish(training, tmp_path / "out")
+    loaded = VideoMAEForVideoClassification.from_pretrained(tmp_path / "out").eval()
+    batch = clips.make("val", range(4))
+    with torch.no_grad():
+        assert torch.equal(loaded(batch.pixels).logits, training.model.eval()(batch.pixels).logits)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    low, high = metrics["test"]["joint_95"]
+    assert low <= metrics["test"]["joint"] <= high
+    assert f"{metrics['parameters']:,}" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 0
+
+
+def test_half_has_half_the_operations() -> None:
+    base, half = (model.gflops(VideoMAEForVideoClassification(model.config(size))) for size in model.SIZES)
+    assert half / base == pytest.approx(0.5, abs=0.03)
+
+
+def test_marginals_are_sums_of_probabilities() -> None:
+    logits = torch.randn(3, CLASSES)
+    digit, direction = model.marginals(logits)
+    table = logits.softmax(1).reshape(3, 10, 8)
+    torch.testing.assert_close(digit.softmax(1), table.sum(2))
+    torch.testing.assert_close(direction.softmax(1), table.sum(1))
+
+
+def test_measure_reads_digit_and_direction_off_the_class() -> None:
+    logits = torch.eye(CLASSES)[[9, 9, 9]]
+    told = model.measure(logits, torch.tensor([9, 8, 17]))
+    assert told[1:] == pytest.approx((1 / 3, 2 / 3, 2 / 3))
+
+
+def test_rate_warms_up_and_ends_at_nothing() -> None:
+    rates = [rate(step, 1000, 1.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 20)
+    assert max(rates) == rates[20] == 1.0
+    assert rates[21:] == sorted(rates[21:], reverse=True)
+    assert rates[-1] < 1e-4
+
+
+def test_contrast_grows_to_full() -> None:
+    assert [contrast(step, 1000) for step in (0, 150, 300, 999)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
+
+
+def test_wilson() -> None:
+    assert report.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
+
+
+def test_batches_hold_every_class() -> None:
+    with pytest.raises(ValueError, match="multiple of 80"):
+        next(train.batches("val", 100))
