@@ -56,6 +56,9 @@ def _draw(chart: Chart, axes: Axes) -> None:
     if chart.logarithmic:
         axes.set_xscale("log")
         axes.set_yscale("log")
+        places = sorted({at for line in chart.lines.values() for at in line.x})
+        axes.set_xticks(places, [f"{at:g}" for at in places])
+        axes.set_xticks([], minor=True)
     else:
         axes.set_ylim(bottom=0)
     axes.set(title=chart.title, xlabel=chart.x, ylabel=chart.y)

@@ -2,7 +2,7 @@
 
     python benchmarks/table.py [--write README.md] [--models umt-b clip-b]
 
-`--write` replaces what stands between two lines `<!-- models -->`.
+`--write` replaces what stands between two lines `<!-- models -->`, and keeps the reports.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def main() -> None:
     reports = collect(chosen.models)
     text = table(reports)
     print(text)
-    timing.write("models", reports)
     if chosen.write is not None:
+        timing.write("models", reports)
         chosen.write.write_text(replaced(chosen.write.read_text(), text))
 
 

@@ -251,6 +251,14 @@ def test_explain_is_what_apply_reports() -> None:
     assert explain(model, args, schedule=[5, 3]).to_dict() == apply(model, args, schedule=[5, 3]).report.to_dict()
 
 
+def test_an_entry_that_asks_for_more_than_half_is_named() -> None:
+    told = explain(Tiny(), (clip(),), schedule=[10, 4])
+    assert [site["tokens_out"] for site in told.to_dict()["sites"]] == [9, 5]
+    assert "merge to n1; 10 asked, but no more than half can go" in str(told)
+    assert str(told).count("asked") == 1
+    assert "; 0.9 asked" in str(explain(Tiny(), (clip(),), schedule=[0.9]))
+
+
 def test_gflops_are_those_of_all_products() -> None:
     def block(tokens: int, left: int) -> int:
         pairs = WIDTH * tokens**2 * 2

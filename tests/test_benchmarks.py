@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from benchmarks import speeds, sweep, timing
 from benchmarks.models import MODELS
 from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting, difference, markdown, measure
-from benchmarks.table import line, replaced
+from benchmarks.table import line, replaced, table
 from benchmarks.timing import Spread, alternate, peak_bytes, ratio, seconds
 from benchmarks.umt import UMT, UMTConfig
 
@@ -145,3 +146,12 @@ def test_line_of_one_measurement() -> None:
     )
     by_hand = {**record, "machine": {"device": "C"}, "rows": [*rows, row(FLOOR, 130, 1.15, 50)]}
     assert "| 1.15 |" in speeds.line(by_hand)
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    readme = (timing.RESULTS.parents[1] / "README.md").read_text()
+    for text, marker in (
+        (table(json.loads((timing.RESULTS / "models.json").read_text())), "<!-- models -->"),
+        (speeds.table(speeds.kept()), speeds.MARKER),
+    ):
+        assert replaced(readme, text, marker) == readme

@@ -41,7 +41,7 @@ class TokenMerging:
     outputs: whether outputs over tokens get their original length back.
     pooling: whether means over tokens are weighted by mass.
     proportional: whether later attention adds the logarithm of the mass of its keys.
-    protect: the tokens that are never merged: found by typing, or so many that lead.
+    protect: the tokens that are never merged: those that no pixel made, or at least so many that lead.
     clip: the names of the inputs that carry the video, where that cannot be told.
     on_nothing: what happens when there is no site to merge at.
     verify: check the rewritten graph against its definition on the example inputs.

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import passes
 from passes.axes import Axes, Axis, Size
 from passes.plan import How, Plan, Resolution, at
+from passes.schedule import Entry
 from passes.sites import Site, maximal_runs
 from tldr_compile.ops.attention import attention_flop
 
@@ -78,7 +79,7 @@ class Report:
             "status": "merged" if merge else "refused" if site.reason else "left",
             "reason": site.reason
             or ("" if merge else "the schedule gives 0" if not entry else "its fraction rounds down to 0"),
-            "inserted": f"saliency, matching, merge to {merge.target!r}" if merge else "",
+            "inserted": f"saliency, matching, merge to {merge.target!r}{_capped(entry, merge.count)}" if merge else "",
         }
 
     def _token_axis(self, site: Site) -> tuple[Axis, tuple[Sequence[Resolution], Sequence[Resolution]]]:
@@ -120,7 +121,7 @@ class Report:
         if self.nothing:
             lines.append(f"nothing is merged: {self.nothing}")
         columns = ("index", "node", "tokens", "batch", "layout", "tokens_in", "tokens_out", "protected")
-        header = ("site", "attention", "tokens", "for each", "layout", "in", "out", "protected", "")
+        header = ("site", "attention", "tokens", "per batch of", "layout", "in", "out", "protected", "what is done")
         rows = [
             (*(str(site[key]) for key in columns), site["inserted"] or f"{site['status']}: {site['reason']}")
             for site in self.sites
@@ -155,6 +156,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _text(axes: Axes) -> str:
     return " x ".join(map(repr, axes))
+
+
+def _capped(entry: Entry, count: Size) -> str:
+    """What to say where an entry asks for more than a site gives."""
+    short = count < entry if isinstance(entry, int) and isinstance(count, int) else entry > 0.5
+    return f"; {entry} asked, but no more than half can go" if short else ""
 
 
 def _plain(size: Size) -> int | str:
