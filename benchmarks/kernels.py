@@ -1,4 +1,4 @@
-"""Attention with its sharpness, by every provider of the device, beside attention alone (SDPA).
+"""Attention with its sharpness, by every provider of the device, and attention with masses, beside SDPA.
 
     python benchmarks/kernels.py --device cuda --dtype bfloat16 [--tokens 1568 968] [--batch 1 8]
 
