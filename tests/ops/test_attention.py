@@ -202,6 +202,13 @@ def test_any_leading_dimensions(lead: tuple[int, ...]) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_heads_and_samples_broadcast() -> None:
+    """One head of keys for all queries (multi-query attention spelled out), one sample of values for all."""
+    q, k, v = torch.randn(2, 3, 9, 4), torch.randn(2, 1, 7, 4), torch.randn(1, 7, 5)
+    for found, expected in both(q, k, v, log_mass=log_masses(2, 7)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_grouped_queries_share_keys() -> None:
     q, (k, v) = torch.randn(2, 6, 9, 4), torch.randn(2, 2, 2, 7, 4)
     found, sharp = ops.attend_and_sharpness(q, k, v, enable_gqa=True)

@@ -40,8 +40,9 @@ def attend(
     if log_mass is not None:
         plain = q.dim() >= 3 and not (dropout_p or is_causal or enable_gqa)
         if plain and native.takes(q, log_mass) and not _differentiates(q, k, v, mask, log_mass):
-            out = torch.ops.tldr.attend(*_flat(q, k, v, scale, mask, log_mass))
-            return out.reshape(*q.shape[:-3], *out.shape[1:])
+            lead, arguments = _flat(q, k, v, scale, mask, log_mass)
+            out = torch.ops.tldr.attend(*arguments)
+            return out.reshape(*lead, *out.shape[1:])
         if is_causal:
             causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             log_mass, is_causal = masked(torch.atleast_2d(log_mass), causal), False
@@ -66,8 +67,8 @@ def attend_and_sharpness(
     """
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-    lead = q.shape[:-3]
-    out, sharpness = torch.ops.tldr.attend_and_sharpness(*_flat(q, k, v, scale, mask, log_mass))
+    lead, arguments = _flat(q, k, v, scale, mask, log_mass)
+    out, sharpness = torch.ops.tldr.attend_and_sharpness(*arguments)
     return out.reshape(*lead, *out.shape[1:]), sharpness.reshape(*lead, *sharpness.shape[1:])
 
 
@@ -89,12 +90,12 @@ def _differentiates(*tensors: Tensor | None) -> bool:
 
 def _flat(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, log_mass: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]:
-    """What the registered operators take: all leading dimensions as one, and the scale spelled out."""
-    lead = q.shape[:-3]
-    q, k, v = (t.reshape(math.prod(lead), *t.shape[-3:]) for t in (q, k, v))
+) -> tuple[Shape, tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]]:
+    """The leading dimensions, and what the registered operators take: those as one, heads alike, the scale as number."""
+    *lead, heads = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v)))
+    q, k, v = (t.expand(*lead, heads, -1, -1).reshape(math.prod(lead), heads, *t.shape[-2:]) for t in (q, k, v))
     mask, log_mass = (None if bias is None else _batched(bias, lead) for bias in (mask, log_mass))
-    return q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, mask, log_mass
+    return lead, (q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, mask, log_mass)
 
 
 def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:

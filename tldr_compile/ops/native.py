@@ -35,7 +35,7 @@ class _Sizes(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled provider. Raises `InvalidCxxCompiler` or `CppCompileError`, of `torch._inductor.exc`."""
+    """The compiled provider. Raises OSError, or `InvalidCxxCompiler` or `CppCompileError` of `torch._inductor.exc`."""
     from torch._inductor.codecache import CppCodeCache  # noqa: PLC0415 - importing Inductor takes seconds
 
     compiled: ctypes.CDLL = CppCodeCache.load(resources.files(__package__).joinpath("attention.cpp").read_text())
@@ -50,10 +50,11 @@ def compiles() -> bool:
 
     try:
         library()
-    except (InvalidCxxCompiler, CppCompileError) as error:
+    except (InvalidCxxCompiler, CppCompileError, OSError) as error:  # OSError: a cache that allows no code or no file
         log.warning(
             "attention with saliency takes about twice as long as it could, since its C++ does not compile: "
-            "install a C++ compiler, or name one in the environment variable CXX. The reason: %s",
+            "install a C++ compiler, or name one in the environment variable CXX; if it is not that, name a folder that "
+            "may hold programs in TORCHINDUCTOR_CACHE_DIR. The reason: %s",
             error,
         )
         return False
