@@ -115,6 +115,13 @@ def test_nothing_in_nothing_out(batch: int, rows: int) -> None:
     assert (out.shape, sharp.shape) == ((batch, 2, rows, 5), (batch, rows))
 
 
+@pytest.mark.parametrize("provider", ["native"], indirect=True)
+def test_nothing_to_attend_to_gives_zeros(provider: str) -> None:
+    out, sharp = ops.attend_and_sharpness(*qkv(2, 2, 7, 0))
+    assert not out.any()
+    assert not sharp.any()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
     q, k, v = qkv(1, 2, 7, 20)

@@ -57,7 +57,7 @@ int64_t padded(int64_t length, int64_t to = PAD) { return at::divup(length, to) 
 
 // Whole tiles, as many as the cache holds, or fewer where all threads then come to an end together.
 int64_t rows_of_block(const Sizes& n) {
-  const int64_t fit = std::max<int64_t>(1, BLOCK_FLOATS / (2 * padded(n.keys)));
+  const int64_t fit = std::max<int64_t>(1, BLOCK_FLOATS / (2 * padded(std::max<int64_t>(1, n.keys))));
   const int64_t threads = at::get_num_threads(), all = std::max<int64_t>(1, n.samples * n.rows);
   const int64_t rounds = at::divup(all, threads * fit);
   return std::max(TILE, padded(std::min(at::divup(all, threads * rounds), n.rows), TILE));

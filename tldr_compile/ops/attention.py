@@ -91,7 +91,7 @@ def _differentiates(*tensors: Tensor | None) -> bool:
 def _flat(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Shape, tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]]:
-    """The leading dimensions, and what the registered operators take: those as one, heads alike, the scale as number."""
+    """The leading dimensions, and what the registered operators take: those as one, heads alike, the scale told."""
     *lead, heads = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v)))
     q, k, v = (t.expand(*lead, heads, -1, -1).reshape(math.prod(lead), heads, *t.shape[-2:]) for t in (q, k, v))
     mask, log_mass = (None if bias is None else _batched(bias, lead) for bias in (mask, log_mass))

@@ -53,8 +53,8 @@ def compiles() -> bool:
     except (InvalidCxxCompiler, CppCompileError, OSError) as error:  # OSError: a cache that allows no code or no file
         log.warning(
             "attention with saliency takes about twice as long as it could, since its C++ does not compile: "
-            "install a C++ compiler, or name one in the environment variable CXX; if it is not that, name a folder that "
-            "may hold programs in TORCHINDUCTOR_CACHE_DIR. The reason: %s",
+            "install a C++ compiler, or name one in the environment variable CXX; if it is not that, name a folder "
+            "that may hold programs in TORCHINDUCTOR_CACHE_DIR. The reason: %s",
             error,
         )
         return False
