@@ -143,3 +143,21 @@ def test_features_of_frames_have_channels() -> None:
 def test_a_schedule_of_zeros_asks_for_no_site() -> None:
     model, x = Blocks(lambda s, x: F.linear(x, s.weight[0])), tokens()
     assert torch.equal(tldr_compile.apply(model, (x,), schedule=[0, 0])(x), model(x))
+
+
+@torch.no_grad()
+def test_one_head_of_keys_for_all_queries() -> None:
+    """Keys and values that broadcast over the heads, before and after a merge."""
+
+    def multi(s: Any, x: Tensor, number: int) -> Tensor:
+        q, k, v = F.linear(x, s.weight[number]).chunk(3, -1)
+        q = q.unflatten(-1, (4, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k[:, None, :, :2], v[:, None, :, :2])
+        return out.transpose(1, 2).flatten(2)
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x = x + multi(s, x, 0)
+        return (x + multi(s, x, 1)).mean(1)
+
+    module = merged(forward, tokens())
+    assert [site["status"] for site in module.report.to_dict()["sites"]] == ["merged", "left"]
