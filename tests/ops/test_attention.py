@@ -288,10 +288,6 @@ def test_operator_is_registered_soundly(biased: bool, dtype: torch.dtype) -> Non
 def test_fused_attention_serves_gradients_and_the_provider_what_needs_none(provider: str) -> None:
     q, k, v = qkv(2, 3, 7, 9)
     log_mass = log_masses(2, 9)
-    torch.library.opcheck(
-        torch.ops.tldr.attend, (q, k, v, 0.5, None, log_mass), test_utils=("test_schema", "test_faketensor")
-    )
-
     def operators() -> set[str]:
         graph = make_fx(lambda *t: ops.attend(*t[:3], log_mass=t[3]), pre_dispatch=True)(q, k, v, log_mass).graph
         return {str(node.target) for node in graph.nodes if node.op == "call_function"}
@@ -303,6 +299,30 @@ def test_fused_attention_serves_gradients_and_the_provider_what_needs_none(provi
     torch.testing.assert_close(ops.attend(q, k, v, log_mass=log_mass), served, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         assert "tldr.attend.default" in operators()
+
+
+def test_attention_alone_has_gradients_where_a_graph_holds_it() -> None:
+    """As a program does that was exported without gradients, and is trained."""
+    inputs = [t.requires_grad_() for t in (*qkv(2, 3, 7, 9), log_masses(2, 9))]
+    q, k, v, log_mass = inputs
+    torch.library.opcheck(torch.ops.tldr.attend, (q, k, v, 0.5, None, log_mass))
+    found = torch.autograd.grad(torch.ops.tldr.attend(q, k, v, 0.5, None, log_mass).square().sum(), inputs)
+    expected = torch.autograd.grad(ops.attend(q, k, v, scale=0.5, log_mass=log_mass).square().sum(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_is_refused_instead_of_dropped() -> None:
+    q, k, v = qkv(1, 2, 7, 9)
+    for call in (ops.attend_and_sharpness, ops.attend):
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative \(torch.func.jvp\)"):
+            torch.func.jvp(lambda x, call=call: call(x, k, v, log_mass=log_masses(1, 9)), (q,), (q,))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q, k, v = qkv(1, 2, 7, 9)
+    with pytest.raises(RuntimeError):
+        ops.attend(q, k[..., :3], v, log_mass=log_masses(1, 9))
 
 
 def test_compiles_whole_with_gradients_and_a_dynamic_batch() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import blocked, native, tiled
-from .reference import masked
+from .reference import masked, wide
 
 Shape = Sequence[int]
 
@@ -92,6 +93,10 @@ def _flat(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Shape, tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]]:
     """The leading dimensions, and what the registered operators take: those as one, heads alike, the scale told."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v, mask, log_mass)):
+        raise NotImplementedError(
+            "attention with saliency or masses has no forward-mode derivative (torch.func.jvp): use the backward one"
+        )
     *lead, heads = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v)))
     q, k, v = (t.expand(*lead, heads, -1, -1).reshape(math.prod(lead), heads, *t.shape[-2:]) for t in (q, k, v))
     mask, log_mass = (None if bias is None else _batched(bias, lead) for bias in (mask, log_mass))
@@ -111,7 +116,7 @@ def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:
 
 @torch.library.custom_op("tldr::attend", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor) -> Tensor:
-    """Without gradients: where those are wanted, fused attention has its own."""
+    """Where gradients are wanted, fused attention has faster ones of its own."""
     if native.serves(q, k, v, mask, log_mass):
         return native.attend(q, k, v, scale, mask, log_mass)
     fused = F.scaled_dot_product_attention(q, k, v, _biased(q, mask, log_mass), scale=scale)
@@ -187,7 +192,13 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_sharpness: Tensor) -> tuple[
     return d_q, d_k, d_v, None, d_mask if mask_grad else None, d_log_mass if log_mass_grad else None
 
 
+def _differentiate_output(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    q = ctx.saved_tensors[0]
+    return _differentiate(ctx, grad_out, q.new_zeros(q.shape[0], q.shape[2], dtype=wide(q.dtype)))
+
+
 _forward.register_autograd(_differentiate, setup_context=_save)
+_attend.register_autograd(_differentiate_output, setup_context=_save)
 
 
 def attention_flop(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:

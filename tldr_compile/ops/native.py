@@ -68,8 +68,9 @@ def takes(q: Tensor, log_mass: Tensor | None) -> bool:
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
-    """Whether `forward` takes these arguments and there is a compiler for it."""
-    return takes(q, log_mass) and k.dtype == v.dtype == q.dtype and compiles()
+    """Whether `forward` takes these arguments, which fit each other, and there is a compiler for it."""
+    fits = k.shape == (*q.shape[:2], v.shape[2], q.shape[3]) and v.shape[:2] == q.shape[:2]
+    return takes(q, log_mass) and fits and k.dtype == v.dtype == q.dtype and compiles()
 
 
 def forward(
