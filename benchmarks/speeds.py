@@ -17,7 +17,7 @@ if not __package__:  # started by its path
 
 from benchmarks import timing
 from benchmarks.models import MODELS
-from benchmarks.speed import DENSE, FLOOR, OURS
+from benchmarks.speed import DENSE, OURS
 from benchmarks.table import replaced
 
 MARKER = "<!-- speeds -->"
@@ -29,9 +29,9 @@ HEAD = (
 
 
 def line(record: Mapping[str, Any]) -> str:
-    """The middles of one measurement; the floor is that by hand where the model has one."""
+    """The middles of one measurement; the floor is that through the backend, which every model has."""
     rows = {row["name"]: row for row in record["rows"]}
-    dense, ours, floor = rows[DENSE], rows[OURS], rows.get(FLOOR) or rows["floor"]
+    dense, ours, floor = rows[DENSE], rows[OURS], rows["floor"]
     weights = record["weight_bytes"]
     cells = (
         MODELS[record["model"]].title,
