@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -98,11 +98,12 @@ def _mean(values: Tensor) -> Estimate:
     return paired(values, torch.zeros_like(values))
 
 
-def markdown(rows: Sequence[dict[str, Estimate]]) -> str:
+def markdown(rows: Sequence[Mapping[str, Sequence[float]]]) -> str:
+    """The rows of `table`, or as JSON keeps them."""
     head = ("layer", "saliency on the digit, %", "its tokens, %", "AUC of saliency", "attention received, %", "its AUC")
 
-    def line(index: int, row: dict[str, Estimate]) -> tuple[str, ...]:
-        on, chance, received = (f"{100 * row[name].middle:.1f}" for name in ("share", "chance", "received_share"))
+    def line(index: int, row: Mapping[str, Sequence[float]]) -> tuple[str, ...]:
+        on, chance, received = (f"{100 * row[name][0]:.1f}" for name in ("share", "chance", "received_share"))
         seen, other = ("{:.3f} ({:.3f} to {:.3f})".format(*row[name]) for name in ("auc", "received_auc"))
         return str(index), on, chance, seen, received, other
 

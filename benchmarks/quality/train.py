@@ -54,7 +54,7 @@ def train(training: Training, until: int, folder: Path) -> None:
 
 def _log(training: Training, folder: Path, learned: Measure) -> str:
     """Add to the history, write it out whole (a resumed run takes steps again), and tell it in a line."""
-    training.history.append(_entry(training, "train", contrast(training.step, training.settings.steps), learned))
+    training.history.append(_entry(training, "train", contrast(training.step, training.settings.steps[0]), learned))
     if training.step % VALIDATE_EVERY == 0:
         training.history.append(_entry(training, "val", 1.0, evaluate(training.model, "val", VAL_CLIPS)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,14 +104,16 @@ def finish(training: Training, out: Path) -> dict[str, Any]:
     timing.write("metrics", facts, out)
     (out / "README.md").write_text(report.card(facts))
     (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in training.history))
-    report.curve(training.history, training.settings.steps).save(out / "curve.png", optimize=True)
+    report.curve(training.history, sum(training.settings.steps)).save(out / "curve.png", optimize=True)
     return facts
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=model.SIZES, default="base", help="half: about half the GFLOPs")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=(8000, 4000), help="of each cycle; a finished run goes on with one more"
+    )
     parser.add_argument("--batch", type=int, default=32, help="clips per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
@@ -122,13 +124,13 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
-    settings = Settings(chosen.size, chosen.steps, chosen.batch, chosen.seed, chosen.rate)
+    settings = Settings(chosen.size, tuple(chosen.steps), chosen.batch, chosen.seed, chosen.rate)
     folder = chosen.work or HERE / ".training" / chosen.size
     training = Training.fresh(settings, model.config(chosen.size))
     if (folder / "state.pt").exists():
         training.resume(folder / "state.pt")
         print(f"going on from step {training.step}, kept in {folder}")
-    train(training, settings.steps, folder)
+    train(training, sum(settings.steps), folder)
     out = chosen.out or HERE / CHECKPOINTS[chosen.size]
     test = finish(training, out)["test"]
     low, high = test["joint_95"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class Settings:
     """What decides the result of a run."""
 
     size: Size
-    steps: int
+    steps: tuple[int, ...]
+    """Of each cycle of the learning rate (warm restarts: Loshchilov and Hutter, arXiv 1608.03983)."""
     batch: int
     seed: int
     rate: float
@@ -62,7 +64,7 @@ class Training:
         """The next step's."""
         first = self.step * self.settings.batch
         indices = range(first, first + self.settings.batch)
-        faint = contrast(self.step, self.settings.steps)
+        faint = contrast(self.step, self.settings.steps[0])
         return clips.make("train", indices, seed=self.settings.seed, contrast=faint)
 
     def learn(self, batch: Clips) -> Measure:
@@ -95,12 +97,15 @@ class Training:
         os.replace(unfinished, path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a state file. Raises StateError when it is damaged or of a run with other settings."""
+        """Go on from a state file, of this run or of one with fewer cycles.
+
+        Raises StateError when it is damaged or of a run with other settings.
+        """
         advice = f"delete {path} to start again"
         try:
             state = torch.load(path, weights_only=True)
             settings = Settings(**state["settings"])
-            if settings != self.settings:
+            if settings != replace(self.settings, steps=self.settings.steps[: len(settings.steps)]):
                 raise StateError(f"{path} is of {settings}, not {self.settings}: give its options, or {advice}")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -110,16 +115,20 @@ class Training:
 
 
 def contrast(step: int, steps: int) -> float:
-    """Of the background, from faint to full."""
+    """Of the background, from faint to full within the `steps` of the first cycle."""
     return min(1.0, FAINT + (1 - FAINT) * step / (RAMP * steps))
 
 
-def rate(step: int, steps: int, peak: float) -> float:
-    """Learning rate: a linear warm-up, then a cosine to 0."""
-    warm = max(1, round(WARM_UP * steps))
+def rate(step: int, cycles: Sequence[int], peak: float) -> float:
+    """Learning rate: in every cycle a linear warm-up, then a cosine to 0; each peaks at half of the one before."""
+    for steps in cycles[:-1]:
+        if step < steps:
+            break
+        step, cycles, peak = step - steps, cycles[1:], peak / 2
+    warm = max(1, round(WARM_UP * cycles[0]))
     if step < warm:
         return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, cycles[0] - warm)))
 
 
 def _optimizer(model: nn.Module, peak: float) -> torch.optim.Optimizer:

@@ -121,6 +121,12 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "pip install 'tldr-compile[demo]'" in capsys.readouterr().err
 
 
+def test_answers() -> None:
+    logits = torch.tensor([[0.0, 3.0, 0.0]])
+    assert run.answer(logits, {1: "7 NE"}) == "7 NE (90.9%)"
+    assert run.answer(logits, {}) == "class 1 (90.9%)"
+
+
 def test_a_whole_run(tmp_path: Path, clip: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.png"
     arguments = ["--video", str(clip), "--model", str(folder), "--repeats", "2", "--out", str(out)]
@@ -133,5 +139,6 @@ def test_a_whole_run(tmp_path: Path, clip: Path, folder: Path, capsys: pytest.Ca
     assert after < before
     largest = float(re.findall(r"outputs apart +largest ([\d.e-]+)", said)[0])
     assert 0 < largest < 1
-    assert Image.open(out).size[0] == 2 * (32 + 4) + 4
+    assert re.findall(r"answer  (dense|tldr) +LABEL_[01] \([\d.]+%\)", said) == ["dense", "tldr"]
+    assert Image.open(out).size[0] == 2 * (160 + 4) + 4
     assert np.asarray(Image.open(out)).std() > 10

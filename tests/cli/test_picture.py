@@ -9,7 +9,7 @@ from PIL import Image
 from tldr_compile.cli.picture import CAPTION, DIM, GAP, picture
 
 GRID = (2, 2, 2)
-SIDE = 16
+SIDE = 160
 
 
 def frames() -> np.ndarray:
@@ -67,3 +67,10 @@ def test_heat_grows_with_saliency() -> None:
 def test_what_does_not_fit_together_is_refused(tokens: int, grid: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="grid"):
         picture(frames(), grid, np.zeros(tokens, dtype=np.float32), np.zeros(tokens, dtype=np.int64))
+
+
+def test_small_frames_are_enlarged_by_whole_pixels() -> None:
+    small = frames()[:, :: SIDE // 16, :: SIDE // 16]
+    assert small.shape[1:3] == (16, 16)
+    saliency, assign = np.ones(8, dtype=np.float32), np.arange(8)
+    assert np.array_equal(picture(small, GRID, saliency, assign), picture(frames(), GRID, saliency, assign))

@@ -13,7 +13,7 @@ from benchmarks.quality import clips, model, report, train
 from benchmarks.quality.clips import CLASSES, FRAMES, SIZE
 from benchmarks.quality.training import Settings, StateError, Training, contrast, rate
 
-SETTINGS = Settings(size="base", steps=20, batch=8, seed=0, rate=2e-3)
+SETTINGS = Settings(size="base", steps=(20,), batch=8, seed=0, rate=2e-3)
 TINY = VideoMAEConfig(
     image_size=SIZE,
     num_frames=FRAMES,
@@ -64,8 +64,8 @@ def test_a_damaged_state_says_what_to_do(tmp_path: Path, content: bytes | None) 
 def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.pt"
     fresh().save(path)
-    other = Training.fresh(replace(SETTINGS, steps=30), TINY)
-    with pytest.raises(StateError, match=r"steps=20.*steps=30.*give its options"):
+    other = Training.fresh(replace(SETTINGS, steps=(30,)), TINY)
+    with pytest.raises(StateError, match=r"steps=\(20,\).*steps=\(30,\).*give its options"):
         other.resume(path)
 
 
@@ -105,11 +105,29 @@ def test_measure_reads_digit_and_direction_off_the_class() -> None:
 
 
 def test_rate_warms_up_and_ends_at_nothing() -> None:
-    rates = [rate(step, 1000, 1.0) for step in range(1000)]
+    rates = [rate(step, [1000], 1.0) for step in range(1000)]
     assert rates[0] == pytest.approx(1 / 20)
     assert max(rates) == rates[20] == 1.0
     assert rates[21:] == sorted(rates[21:], reverse=True)
     assert rates[-1] < 1e-4
+
+
+def test_a_later_cycle_starts_again_at_half_the_rate() -> None:
+    one = [rate(step, [1000], 1.0) for step in range(1000)]
+    both = [rate(step, [1000, 500], 1.0) for step in range(1500)]
+    assert both[:1000] == one
+    assert both[1000:] == [rate(step, [500], 0.5) for step in range(500)]
+
+
+def test_a_finished_run_goes_on_with_one_more_cycle(tmp_path: Path) -> None:
+    first, second = fresh(), Training.fresh(replace(SETTINGS, steps=(20, 10)), TINY)
+    train.train(first, 20, tmp_path)
+    second.resume(tmp_path / "state.pt")
+    assert second.step == 20
+    torch.testing.assert_close(second.model.state_dict(), first.model.state_dict())
+    second.save(tmp_path / "state.pt")
+    with pytest.raises(StateError, match=r"steps=\(20, 10\).*steps=\(20,\)"):
+        fresh().resume(tmp_path / "state.pt")
 
 
 def test_contrast_grows_to_full() -> None:

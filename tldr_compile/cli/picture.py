@@ -17,6 +17,7 @@ HEAT = np.array([[0, 0, 30], [80, 18, 123], [182, 54, 121], [251, 136, 97], [252
 DIM = 0.3
 OUTLINE = (255, 255, 255)
 GAP, CAPTION = 4, 26
+LEAST = 160  # pixels of a frame's side: a smaller one is enlarged, so that its tokens and the captions can be seen
 PAPER, INK = (18, 18, 20), (235, 235, 235)
 
 
@@ -36,6 +37,7 @@ def picture(
         raise ValueError(f"grid {grid} has {tokens} tokens, not {saliency.shape} saliencies and {assign.shape} groups")
     if any(size % part for size, part in zip(frames.shape[:3], grid, strict=True)):
         raise ValueError(f"frames {frames.shape[:3]} cannot be divided into a grid of {grid} tokens")
+    frames = _enlarged(frames)
     shown = frames[:: frames.shape[0] // grid[0]].astype(np.float32)
     groups = len(np.unique(assign))
     rows = [
@@ -47,6 +49,11 @@ def picture(
         ),
     ]
     return _page(rows)
+
+
+def _enlarged(frames: Frames) -> Frames:
+    times = -(-LEAST // min(frames.shape[1:3]))
+    return frames.repeat(times, axis=1).repeat(times, axis=2)
 
 
 def _heated(shown: Colours, grid: tuple[int, int, int], saliency: NDArray[np.float32]) -> Colours:

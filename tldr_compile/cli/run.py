@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
                 clip,
             )
             calls = {"dense": dense, "tldr": fast}
-            _compare(console, bar, calls, device, arguments.repeats)
+            _compare(console, bar, calls, names(model.config), device, arguments.repeats)
             with _step(bar, "drawing"):
                 drawn = _drawn(frames, tldr_compile.inspect(merged, clip))
     if drawn is None:
@@ -63,7 +63,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _compare(
-    console: Console, bar: Progress, calls: dict[str, Callable[[], torch.Tensor]], device: torch.device, rounds: int
+    console: Console,
+    bar: Progress,
+    calls: dict[str, Callable[[], torch.Tensor]],
+    classes: Mapping[int, str],
+    device: torch.device,
+    rounds: int,
 ) -> None:
     with _step(bar, "warming up"):
         outputs = {name: call() for name, call in calls.items()}
@@ -74,6 +79,8 @@ def _compare(
     far = measure.distance(outputs["dense"], outputs["tldr"])
     times = measure.ratio(taken["dense"], taken["tldr"])
 
+    for name, logits in outputs.items():
+        console.print(f"answer  {name:6} {answer(logits, classes)}")
     console.print(f"latency, both compiled, {rounds} pairs")
     for name, seconds in taken.items():
         spread = measure.Spread.of([1e3 * second for second in seconds])
@@ -84,6 +91,18 @@ def _compare(
         f"outputs apart  largest {far.largest:.3g}, relative {far.relative:.3g}, cosine {far.cosine:.5f}, "
         f"{'the same' if far.same_top else 'another'} top-1"
     )
+
+
+def names(config: Any) -> Mapping[int, str]:
+    """The classes of a model, from the configuration that came with it."""
+    named: Mapping[int, str] = getattr(config, "id2label", None) or {}
+    return named
+
+
+def answer(logits: torch.Tensor, classes: Mapping[int, str]) -> str:
+    """The likeliest class of logits [1, K] and its probability; its number, where `classes` does not name it."""
+    share, label = (float(value) for value in logits[0].float().softmax(0).max(0))
+    return f"{classes.get(int(label), f'class {int(label)}')} ({share:.1%})"
 
 
 def _compiled(bar: Progress, what: str, model: Any, clip: torch.Tensor) -> Callable[[], torch.Tensor]:
