@@ -1,6 +1,6 @@
 # Everything here works on a machine that has only Python >= 3.10, pip and make.
 #
-#   make demo            the main job on a real clip (ARGS="--video my.mp4" to say more)
+#   make demo            what merging keeps and what it saves, on clips (ARGS="--video my.mp4" for one of yours)
 #   make test            the tests (ARGS="tests/laws -k zero" to say less)
 #   make quality         accuracy of merged models at equal GFLOPs, half an hour (ARGS="--clips 400" to take less)
 #   make lint            ruff and mypy
@@ -14,6 +14,9 @@ ARGS   ?=
 
 VENV := .venv
 RUN  := $(VENV)/bin/python
+
+# A trained model on a test clip, at about half its GFLOPs.
+TRAINED := --model benchmarks/quality/checkpoint --video benchmarks/quality/digit-5-to-NE.mkv --schedule 0.22
 
 # One process per core and one thread per process: the models of the tests are small.
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
@@ -30,7 +33,8 @@ export FIND_TORCH
 .PHONY: demo test quality lint clean
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/tldr run $(ARGS)
+	$(VENV)/bin/tldr run $(or $(ARGS),$(TRAINED))
+	$(if $(ARGS),,$(VENV)/bin/tldr run --out tldr-full-size.png)
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(RUN) -m pytest -n auto $(or $(ARGS),tests)
@@ -55,4 +59,4 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.quality $(VENV)/.dev: $(VENV)/.%: $(VENV)/.
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tldr.png
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis tldr.png tldr-full-size.png

@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import speeds, sweep, timing
 from benchmarks.models import MODELS
+from benchmarks.quality import saliency, tell
 from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting, difference, markdown, measure
 from benchmarks.table import line, replaced, table
 from benchmarks.timing import Spread, alternate, peak_bytes, ratio, seconds
@@ -153,5 +154,7 @@ def test_the_readme_shows_what_was_measured() -> None:
     for text, marker in (
         (table(json.loads((timing.RESULTS / "models.json").read_text())), "<!-- models -->"),
         (speeds.table(speeds.kept()), speeds.MARKER),
+        (tell.short(json.loads((timing.RESULTS / "quality.json").read_text())), tell.MARKER),
+        (saliency.markdown(json.loads((timing.RESULTS / "saliency.json").read_text())["layers"]), saliency.MARKER),
     ):
         assert replaced(readme, text, marker) == readme

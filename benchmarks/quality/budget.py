@@ -44,7 +44,8 @@ class Curve:
         self.known[low] = self.dense
         self._cost(high)
         while True:
-            best = min(self.known, key=lambda each: abs(self.known[each] - target))
+            some = [each for each, cost in self.known.items() if cost < self.dense] or [high]
+            best = min(some, key=lambda each: abs(self.known[each] - target))
             low = max(each for each, cost in self.known.items() if cost > target or each == 0)
             high = min((each for each, cost in self.known.items() if cost <= target and each), default=low)
             off = abs(self.known[best] / target - 1)
@@ -84,6 +85,7 @@ class Merger:
         self.program = torch.export.export(model, (example,))
         self.graph = from_export(self.program)
         self.dense = told.gflops[0] / self.batch
+        self._curves: dict[tuple[str, str], Curve] = {}
         self.able = [site["status"] != "refused" for site in told.sites]
         if not any(self.able):
             raise tldr_compile.NothingToMerge(f"no attention of {type(model).__name__} can merge tokens")
@@ -93,21 +95,30 @@ class Merger:
         return assemble(self.program, self.graph, config)
 
     def gflops(self, config: TokenMerging) -> float:
-        return self.merged(config).report.gflops[1] / self.batch
+        """Of a schedule that rounds to no token at all, those of the dense model."""
+        try:
+            return self.merged(config).report.gflops[1] / self.batch
+        except tldr_compile.NothingToMerge:
+            return self.dense
 
     def cells(self, name: str, method: Method, shape: str, budgets: Sequence[float]) -> list[Cell]:
         """The method at every budget; where one cannot be met, at what comes closest, and marked."""
-
-        def configs(fraction: float) -> tuple[TokenMerging, ...]:
-            return method.configs(schedule(method.shape or shape, self.able, fraction))
-
-        curve = Curve(lambda fraction: self.gflops(configs(fraction)[0]), self.dense)
+        curve = self._curve(name, method, shape)
 
         def cell(budget: float) -> Cell:
             try:
                 fraction, missed = curve.fraction(budget), ""
             except BudgetError as error:
                 fraction, missed = error.fraction, str(error)
-            return Cell(name, budget, configs(fraction), curve.known[fraction], missed)
+            return Cell(name, budget, self._configs(method, shape, fraction), curve.known[fraction], missed)
 
         return [cell(budget) for budget in budgets]
+
+    def _configs(self, method: Method, shape: str, fraction: float) -> tuple[TokenMerging, ...]:
+        return method.configs(schedule(method.shape or shape, self.able, fraction))
+
+    def _curve(self, name: str, method: Method, shape: str) -> Curve:
+        def cost(fraction: float) -> float:
+            return self.gflops(self._configs(method, shape, fraction)[0])
+
+        return self._curves.setdefault((name, shape), Curve(cost, self.dense))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.table import replaced
+from tldr_compile.cli.outputs import check_file
 from tldr_compile.errors import OptionError, TldrError
 
 
@@ -28,6 +29,7 @@ def check_writable(path: Path | None, marker: str) -> None:
         replaced(path.read_text(), "", marker)
     except (OSError, ValueError) as error:
         raise OptionError(f"--write {path}: {error}") from error
+    check_file("--write", path)
 
 
 def write(path: Path | None, block: str, marker: str) -> None:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import torch
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def made(split: Split, number: int) -> Part:
 
 def folder(subject: Subject, path: Path, number: int, batch: int) -> tuple[Part, Part]:
     """Videos to choose the schedule by, and at most `number` others to test on. Raises DataError."""
-    found = listed(path, subject.model.config.label2id)
+    found = listed(path, {name: int(label) for label, name in subject.model.config.id2label.items()})
     if len(found) < 2:
         raise DataError(f"--data {path} has one clip: one is needed to choose a schedule by, and others to test on")
     random.Random(0).shuffle(found)  # listed by class: a part of the list would be of few classes
@@ -103,8 +104,8 @@ def _read(subject: Subject, chosen: Sequence[Clip], skipped: list[str]) -> Itera
         try:
             frames = video.sample(clip.path, video.count(clip.path), subject.frames)
             fitted = video.fit(frames, subject.preprocessing)
-        except VideoError as error:
-            skipped.append(str(error))
+        except (VideoError, av.FFmpegError, OSError) as error:
+            skipped.append(str(error) if isinstance(error, VideoError) else f"{clip.path}: {error}")
             continue
         yield video.normalise(fitted, subject.preprocessing), clip.label
 

@@ -64,6 +64,10 @@ def _something(folder: Path, classes: Mapping[str, int]) -> list[Clip]:
             f"template to number; these are not ({type(error).__name__}: {error})"
         ) from error
     anonymous = all(re.fullmatch(r"LABEL_\d+", name) for name in classes)
+    if anonymous and (outside := [name for name, number in known.items() if number not in classes.values()]):
+        raise DataError(
+            f"--data {folder}: not numbers of the model's {len(classes)} classes: {_few(outside)}"
+        )
     labels = _labels(folder, dict.fromkeys(name for _, name in named), known if anonymous else classes)
     return [Clip(_video(folder / "videos", each), labels[name]) for each, name in named]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.quality.budget import Cell
-from benchmarks.quality.methods import SEEDS
 from benchmarks.timing import Spread
 from tldr_compile import TokenMerging
 
@@ -33,8 +32,7 @@ def calls(models: Mapping[str, nn.Module], dense: str, cells: Sequence[Cell]) ->
 
 
 def options(config: TokenMerging) -> dict[str, Any]:
-    """As `torch.compile` takes them. Inductor cannot compile a seed's generator: the built-in, as dear, stands in."""
-    config = replace(config, reduction="random") if config.reduction in SEEDS else config
+    """As `torch.compile` takes them."""
     return {each.name: getattr(config, each.name) for each in fields(config)}
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from tldr_compile import TokenMerging, ops
-from tldr_compile.ops.reductions import Split, Tokens, losing
+from tldr_compile.ops.reductions import Split, Tokens, losing, scrambled
 
 SEEDS: Final = tuple(f"random {seed}" for seed in range(5))
 OURS, RANDOM = "vid-TLDR", "random drop"
@@ -20,7 +20,7 @@ class Method(NamedTuple):
 
     options: Mapping[str, Any]
     shape: str | None = None
-    """One of `SHAPES`; None for the one that the validation clips chose."""
+    """One of `SHAPES`; None for the one that the validation clips chose for this method."""
     reductions: Sequence[str] = ()
     """Several that are told as one, their mean."""
 
@@ -70,7 +70,10 @@ def register() -> None:
 
 
 def scattering(seed: int, tokens: Tokens) -> Split:
-    """Lose random tokens, others in every sample; the same ones whenever the seed, the merge and the sizes are."""
-    generator = torch.Generator().manual_seed(1000 * seed + tokens.seed)
-    worth = torch.rand(tokens.metric.shape[:2], generator=generator)
-    return losing(worth.to(tokens.metric.device), tokens.r)
+    """Lose random tokens, others in every clip: they follow from the seed, the merge and the clip's own values.
+
+    Made clips are in order: by their place in the batch, all clips of a class would lose the same tokens.
+    """
+    values = tokens.metric.float().sum((1, 2)).view(torch.int32).long()
+    places = torch.arange(tokens.metric.shape[1], device=values.device)
+    return losing(scrambled(places + scrambled(values, seed)[:, None], tokens.seed), tokens.r)

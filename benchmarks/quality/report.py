@@ -54,6 +54,9 @@ def card(facts: Mapping[str, Any]) -> str:
     """The model card, from the facts that metrics.json keeps."""
     test, settings, machine = facts["test"], facts["settings"], facts["machine"]
     cycles = " + ".join(map(str, settings["steps"]))
+    given = " ".join(
+        f"--{name} {value}" for name, value in {**settings, "steps": " ".join(map(str, settings["steps"]))}.items()
+    )
     low, high = (100 * bound for bound in test["joint_95"])
     share = ", ".join(f"{key} {100 * test[key]:.1f} %" for key in ("joint", "digit", "direction"))
     return f"""---
@@ -91,11 +94,12 @@ states no licence for the last two. No clip is part of this folder.
 ## Training
 
 From random weights: {cycles} steps of {settings["batch"]} new clips, AdamW at a peak rate of
-{settings["rate"]}, warm-up and cosine (again at half the peak in each later cycle), bfloat16 autocast, seed {settings["seed"]}; {facts["hours"]:.1f} h on
-{machine["threads"]} threads, shared with other work, of {machine["device"]}. The loss is the cross-entropy of the class
-and of its two parts; the background's contrast grows from faint to full over the first part.
+{settings["rate"]}, warm-up and cosine (again, at half the peak, in a later cycle), bfloat16 autocast, seed
+{settings["seed"]}; {facts["hours"]:.1f} h by the clock on {machine["threads"]} threads of {machine["device"]}. The loss
+is the cross-entropy of the class and of its two parts; the background's contrast grows from faint to full over the
+first part.
 
-    python -m benchmarks.quality.train --size {settings["size"]} --steps {cycles.replace(" + ", " ")}
+    python -m benchmarks.quality.train {given}
 
 ## Accuracy
 

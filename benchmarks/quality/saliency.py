@@ -29,16 +29,17 @@ from benchmarks.quality import clips
 from benchmarks.quality.clips import Clips
 from benchmarks.quality.command import check_writable, status, write
 from benchmarks.quality.data import check_made, checkpoint, load
-from benchmarks.quality.judge import Estimate, paired
+from benchmarks.quality.judge import Estimate, normal
 from benchmarks.quality.tell import grid
 from benchmarks.quality.train import EVAL_BATCH, batches
 from tldr_compile import ops
 from tldr_compile.cli.main import positive
+from tldr_compile.cli.outputs import check_folder, check_picture
 from tldr_compile.cli.video import IMAGENET_MEAN, IMAGENET_STD
 
 MARKER: Final = "<!-- saliency -->"
 COVERED: Final = 0.25
-DRAWN: Final = 10
+DRAWN: Final = tuple(8 * digit + digit % 8 for digit in range(10))  # every digit, every direction
 
 
 class Scores(NamedTuple):
@@ -91,11 +92,7 @@ def table(model: nn.Module, some: Iterable[Clips]) -> list[dict[str, Estimate]]:
         for row, found in zip(rows, layers(model, batch.pixels), strict=True):
             for name, measure in measures.items():
                 row[name].append(measure(found, digit))
-    return [{name: _mean(torch.cat(parts)) for name, parts in row.items()} for row in rows]
-
-
-def _mean(values: Tensor) -> Estimate:
-    return paired(values, torch.zeros_like(values))
+    return [{name: normal(torch.cat(parts)) for name, parts in row.items()} for row in rows]
 
 
 def markdown(rows: Sequence[Mapping[str, Sequence[float]]]) -> str:
@@ -153,6 +150,8 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(chosen: argparse.Namespace) -> None:
     """Measure, print, keep, draw. Raises TldrError."""
+    check_folder("--out", chosen.out)
+    check_picture("--picture", chosen.picture)
     check_writable(chosen.write, MARKER)
     name = chosen.model or checkpoint()
     subject = load(name, attention="eager")
@@ -168,8 +167,7 @@ def run(chosen: argparse.Namespace) -> None:
     }
     print(markdown(rows))
     print(timing.write("saliency", facts, chosen.out))
-    # Of other digits and directions each: labels are indices by 80.
-    print(picture(subject.model, clips.make("test", range(0, 9 * DRAWN, 9)), chosen.picture))
+    print(picture(subject.model, clips.make("test", DRAWN), chosen.picture))
     write(chosen.write, markdown(rows), MARKER)
 
 

@@ -5,8 +5,8 @@
 
 FOLDER is laid out as Kinetics (FOLDER/class name/clip.mp4) or as Something-Something (FOLDER/videos/id.webm,
 FOLDER/validation.json, FOLDER/labels.json). Each video is read as one clip, evenly sampled, centre crop. The shape of
-the schedule is chosen for vid-TLDR on other clips than those of the table. `--write` replaces what stands between two
-lines `<!-- quality -->`.
+the schedule is chosen for every method on other clips than those of the table. `--write` replaces what stands between
+two lines `<!-- quality -->`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from benchmarks.quality.budget import Cell, Merger
 from benchmarks.quality.command import check_writable, status, write
 from benchmarks.quality.data import VAL_CLIPS, Part, check_made, checkpoint, folder, load, made
 from benchmarks.quality.judge import Said, alone, hits, rows, said, verdict
-from benchmarks.quality.methods import CANDIDATES, METHODS, OURS, TIMED
+from benchmarks.quality.methods import CANDIDATES, METHODS, TIMED
 from benchmarks.quality.train import CHECKPOINTS, HERE
 from tldr_compile.cli.main import positive
-from tldr_compile.cli.models import Subject
+from tldr_compile.cli.models import Subject, device_of
+from tldr_compile.cli.outputs import check_folder, check_picture
 from tldr_compile.errors import OptionError
 
 DENSE, HALF = "dense", "dense, half the layers"
@@ -95,38 +97,57 @@ def listen(merger: Merger, cells: Sequence[Cell], dense: Mapping[str, Subject], 
     configs = dict.fromkeys(config for cell in cells for config in cell.configs)
     models: dict[Any, torch.nn.Module] = {name: each.model for name, each in dense.items()}
     models |= {config: merger.merged(config) for config in track(configs, "rewriting", transient=True)}
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
-        task = progress.add_task(f"{title}: {part.clips} clips, {len(models)} models", total=part.count * len(models))
-        heard = said(models, part.batches, merger.device, lambda: progress.advance(task))
-    for text in part.skipped:
-        print(f"skipped: {text}")
-    return heard
+    try:
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
+            told = f"{title}: {part.clips} clips, {len(models)} models"
+            task = progress.add_task(told, total=part.count * len(models))
+            return said(models, part.batches, merger.device, lambda: progress.advance(task))
+    finally:
+        for text in part.skipped:
+            print(f"skipped: {text}")
 
 
-def choose(merger: Merger, dense: Mapping[str, Subject], budgets: Sequence[float], part: Part) -> dict[str, Any]:
-    """The shape that is best for vid-TLDR over all the budgets. Raises BudgetError where none meets them all."""
-    tried = track(CANDIDATES, "shapes of the schedule", transient=True)
-    cells = {shape: merger.cells(OURS, METHODS[OURS], shape, budgets) for shape in tried}
-    misses = {shape: [cell.missed for cell in each if cell.missed] for shape, each in cells.items()}
-    able = {shape: each for shape, each in cells.items() if not misses[shape]}
-    if not able:
-        told = "; ".join(f"{shape}: {missed[-1]}" for shape, missed in misses.items())
-        raise OptionError(f"--budgets: no shape of schedule meets them all: {told}")
-    heard = listen(merger, [cell for each in able.values() for cell in each], dense, part, "choosing")
-    accuracy = {shape: [float(hits(heard, cell.configs).mean()) for cell in each] for shape, each in able.items()}
+def candidates(
+    merger: Merger, names: Sequence[str], budgets: Sequence[float], all_budgets: Sequence[float]
+) -> dict[tuple[str, str], list[Cell]]:
+    """Of every method whose shape is open, and every shape that meets all budgets: the cells at some of them.
+
+    Raises OptionError for a method of which no shape does.
+    """
+    found: dict[tuple[str, str], list[Cell]] = {}
+    tried = product((name for name in names if METHODS[name].shape is None), CANDIDATES)
+    for name, shape in track(list(tried), "shapes of the schedules", transient=True):
+        *some, least = merger.cells(name, METHODS[name], shape, [*budgets, min(all_budgets)])
+        missed = next((cell.missed for cell in (*some, least) if cell.missed), "")
+        if not missed:
+            found[name, shape] = some
+        elif shape == CANDIDATES[-1] and not any(known == name for known, _ in found):
+            raise OptionError(f"--budgets: no shape of schedule meets them all for {name}; {shape}: {missed}")
+    return found
+
+
+def choose(merger: Merger, names: Sequence[str], budgets: Sequence[float], part: Part) -> dict[str, Any]:
+    """For every method the shape that is best for it over every second budget. Raises OptionError."""
+    some = budgets[1::2] or budgets
+    cells = candidates(merger, names, some, budgets)
+    heard = listen(merger, [cell for each in cells.values() for cell in each], {}, part, "choosing")
+    accuracy: dict[str, dict[str, float]] = {}
+    for (name, shape), each in cells.items():
+        mean = torch.stack([hits(heard, cell.configs).mean() for cell in each]).mean()
+        accuracy.setdefault(name, {})[shape] = float(mean)
     return {
-        "chosen": max(able, key=lambda shape: sum(accuracy[shape])),
-        "by": f"mean accuracy of {OURS} over the budgets, on clips that are not in the table",
+        "chosen": {name: max(by, key=by.__getitem__) for name, by in accuracy.items()},
+        "by": "mean accuracy over the budgets below, on clips that are not in the table; shapes that miss one are out",
+        "budgets": list(some),
         "clips": len(heard.labels),
         "accuracy": accuracy,
-        "out": {shape: missed for shape, missed in misses.items() if missed},
         "skipped": part.skipped,
     }
 
 
 def record(chosen: argparse.Namespace) -> dict[str, Any]:
     """Measure everything. Raises TldrError."""
-    device = torch.device(chosen.device)
+    device = device_of(chosen.device)
     dense = {DENSE: subject(chosen), **half(chosen)}
     val, test = parts(chosen, dense[DENSE])
     for each in dense.values():
@@ -135,9 +156,12 @@ def record(chosen: argparse.Namespace) -> dict[str, Any]:
     shape = (first.frames, 3, *first.preprocessing.crop)
     mergers = {name: Merger(each.model, torch.zeros(test.batch, *shape, device=device)) for name, each in dense.items()}
     merger = mergers[DENSE]
-    shapes = choose(merger, {}, chosen.budgets, val)
-    searched = track(chosen.methods, "meeting budgets", transient=True)
-    cells = [cell for name in searched for cell in merger.cells(name, METHODS[name], shapes["chosen"], chosen.budgets)]
+    shapes = choose(merger, chosen.methods, chosen.budgets, val)
+    cells = [
+        cell
+        for name in track(chosen.methods, "meeting budgets", transient=True)
+        for cell in merger.cells(name, METHODS[name], shapes["chosen"].get(name, METHODS[name].shape), chosen.budgets)
+    ]
     heard = listen(merger, cells, dense, test, "testing")
     told = [alone(name, mergers[name].dense, heard, DENSE) for name in dense] + rows(cells, heard, DENSE)
     timed = [cell for cell in cells if cell.method in TIMED]
@@ -160,6 +184,8 @@ def record(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def run(chosen: argparse.Namespace) -> None:
     """Measure, print, keep, draw. Raises TldrError."""
+    check_folder("--out", chosen.out)
+    check_picture("--picture", chosen.picture)
     check_writable(chosen.write, tell.MARKER)
     methods.register()
     facts = record(chosen)

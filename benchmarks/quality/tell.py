@@ -51,9 +51,15 @@ def about(facts: Mapping[str, Any]) -> str:
     skipped = f", {len(facts['skipped'])} more could not be read" if facts["skipped"] else ""
     return (
         f"{facts['model']} on {facts['clips']} clips ({facts['data']}){skipped}, with Wilson's 95 % intervals. "
-        f"Schedule: one fraction at {shapes['chosen']}, the shape that is best for {OURS} on {shapes['clips']} other "
-        f"clips. Latencies: min / median / max, {facts['latency']['batch']} clips a call. {facts['verdict']}"
+        f"Schedules: one fraction at the sites that are best for each method on {shapes['clips']} other clips "
+        f"({_places(shapes['chosen'])}). Latencies: min / median / max, {facts['latency']['batch']} clips a call. "
+        f"{facts['verdict']}"
     ).strip()
+
+
+def _places(chosen: Mapping[str, str]) -> str:
+    by = {shape: [name for name, said in chosen.items() if said == shape] for shape in dict.fromkeys(chosen.values())}
+    return "; ".join(f"{shape}: {', '.join(names)}" for shape, names in by.items())
 
 
 def charts(facts: Mapping[str, Any]) -> list[Chart]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,11 @@ from transformers import VideoMAEForVideoClassification
 from benchmarks import timing
 from benchmarks.quality import clips, model, report
 from benchmarks.quality.clips import Split
+from benchmarks.quality.command import status
 from benchmarks.quality.model import Measure, Size
-from benchmarks.quality.training import Settings, Training, contrast
+from benchmarks.quality.training import Settings, StateError, Training, contrast
+from tldr_compile.cli.main import positive
+from tldr_compile.cli.outputs import check_folder
 
 HERE = Path(__file__).parent
 CHECKPOINTS: dict[Size, str] = {"base": "checkpoint", "half": "checkpoint-half"}
@@ -100,42 +105,77 @@ def finish(training: Training, out: Path) -> dict[str, Any]:
         "test": {"clips": TEST_CLIPS, **tested._asdict(), "joint_95": [low, high]},
         "machine": timing.machine(torch.device("cpu")),
     }
+    card, curve = report.card(facts), report.curve(training.history, sum(training.settings.steps))
     network.save_pretrained(out)
     timing.write("metrics", facts, out)
-    (out / "README.md").write_text(report.card(facts))
+    (out / "README.md").write_text(card)
     (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in training.history))
-    report.curve(training.history, sum(training.settings.steps)).save(out / "curve.png", optimize=True)
+    curve.save(out / "curve.png", optimize=True)
     return facts
 
 
-def options() -> argparse.Namespace:
+def learning_rate(text: str) -> float:
+    try:
+        said = float(text)
+    except ValueError:
+        said = math.nan
+    if not 0 < said < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no learning rate: write a positive number, such as 1.5e-3")
+    return said
+
+
+def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=model.SIZES, default="base", help="half: about half the GFLOPs")
     parser.add_argument(
-        "--steps", type=int, nargs="+", default=(8000, 4000), help="of each cycle; a finished run goes on with one more"
+        "--steps",
+        type=positive,
+        nargs="+",
+        default=(8000, 4000),
+        help="of each cycle; a finished run goes on with one more",
     )
-    parser.add_argument("--batch", type=int, default=32, help="clips per step")
+    parser.add_argument("--batch", type=positive, default=32, help="clips per step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=learning_rate, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--out", type=Path, help="folder for the result; default: checkpoint or checkpoint-half here")
     parser.add_argument("--work", type=Path, help="folder for state and log; default: .training/SIZE here")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    chosen = options()
+def check_kept(out: Path, settings: Settings) -> None:
+    """Raises StateError where the folder holds the checkpoint of another run, which would be lost."""
+    metrics = out / "metrics.json"
+    if not metrics.is_file():
+        return
+    said = json.loads(metrics.read_text())["settings"]
+    kept = Settings(**{**said, "steps": tuple(said["steps"])})
+    if not settings.follow(kept):
+        raise StateError(f"{out} holds a checkpoint of {kept}: name another folder with --out, or give its options")
+
+
+def run(chosen: argparse.Namespace) -> None:
+    """Train or go on, then measure and keep. Raises StateError, OptionError."""
     settings = Settings(chosen.size, tuple(chosen.steps), chosen.batch, chosen.seed, chosen.rate)
+    out = chosen.out or HERE / CHECKPOINTS[chosen.size]
     folder = chosen.work or HERE / ".training" / chosen.size
+    check_kept(out, settings)
+    check_folder("--out", out)
+    check_folder("--work", folder)
     training = Training.fresh(settings, model.config(chosen.size))
     if (folder / "state.pt").exists():
         training.resume(folder / "state.pt")
         print(f"going on from step {training.step}, kept in {folder}")
     train(training, sum(settings.steps), folder)
-    out = chosen.out or HERE / CHECKPOINTS[chosen.size]
     test = finish(training, out)["test"]
     low, high = test["joint_95"]
     print(f"test accuracy {test['joint']:.1%} ({low:.1%} to {high:.1%}), kept in {out}")
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 after an error that one line on stderr explains."""
+    chosen = options(argv)
+    return status("train", lambda: run(chosen))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

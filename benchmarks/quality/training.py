@@ -21,13 +21,14 @@ from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 from benchmarks.quality import clips
 from benchmarks.quality.clips import Clips
 from benchmarks.quality.model import Measure, Size, loss, measure
+from tldr_compile.errors import TldrError
 
-FAINT, RAMP, WARM_UP = 0.1, 0.3, 0.02  # contrast at the start; parts of all steps
+FAINT, RAMP, WARM_UP = 0.1, 0.3, 0.02  # contrast at the start; parts of the first cycle, and of every cycle
 WEIGHT_DECAY, LARGEST_GRADIENT = 0.05, 1.0
 
 
-class StateError(Exception):
-    """A state file that training cannot go on from."""
+class StateError(TldrError):
+    """A state file, or a checkpoint, of another run than the one that is wanted."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Settings:
     batch: int
     seed: int
     rate: float
+
+    def follow(self, kept: Settings) -> bool:
+        """Whether they are those of the same run, or of one that goes on with more cycles."""
+        return kept == replace(self, steps=self.steps[: len(kept.steps)])
 
 
 @dataclass
@@ -105,7 +110,7 @@ class Training:
         try:
             state = torch.load(path, weights_only=True)
             settings = Settings(**state["settings"])
-            if settings != replace(self.settings, steps=self.settings.steps[: len(settings.steps)]):
+            if not self.settings.follow(settings):
                 raise StateError(f"{path} is of {settings}, not {self.settings}: give its options, or {advice}")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

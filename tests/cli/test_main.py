@@ -93,6 +93,8 @@ def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture
         (["--schedule", "nan"], "ScheduleError"),
         (["--device", "quantum"], "OptionError: --device quantum"),
         (["--out", "gone/tldr.png"], "OptionError: --out gone/tldr.png: there is no folder gone"),
+        (["--out", "tldr.jpg"], "OptionError: --out tldr.jpg: pictures are PNG files"),
+        (["--out", "/dev/null/x.png"], "OptionError: --out /dev/null/x.png: there is no folder /dev/null"),
         (["--video", "gone.mp4"], "VideoError: gone.mp4: there is no such file"),
         (["--model", "./gone"], "ModelError: --model ./gone cannot be had"),
     ],

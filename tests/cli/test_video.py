@@ -91,6 +91,19 @@ def test_a_phone_that_was_held_upright(tmp_path: Path) -> None:
     assert frame[40:].mean() < 15
 
 
+def test_a_title_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "titled.avi"
+    with av.open(str(path), "w") as container:
+        container.metadata["title"] = "caf#"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for pixels in noise(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    path.write_bytes(path.read_bytes().replace(b"caf#", b"caf\xe9"))
+    assert video.count(path) == 4
+
+
 def test_missing(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"gone\.mp4: there is no such file"):
         video.count(tmp_path / "gone.mp4")

@@ -10,7 +10,7 @@ from benchmarks.quality import methods
 from benchmarks.quality.budget import BudgetError, Curve, Merger
 from benchmarks.quality.methods import METHODS, OURS, RANDOM, SEEDS, schedule
 from tests.quality.support import config
-from tldr_compile import NothingToMerge, ops
+from tldr_compile import NothingToMerge, TokenMerging, ops
 from tldr_compile.ops.reductions import Tokens
 
 
@@ -42,6 +42,22 @@ def test_a_budget_out_of_reach_names_the_closest() -> None:
     with pytest.raises(BudgetError, match=r"cannot meet 0\.3 of the dense GFLOPs, 0\.600 is the closest") as caught:
         curve.fraction(0.3)
     assert caught.value.fraction == 0.5
+
+
+def test_a_budget_close_to_all_is_not_met_by_doing_nothing() -> None:
+    curve = Curve(lambda fraction: 10.0 if fraction < 0.01 else 10 - 8 * fraction, dense=10)
+    assert 10 - 8 * curve.fraction(0.999) < 10
+    with pytest.raises(BudgetError, match=r"cannot meet 0\.999 .* 0\.900 is the closest"):
+        Curve(lambda fraction: 10.0 if fraction < 0.01 else 9.0, dense=10).fraction(0.999)
+
+
+def test_merging_that_saves_nothing_meets_no_budget() -> None:
+    with pytest.raises(BudgetError, match=r"cannot meet 0\.8 .* 1\.100 is the closest"):
+        Curve(lambda fraction: 10 + 2 * fraction, dense=10).fraction(0.8)
+
+
+def test_a_schedule_that_rounds_to_nothing_costs_all(merger: Merger) -> None:
+    assert merger.gflops(TokenMerging(schedule=(1e-4,) * 4)) == merger.dense
 
 
 def test_steps_too_coarse_for_a_budget_are_told() -> None:
@@ -83,7 +99,9 @@ def test_schedules_pass_over_sites_that_cannot_merge() -> None:
 @pytest.mark.usefixtures("registered")
 def test_random_seeds_differ_and_are_reproducible() -> None:
     def lost(name: str, merge: int = 0) -> torch.Tensor:
-        return ops.REDUCTIONS[name].choose(Tokens(torch.zeros(3, 64, 8), None, 20, merge)).source
+        return ops.REDUCTIONS[name].choose(Tokens(clips, None, 20, merge)).source
+
+    clips = torch.randn(3, 64, 8)
 
     found = [lost(name) for name in SEEDS]
     again = [lost(name) for name in SEEDS]
@@ -91,6 +109,8 @@ def test_random_seeds_differ_and_are_reproducible() -> None:
     assert len({tuple(source.flatten().tolist()) for source in found}) == len(SEEDS)
     assert not torch.equal(found[0][0], found[0][1])
     assert not torch.equal(found[0], lost(SEEDS[0], merge=1))
+    clips = clips.flip(0)
+    assert torch.equal(lost(SEEDS[0]).flip(0), found[0]), "what a clip loses does not depend on its place in the batch"
 
 
 @pytest.mark.usefixtures("registered")

@@ -83,6 +83,11 @@ def test_labels_of_another_form(tmp_path: Path, labels: object) -> None:
         listed(something(tmp_path, labels), TEMPLATES)
 
 
+def test_labels_past_the_model_s_classes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"not numbers of the model's 2 classes: 'Pushing something'"):
+        listed(something(tmp_path, {"Pushing something": 7}), {"LABEL_0": 0, "LABEL_1": 1})
+
+
 @pytest.mark.parametrize("content", [None, "{"])
 def test_labels_that_cannot_be_read(tmp_path: Path, content: str | None) -> None:
     path = something(tmp_path) / "labels.json"

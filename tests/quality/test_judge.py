@@ -33,7 +33,8 @@ def clips(first: list[int]) -> Tensor:
 
 def heard(**right: list[int]) -> Said:
     keys = {"dense": "dense", "one": ONE, "two": TWO, "three": THREE}
-    return Said({keys[name]: torch.tensor(values) for name, values in right.items()}, torch.zeros(4, dtype=torch.int64))
+    classes = {keys[name]: torch.tensor(values) for name, values in right.items()}
+    return Said(classes, torch.zeros_like(next(iter(classes.values()))))
 
 
 def test_every_model_hears_every_clip_and_filling_does_not_count() -> None:
@@ -74,12 +75,24 @@ def test_paired_intervals_are_narrower_where_clips_agree() -> None:
     assert off.high - off.low < 0.1
 
 
+def test_a_paired_interval_is_that_of_bonett_and_price() -> None:
+    # 30 clips that only ours tells right, 10 that only theirs does, 60 on which they agree.
+    ours, theirs = torch.tensor([1.0] * 30 + [0.0] * 70), torch.tensor([0.0] * 30 + [1.0] * 10 + [0.0] * 60)
+    p12, p21 = 31 / 102, 11 / 102
+    half = 1.959964 * ((p12 + p21 - (p12 - p21) ** 2) / 102) ** 0.5
+    assert paired(ours, theirs) == pytest.approx((0.2, p12 - p21 - half, p12 - p21 + half))
+
+
+def test_a_few_clips_are_no_proof() -> None:
+    assert paired(torch.ones(2), torch.zeros(2)).low < 0 < paired(torch.ones(40), torch.zeros(40)).low
+
+
 def test_the_verdict_says_where_random_dropping_is_not_beaten() -> None:
-    wins = heard(dense=[0] * 4, one=[0] * 4, two=[1] * 4)
+    wins = heard(dense=[0] * 40, one=[0] * 40, two=[1] * 40)
     cells = [Cell(OURS, 0.5, (ONE,), 0.4), Cell(RANDOM, 0.5, (TWO,), 0.4)]
-    assert "is better at 0.5 (+100.0, +100.0 to +100.0) of the dense GFLOPs" in verdict(rows(cells, wins, "dense"))
+    assert "is better at 0.5 (+100.0, +86.0 to +100.0) of the dense GFLOPs" in verdict(rows(cells, wins, "dense"))
     cells = [Cell(OURS, 0.5, (TWO,), 0.4), Cell(RANDOM, 0.5, (ONE,), 0.4)]
-    assert "is worse at 0.5 (-100.0, -100.0 to -100.0)" in verdict(rows(cells, wins, "dense"))
+    assert "is worse at 0.5 (-100.0, -100.0 to -86.0)" in verdict(rows(cells, wins, "dense"))
     cells = [Cell(OURS, 0.5, (ONE,), 0.4), Cell(RANDOM, 0.5, (ONE,), 0.4)]
     assert "is not shown to be either at 0.5 (+0.0" in verdict(rows(cells, wins, "dense"))
     assert verdict(rows(cells[:1], wins, "dense")) == ""

@@ -4,8 +4,12 @@ import time
 
 import torch
 from torch import Tensor
+from transformers import VideoMAEForVideoClassification
 
 from benchmarks.quality import latency
+from benchmarks.quality.budget import Cell
+from tests.quality.support import config
+from tldr_compile import TokenMerging
 
 
 def test_ratios_are_to_the_dense_model() -> None:
@@ -19,3 +23,12 @@ def test_ratios_are_to_the_dense_model() -> None:
     assert told["dense", None] == (1, 1, 1)
     assert told["fast", 0.5].max < 0.5
     assert len(seen) == 2 + 3
+
+
+def test_dense_and_merged_are_compiled_and_timed() -> None:
+    model = VideoMAEForVideoClassification(config(side=32, frames=4)).eval()
+    cell = Cell("vid-TLDR", 0.5, (TokenMerging(schedule=(0.5,)),), 0.1)
+    calls = latency.calls({"dense": model}, "dense", [cell])
+    told = latency.ratios(calls, ("dense", None), torch.randn(1, 4, 3, 32, 32), rounds=2)
+    assert told["dense", None] == (1, 1, 1)
+    assert 0 < told["vid-TLDR", 0.5].min <= told["vid-TLDR", 0.5].max

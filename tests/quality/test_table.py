@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import VideoMAEForPreTraining
+from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
-from benchmarks.quality import data, latency, table, tell
+from benchmarks.quality import clips, data, latency, sample, table, tell
 from benchmarks.quality.budget import Cell
+from benchmarks.quality.judge import Said
 from benchmarks.quality.methods import METHODS, OURS, RANDOM, SEEDS, TIMED
 from benchmarks.timing import Spread
 from tests.quality.support import CLASS_NAMES, checkpoint, config, kinetics
@@ -62,7 +63,7 @@ def test_every_method_has_its_row(tmp_path: Path, places: tuple[str, ...], capsy
     facts = json.loads((tmp_path / "quality.json").read_text())
     assert [row["method"] for row in facts["rows"]] == [table.DENSE, *METHODS]
     assert facts["clips"] == 80
-    assert facts["shapes"]["chosen"] == "every site"
+    assert facts["shapes"]["chosen"] == {name: "every site" for name, each in METHODS.items() if each.shape is None}
     rows = {row["method"]: row for row in facts["rows"]}
     for name, row in rows.items():
         assert 0 <= row["accuracy"][0] <= 1
@@ -99,6 +100,23 @@ def test_real_clips_and_a_corrupt_one(
     assert f"{len(facts['skipped'])} more could not be read" in out or not facts["skipped"]
 
 
+def test_the_kept_model_on_real_files(tmp_path: Path, places: tuple[str, ...]) -> None:
+    model = VideoMAEForVideoClassification.from_pretrained(data.checkpoint()).eval()
+    model.save_pretrained(tmp_path / "model")
+    labels, right = (3, 41), {}
+    for label in labels:
+        (home := tmp_path / "data" / model.config.id2label[label]).mkdir(parents=True)
+        for index in range(label, label + 3 * clips.CLASSES, clips.CLASSES):
+            sample.write(index, home).rename(home / f"{index}.mkv")
+            right[index] = int(model(clips.make("test", [index]).pixels).logits.argmax()) == label
+    assert all(right.values()), "choose clips that the model tells right"
+    folders = ("--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"))
+    assert table.main((*folders, "--budgets", "0.5", "--batch", "2", *FEW, *places)) == 0
+    dense, *merged = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert dense["accuracy"][0] == dense["agreement"] == 1
+    assert all(row["gflops"] == pytest.approx(0.5 * dense["gflops"], rel=0.02) for row in merged)
+
+
 def test_something_of_a_folder_is_wrong(tmp_path: Path, named: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone = ("--model", str(named), "--data", str(tmp_path / "gone"))
     assert "DataError: --data" in (told := error(gone, capsys))
@@ -107,6 +125,64 @@ def test_something_of_a_folder_is_wrong(tmp_path: Path, named: Path, capsys: pyt
     assert "not classes of the model: 'juggling'" in error(("--model", str(named), "--data", str(folder)), capsys)
     folder = kinetics(tmp_path / "one", CLASS_NAMES[:1], 1)
     assert "has one clip" in error(("--model", str(named), "--data", str(folder)), capsys)
+
+
+def test_the_table_is_of_test_clips_and_the_shapes_of_validation_clips() -> None:
+    chosen = table.options(())
+    for part, split in zip(table.parts(chosen, table.subject(chosen)), ("val", "test"), strict=True):
+        batch, made = next(part.batches), clips.make(split, range(80))
+        assert torch.equal(batch.pixels, made.pixels)
+        assert torch.equal(batch.labels, made.labels)
+
+
+def test_every_method_has_the_shape_that_is_best_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ("first site", "every site")
+    best = {OURS: "every site", RANDOM: "first site"}
+
+    class Made:
+        """Cells without models: a shape's configuration is its name."""
+
+        def cells(self, name: str, method: Any, shape: str, budgets: Any) -> list[Cell]:
+            return [Cell(name, budget, ((name, shape),), budget) for budget in budgets]  # type: ignore[arg-type]
+
+    def listen(merger: Any, cells: list[Cell], *rest: Any) -> Said:
+        said = {cell.configs[0]: torch.tensor([int(cell.configs[0][1] == best[cell.method])]) for cell in cells}
+        return Said(said, torch.tensor([1]))
+
+    monkeypatch.setattr(table, "CANDIDATES", shapes)
+    monkeypatch.setattr(table, "listen", listen)
+    part = data.Part(1, 1, iter(()))
+    told = table.choose(Made(), (OURS, RANDOM, "vid-TLDR, late"), (0.9, 0.6, 0.3), part)  # type: ignore[arg-type]
+    assert told["chosen"] == best
+    assert told["budgets"] == [0.6]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--out", "/dev/null/x", "--out /dev/null/x: it cannot be made"),
+        ("--picture", "quality.svg", "its name has to end in .png"),
+        ("--picture", "/gone/quality.png", "there is no folder /gone"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_first(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "record", None)
+    assert message in error((option, value), capsys)
+
+
+def test_clips_that_cannot_be_read_are_named_even_if_none_can(
+    tmp_path: Path, named: Path, places: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = kinetics(tmp_path / "data", CLASS_NAMES, 1)
+    for path in folder.glob("*/*.mp4"):
+        path.write_bytes(b"no video")
+    arguments = ("--model", str(named), "--data", str(folder), "--budgets", "0.75", "--batch", "1", *FEW, *places)
+    assert table.main(arguments) == 1
+    told = capsys.readouterr()
+    assert "no clip could be read, for the reasons above" in told.err
+    assert "skipped: " in told.out
 
 
 def test_a_budget_that_no_shape_meets(named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,10 +238,6 @@ def test_a_file_without_markers_is_refused_before_anything_runs(
     assert f"expected two lines {tell.MARKER}, found 0" in error(("--write", str(page)), capsys)
 
 
-def test_a_seed_is_timed_as_the_reduction_that_is_built_in() -> None:
-    table.methods.register()
-    told = latency.options(TokenMerging(schedule=(0.25,), reduction=SEEDS[2]))
-    assert told["reduction"] == "random"
-    assert TokenMerging.from_options(told).entries == (0.25,)
+def test_what_misses_its_budget_is_not_timed() -> None:
     cells = [Cell(OURS, 0.5, (TokenMerging(),), 0.4), Cell(OURS, 0.1, (TokenMerging(),), 0.4, "far")]
     assert list(latency.calls({"dense": torch.nn.Identity()}, "dense", cells)) == [("dense", None), (OURS, 0.5)]

@@ -85,6 +85,57 @@ def test_finish_writes_a_checkpoint_that_loads(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "out" / "curve.png").stat().st_size > 0
 
 
+def test_the_kept_model_does_what_its_card_says() -> None:
+    kept = train.HERE / train.CHECKPOINTS["base"]
+    tested = json.loads((kept / "metrics.json").read_text())["test"]
+    assert tested["joint"] >= 0.9
+    assert f"joint {100 * tested['joint']:.1f} %" in (kept / "README.md").read_text()
+    assert sum(each.stat().st_size for each in kept.iterdir()) <= 10e6
+    network = VideoMAEForVideoClassification.from_pretrained(kept)
+    again = train.evaluate(network, "test", 3 * CLASSES)
+    low, high = report.wilson(round(again.joint * 3 * CLASSES), 3 * CLASSES, z=4)
+    assert low <= tested["joint"] <= high
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "'0' is not a positive whole number"),
+        (["--steps=-5"], "'-5' is not a positive whole number"),
+        (["--steps", "10", "0"], "'0' is not a positive whole number"),
+        (["--batch", "0"], "'0' is not a positive whole number"),
+        (["--rate", "nan"], "'nan' is no learning rate"),
+        (["--rate=-1"], "'-1' is no learning rate"),
+    ],
+)
+def test_no_training(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_not_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--steps", "100"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("train: StateError: ")
+    assert "holds a checkpoint of Settings(size='base', steps=(" in told
+    assert "name another folder with --out" in told
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train, "TEST_CLIPS", CLASSES)
+    monkeypatch.setattr(train.model, "config", lambda size: TINY)
+    arguments = ["--batch", "4", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--steps", "3"]
+    assert train.main(arguments) == 0
+    assert train.main([*arguments, "2"]) == 0
+    assert "going on from step 3" in (said := capsys.readouterr().out)
+    assert said.count("test accuracy ") == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--size base --steps 3 2 --batch 4 --seed 0 --rate 0.0015" in card
+    assert train.main(["--work", "/dev/null/x", "--out", str(tmp_path / "other")]) == 1
+    assert "--work /dev/null/x: it cannot be made" in capsys.readouterr().err
+
+
 def test_half_has_half_the_operations() -> None:
     base, half = (model.gflops(VideoMAEForVideoClassification(model.config(size))) for size in model.SIZES)
     assert half / base == pytest.approx(0.5, abs=0.03)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoModelForVideoClassification, VideoMAEConfig, VideoM
 from transformers.utils import cached_file
 
 from tldr_compile.cli.video import Preprocessing
-from tldr_compile.errors import TldrError
+from tldr_compile.errors import OptionError, TldrError
 
 FRAMES = ("num_frames", "frames_per_clip")
 SIDES = ("image_size", "crop_size")
@@ -40,6 +41,14 @@ def load(model: str | None, *, attention: str | None, seed: int) -> Subject:
     Raises ModelError when it cannot be had or its configuration names no clip.
     """
     return _random(attention, seed) if model is None else _pretrained(model, attention)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name. Raises OptionError where this torch has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise OptionError(f"--device {name}: {error}") from error
 
 
 def _random(attention: str | None, seed: int) -> Subject:
@@ -87,8 +96,10 @@ def _processor(name: str) -> dict[str, Any] | None:
             path = cached_file(name, file)
         except OSError:  # how a file that the model does not ship is reported
             continue
-        with open(path, encoding="utf-8") as text:
-            said: dict[str, Any] = json.load(text)
+        try:
+            said: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"--model {name}: its {file} is no JSON ({error})") from error
         return said
     return None
 

@@ -14,8 +14,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 import tldr_compile
 from tldr_compile.cli import measure, models, video
+from tldr_compile.cli.models import device_of
+from tldr_compile.cli.outputs import check_picture
 from tldr_compile.cli.picture import picture
-from tldr_compile.errors import OptionError, TldrError
+from tldr_compile.errors import TldrError
 
 TIME_FIRST = ("t", "h", "w")
 
@@ -23,9 +25,8 @@ TIME_FIRST = ("t", "h", "w")
 def run(arguments: argparse.Namespace) -> None:
     """Prints and draws what `tldr run --help` says. Raises TldrError; nothing is compiled before the input is read."""
     config = tldr_compile.TokenMerging(schedule=arguments.schedule)
-    device = _device(arguments.device)
-    if not arguments.out.parent.is_dir():
-        raise OptionError(f"--out {arguments.out}: there is no folder {arguments.out.parent} to write the picture to")
+    device = device_of(arguments.device)
+    check_picture("--out", arguments.out)
     path = arguments.video or video.sample_video()
     available = video.count(path)
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -132,13 +133,6 @@ def _drawn(frames: video.Frames, merges: Sequence[Any]) -> Image.Image | None:
 
     t, h, w = (sizes[at] for at in order)
     return picture(frames, (t, h, w), laid(merges[0].saliency), laid(merges[-1].assign))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        raise OptionError(f"--device {name}: {error}") from error
 
 
 @contextmanager

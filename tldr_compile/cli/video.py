@@ -61,7 +61,7 @@ def count(path: Path) -> int:
     if path.stat().st_size == 0:
         raise VideoError(f"{path}: the file is empty (0 bytes)")
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             stream = _stream(path, container)
             frames, end = 0, 0.0
             for frame in _whole_frames(path, container, stream):
@@ -84,9 +84,13 @@ def sample(path: Path, available: int, wanted: int) -> Frames:
     if available < wanted:
         raise VideoError(f"{path}: too short: it has {available} frames, and the model reads a clip of {wanted}")
     chosen = {(2 * part + 1) * available // (2 * wanted) for part in range(wanted)}
-    with av.open(str(path)) as container:
+    with _open(path) as container:
         stream = _stream(path, container)
         frames = [_upright(frame) for at, frame in enumerate(_whole_frames(path, container, stream)) if at in chosen]
+    if sizes := {frame.shape for frame in frames[1:]} - {frames[0].shape}:
+        raise VideoError(
+            f"{path}: its frames are of several sizes, such as {frames[0].shape[:2]} and {sizes.pop()[:2]}"
+        )
     return np.stack(frames)
 
 
@@ -113,6 +117,11 @@ def normalise(frames: Frames, how: Preprocessing) -> torch.Tensor:
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() * how.scale - how.offset
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
     return ((pixels - mean) / std).unsqueeze(0).contiguous()
+
+
+def _open(path: Path) -> InputContainer:
+    # Titles in any encoding are nothing to us, but would be an error.
+    return av.open(str(path), metadata_errors="replace")
 
 
 def _stream(path: Path, container: InputContainer) -> VideoStream:

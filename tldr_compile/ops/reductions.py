@@ -97,7 +97,7 @@ def dropping(tokens: Tokens) -> Split:
 @reduction("random")
 def scattering(tokens: Tokens) -> Split:
     """A baseline: random ones are lost, which follow from the seed alone."""
-    return losing(_scrambled(_positions(tokens), tokens.seed), tokens.r)
+    return losing(scrambled(_positions(tokens), tokens.seed), tokens.r)
 
 
 @reduction("slice")
@@ -125,10 +125,10 @@ def _positions(tokens: Tokens) -> Tensor:
     return torch.arange(count, device=tokens.metric.device).expand(batch, -1)
 
 
-def _scrambled(position: Tensor, seed: int) -> Tensor:
-    """A 32-bit hash of every position: a random order that touches no generator's state."""
+def scrambled(numbers: Tensor, seed: int) -> Tensor:
+    """A 32-bit hash of every number, int64: a random order that touches no generator's state."""
     low = 0xFFFFFFFF
-    mixed = (position + (seed * 0x9E3779B9 & low)) & low
+    mixed = (numbers + (seed * 0x9E3779B9 & low)) & low
     for _ in range(2):
         mixed = ((mixed ^ (mixed >> 16)) * 0x45D9F3B) & low
     return mixed ^ (mixed >> 16)
