@@ -2,7 +2,7 @@
 #
 #   make demo            what merging keeps and what it saves, on clips (ARGS="--video my.mp4" for one of yours)
 #   make test            the tests (ARGS="tests/laws -k zero" to say less)
-#   make quality         accuracy of merged models at equal GFLOPs, half an hour (ARGS="--clips 400" to take less)
+#   make quality         accuracy of merged models at equal GFLOPs, half an hour (ARGS="--help" to say what, or less)
 #   make lint            ruff and mypy
 #
 # A torch >= 2.11 that PYTHON can already import is kept. Otherwise TORCH is installed before anything else can ask for
@@ -33,8 +33,15 @@ export FIND_TORCH
 .PHONY: demo test quality lint clean
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/tldr run $(or $(ARGS),$(TRAINED))
-	$(if $(ARGS),,$(VENV)/bin/tldr run --out tldr-full-size.png)
+ifdef ARGS
+	$(VENV)/bin/tldr run $(ARGS)
+else
+	@echo "1 of 2: is the answer kept? A small trained model on a clip that it has never seen: a 5 moves to the north-east."
+	@echo "It is too small for its latency and memory to say much."
+	$(VENV)/bin/tldr run $(TRAINED)
+	@echo "2 of 2: what is saved at full size? Weights are random: tokens, GFLOPs and latency count, the answer does not."
+	$(VENV)/bin/tldr run --out tldr-full-size.png
+endif
 
 test: $(VENV)/.test
 	$(TEST_ENV) $(RUN) -m pytest -n auto $(or $(ARGS),tests)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import timing
 from benchmarks.table import replaced
-from tldr_compile.cli.outputs import check_file
+from tldr_compile.cli.outputs import check_file, check_folder, check_png
 from tldr_compile.errors import OptionError, TldrError
 
 
@@ -19,6 +21,21 @@ def status(name: str, work: Callable[[], None]) -> int:
         print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def placed(chosen: argparse.Namespace, what: str, picture: Path) -> argparse.Namespace:
+    """The options with a folder and a picture: what is kept here is of the model that ships, not replaced by others."""
+    own = Path(f"{what}-{Path(chosen.model).name}") if chosen.model else timing.RESULTS
+    chosen.out = chosen.out or own
+    chosen.picture = chosen.picture or (chosen.out / f"{what}.png" if chosen.model else picture)
+    return chosen
+
+
+def check_outputs(chosen: argparse.Namespace) -> None:
+    """Before the work, not after it: raises OptionError for a folder or a picture that cannot be written."""
+    check_folder("--out", chosen.out)
+    check_png("--picture", chosen.picture)
+    check_folder("--picture", chosen.picture.parent)
 
 
 def check_writable(path: Path | None, marker: str) -> None:

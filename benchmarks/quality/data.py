@@ -85,12 +85,12 @@ def made(split: Split, number: int) -> Part:
 
 
 def folder(subject: Subject, path: Path, number: int, batch: int) -> tuple[Part, Part]:
-    """Videos to choose the schedule by, and at most `number` others to test on. Raises DataError."""
+    """Videos to choose the schedules by, and others to test on, at most `number` of each. Raises DataError."""
     found = listed(path, {name: int(label) for label, name in subject.model.config.id2label.items()})
     if len(found) < 2:
         raise DataError(f"--data {path} has one clip: one is needed to choose a schedule by, and others to test on")
     random.Random(0).shuffle(found)  # listed by class: a part of the list would be of few classes
-    val = min(VAL_CLIPS, max(1, len(found) // 5))
+    val = min(VAL_CLIPS, number, max(1, len(found) // 5))
     return _videos(subject, found[:val], batch), _videos(subject, found[val : val + number], batch)
 
 

@@ -42,7 +42,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "vid-TLDR, plain pooling": Method({"pooling": "plain"}),
     "vid-TLDR, not proportional": Method({"proportional": False}),
 }
-TIMED: Final = (OURS, "uniform merging, keys (ToMe)", "merging by shift", RANDOM)
+TIMED: Final = (OURS, "uniform merging, keys (ToMe)", "merging by shift", RANDOM, "drop the last")
 
 SHAPES: Final[Mapping[str, Callable[[int], range]]] = {
     "first site": lambda sites: range(1),

@@ -27,14 +27,13 @@ from benchmarks import timing
 from benchmarks.plot import PICTURES
 from benchmarks.quality import clips
 from benchmarks.quality.clips import Clips
-from benchmarks.quality.command import check_writable, status, write
+from benchmarks.quality.command import check_outputs, check_writable, placed, status, write
 from benchmarks.quality.data import check_made, checkpoint, load
 from benchmarks.quality.judge import Estimate, normal
 from benchmarks.quality.tell import grid
 from benchmarks.quality.train import EVAL_BATCH, batches
 from tldr_compile import ops
 from tldr_compile.cli.main import positive
-from tldr_compile.cli.outputs import check_folder, check_picture
 from tldr_compile.cli.video import IMAGENET_MEAN, IMAGENET_STD
 
 MARKER: Final = "<!-- saliency -->"
@@ -141,17 +140,16 @@ def picture(model: nn.Module, some: Clips, path: Path) -> Path:
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a VideoMAE for made clips; default: the one that is trained here")
-    parser.add_argument("--clips", type=positive, default=800, help="test clips, a multiple of 80")
-    parser.add_argument("--out", type=Path, default=timing.RESULTS, help="folder for the JSON")
-    parser.add_argument("--picture", type=Path, default=PICTURES / "saliency.png")
+    parser.add_argument("--clips", type=positive, default=800, help="test clips, a multiple of 80 (default: 800)")
+    parser.add_argument("--out", type=Path, help="folder for the JSON; default: benchmarks/results, or one for --model")
+    parser.add_argument("--picture", type=Path, help="PNG; default: docs/saliency.png, or beside the JSON of --model")
     parser.add_argument("--write", type=Path, help=f"file with two lines {MARKER}, for example README.md")
-    return parser.parse_args(argv)
+    return placed(parser.parse_args(argv), "saliency", PICTURES / "saliency.png")
 
 
 def run(chosen: argparse.Namespace) -> None:
     """Measure, print, keep, draw. Raises TldrError."""
-    check_folder("--out", chosen.out)
-    check_picture("--picture", chosen.picture)
+    check_outputs(chosen)
     check_writable(chosen.write, MARKER)
     name = chosen.model or checkpoint()
     subject = load(name, attention="eager")

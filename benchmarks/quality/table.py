@@ -26,14 +26,13 @@ from benchmarks import timing
 from benchmarks.plot import PICTURES, draw
 from benchmarks.quality import latency, methods, tell
 from benchmarks.quality.budget import Cell, Merger
-from benchmarks.quality.command import check_writable, status, write
+from benchmarks.quality.command import check_outputs, check_writable, placed, status, write
 from benchmarks.quality.data import VAL_CLIPS, Part, check_made, checkpoint, folder, load, made
 from benchmarks.quality.judge import Said, alone, hits, rows, said, verdict
 from benchmarks.quality.methods import CANDIDATES, METHODS, TIMED
 from benchmarks.quality.train import CHECKPOINTS, HERE
 from tldr_compile.cli.main import positive
 from tldr_compile.cli.models import Subject, device_of
-from tldr_compile.cli.outputs import check_folder, check_picture
 from tldr_compile.errors import OptionError
 
 DENSE, HALF = "dense", "dense, half the layers"
@@ -51,19 +50,33 @@ def budget(text: str) -> float:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="methods:\n" + "".join(f"  {name!r}\n" for name in METHODS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", help="hub id or folder; default: the checkpoint that is trained here")
     parser.add_argument("--data", type=Path, help="folder of videos; default: made clips")
-    parser.add_argument("--clips", type=positive, default=1600, help="test clips, of made ones a multiple of 80")
-    parser.add_argument("--budgets", type=budget, nargs="+", default=(0.9, 0.75, 0.6, 0.45, 0.3), help="in GFLOPs")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
-    parser.add_argument("--batch", type=positive, default=8, help="videos per call, timed ones too")
-    parser.add_argument("--rounds", type=positive, default=15, help="measurements of each latency")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=timing.RESULTS, help="folder for the JSON")
-    parser.add_argument("--picture", type=Path, default=PICTURES / "quality.png")
+    parser.add_argument(
+        "--clips", type=positive, default=1600, help="test clips; of made ones a multiple of 80 (default: 1600)"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=budget,
+        nargs="+",
+        default=(0.9, 0.75, 0.6, 0.45, 0.3),
+        help="parts of the dense GFLOPs (default: 0.9 0.75 0.6 0.45 0.3)",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="NAME", default=tuple(METHODS), help="default: all; see below"
+    )
+    parser.add_argument("--batch", type=positive, default=8, help="videos per call, timed ones too (default: 8)")
+    parser.add_argument("--rounds", type=positive, default=15, help="measurements of each latency (default: 15)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--out", type=Path, help="folder for the JSON; default: benchmarks/results, or one for --model")
+    parser.add_argument("--picture", type=Path, help="PNG; default: docs/quality.png, or beside the JSON of --model")
     parser.add_argument("--write", type=Path, help=f"file with two lines {tell.MARKER}, for example README.md")
-    return parser.parse_args(argv)
+    return placed(parser.parse_args(argv), "quality", PICTURES / "quality.png")
 
 
 def subject(chosen: argparse.Namespace) -> Subject:
@@ -89,7 +102,7 @@ def parts(chosen: argparse.Namespace, dense: Subject) -> tuple[Part, Part]:
     if chosen.data:
         return folder(dense, chosen.data, chosen.clips, chosen.batch)
     check_made(dense, chosen.model or CHECKPOINTS["base"], chosen.clips)
-    return made("val", VAL_CLIPS), made("test", chosen.clips)
+    return made("val", min(VAL_CLIPS, chosen.clips)), made("test", chosen.clips)
 
 
 def listen(merger: Merger, cells: Sequence[Cell], dense: Mapping[str, Subject], part: Part, title: str) -> Said:
@@ -184,8 +197,7 @@ def record(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def run(chosen: argparse.Namespace) -> None:
     """Measure, print, keep, draw. Raises TldrError."""
-    check_folder("--out", chosen.out)
-    check_picture("--picture", chosen.picture)
+    check_outputs(chosen)
     check_writable(chosen.write, tell.MARKER)
     methods.register()
     facts = record(chosen)

@@ -16,22 +16,23 @@ Row = Mapping[str, Any]
 
 def long(facts: Mapping[str, Any]) -> str:
     """All that is known, a line for each row, by budgets."""
-    head = ("method", "of dense", "GFLOPs", "accuracy, %", "as dense, %", "over random drop, points", "latency ÷ dense")
+    same, over = "same answer as dense, %", "over random drop, points"
+    head = ("method", "of dense", "GFLOPs", "accuracy, %", same, over, "latency ÷ dense")
     ordered = sorted(facts["rows"], key=lambda row: -(row["budget"] or 1))
     return "\n\n".join((grid(head, map(_line, ordered)), about(facts)))
 
 
 def short(facts: Mapping[str, Any]) -> str:
-    """Accuracies and latencies, a column for each budget."""
+    """Accuracies, agreement with the dense model and latencies, a column for each budget."""
     budgets = sorted(facts["budgets"], reverse=True)
-    head = ("accuracy, %", "dense", *(f"{budget:g} of its GFLOPs" for budget in budgets))
-    latencies = ("latency ÷ dense", *head[1:])
+    columns = ("dense", *(f"{budget:g} of its GFLOPs" for budget in budgets))
     timed = [row for row in facts["rows"] if row["over_dense"]]
     return "\n\n".join(
         (
-            grid(head, wide(facts["rows"], budgets, _accuracy)),
+            grid(("accuracy, %", *columns), wide(facts["rows"], budgets, _accuracy)),
             about(facts),
-            grid(latencies, wide(timed, budgets, _latency)),
+            grid(("same answer as dense, %", *columns), wide(facts["rows"], budgets, _agreement)),
+            grid(("latency ÷ dense", *columns), wide(timed, budgets, _latency)),
         )
     )
 
@@ -104,6 +105,10 @@ def _accuracy(row: Row) -> str:
     several = row["variants"]
     spread = f", {len(several)} seeds {100 * min(several):.1f} to {100 * max(several):.1f}" if several else ""
     return f"{middle} ({low} to {high}){spread}"
+
+
+def _agreement(row: Row) -> str:
+    return "-" if row["missed"] else f"{100 * row['agreement']:.1f}"
 
 
 def _latency(row: Row) -> str:

@@ -132,11 +132,11 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         type=positive,
         nargs="+",
         default=(8000, 4000),
-        help="of each cycle; a finished run goes on with one more",
+        help="of each cycle of the learning rate (default: 8000 4000); a finished run goes on if one is added",
     )
-    parser.add_argument("--batch", type=positive, default=32, help="clips per step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=learning_rate, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--batch", type=positive, default=32, help="clips per step (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and clips (default: 0)")
+    parser.add_argument("--rate", type=learning_rate, default=1.5e-3, help="peak learning rate (default: 1.5e-3)")
     parser.add_argument("--out", type=Path, help="folder for the result; default: checkpoint or checkpoint-half here")
     parser.add_argument("--work", type=Path, help="folder for state and log; default: .training/SIZE here")
     return parser.parse_args(argv)

@@ -139,7 +139,7 @@ def test_a_whole_run(tmp_path: Path, clip: Path, folder: Path, capsys: pytest.Ca
     assert re.search(r"tldr +[\d.]+ ms", said)
     before, after = map(float, re.findall(r"GFLOPs in matrix products: ([\d.]+) -> ([\d.]+)", said)[0])
     assert after < before
-    largest = float(re.findall(r"outputs apart +largest ([\d.e-]+)", said)[0])
+    largest = float(re.findall(r"logits apart +largest ([\d.e-]+)", said)[0])
     assert 0 < largest < 1
     assert re.findall(r"answer  (dense|tldr) +LABEL_[01] \([\d.]+%\)", said) == ["dense", "tldr"]
     assert Image.open(out).size[0] == 2 * (160 + 4) + 4

@@ -160,9 +160,9 @@ def test_every_method_has_the_shape_that_is_best_for_it(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--out", "/dev/null/x", "--out /dev/null/x: it cannot be made"),
+        ("--out", "/dev/null/x", "--out /dev/null/x: /dev/null is no folder"),
         ("--picture", "quality.svg", "its name has to end in .png"),
-        ("--picture", "/gone/quality.png", "there is no folder /gone"),
+        ("--picture", "/dev/null/quality.png", "/dev/null is no folder"),
     ],
 )
 def test_places_that_cannot_be_written_are_refused_first(

@@ -133,7 +133,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     card = (tmp_path / "out" / "README.md").read_text()
     assert "--size base --steps 3 2 --batch 4 --seed 0 --rate 0.0015" in card
     assert train.main(["--work", "/dev/null/x", "--out", str(tmp_path / "other")]) == 1
-    assert "--work /dev/null/x: it cannot be made" in capsys.readouterr().err
+    assert "--work /dev/null/x: /dev/null is no folder" in capsys.readouterr().err
 
 
 def test_half_has_half_the_operations() -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForVideoClassification, VideoMAEConfig, VideoMAEForVideoClassification
 from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
 from tldr_compile.cli.video import Preprocessing
 from tldr_compile.errors import OptionError, TldrError
@@ -63,6 +64,7 @@ def _random(attention: str | None, seed: int) -> Subject:
 
 
 def _pretrained(name: str, attention: str | None) -> Subject:
+    disable_progress_bar()  # of the weights' loading, which takes no time
     try:
         model = AutoModelForVideoClassification.from_pretrained(name, attn_implementation=attention)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -7,11 +7,10 @@ from pathlib import Path
 from tldr_compile.errors import OptionError
 
 
-def check_picture(option: str, path: Path) -> None:
-    """Raises OptionError for a path that no PNG can be written to."""
+def check_png(option: str, path: Path) -> None:
+    """Raises OptionError for a name that is not that of a PNG."""
     if path.suffix.lower() != ".png":
         raise OptionError(f"{option} {path}: pictures are PNG files, so its name has to end in .png")
-    check_file(option, path)
 
 
 def check_file(option: str, path: Path) -> None:
@@ -28,9 +27,8 @@ def check_file(option: str, path: Path) -> None:
 
 
 def check_folder(option: str, path: Path) -> None:
-    """Make the folder if it is missing. Raises OptionError where nothing can be written into it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"{option} {path}: it cannot be made ({error.strerror})") from error
-    check_file(option, path / ".probe")
+    """Raises OptionError for a folder that neither takes files nor can be made; nothing is made yet."""
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise OptionError(f"{option} {path}: {there} is no folder")
+    check_file(option, there / ".probe")

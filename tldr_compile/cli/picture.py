@@ -42,9 +42,9 @@ def picture(
     groups = len(np.unique(assign))
     rows = [
         (f"{frames.shape[0]} frames, one of {frames.shape[0] // grid[0]} shown", shown),
-        ("saliency", _heated(shown, grid, saliency)),
+        ("saliency at the first merge: dark 0, bright 1", _heated(shown, grid, saliency)),
         (
-            f"{tokens} tokens in {groups} groups: merged ones flat and outlined, background dim",
+            f"{tokens} tokens in {groups} groups: merged ones flat and outlined, dim where saliency is 0",
             _grouped(shown, frames, grid, saliency, assign),
         ),
     ]

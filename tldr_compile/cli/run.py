@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 import tldr_compile
 from tldr_compile.cli import measure, models, video
 from tldr_compile.cli.models import device_of
-from tldr_compile.cli.outputs import check_picture
+from tldr_compile.cli.outputs import check_file, check_png
 from tldr_compile.cli.picture import picture
 from tldr_compile.errors import TldrError
 
@@ -26,7 +26,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints and draws what `tldr run --help` says. Raises TldrError; nothing is compiled before the input is read."""
     config = tldr_compile.TokenMerging(schedule=arguments.schedule)
     device = device_of(arguments.device)
-    check_picture("--out", arguments.out)
+    check_png("--out", arguments.out)
+    check_file("--out", arguments.out)
     path = arguments.video or video.sample_video()
     available = video.count(path)
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -86,11 +87,11 @@ def _compare(
     for name, seconds in taken.items():
         spread = measure.Spread.of([1e3 * second for second in seconds])
         console.print(f"  {name:6} {spread.median:8.1f} ms  (min {spread.min:.1f}, max {spread.max:.1f})")
-    console.print(f"  {'ratio':6} {times.median:8.2f}     (min {times.min:.2f}, max {times.max:.2f}), dense by tldr")
+    console.print(f"  {'faster':6} {times.median:8.2f} x   (min {times.min:.2f}, max {times.max:.2f})")
     console.print(f"peak memory  {peak['dense']:.1f} -> {peak['tldr']:.1f} MiB in tensors of one call, without weights")
     console.print(
-        f"outputs apart  largest {far.largest:.3g}, relative {far.relative:.3g}, cosine {far.cosine:.5f}, "
-        f"{'the same' if far.same_top else 'another'} top-1"
+        f"logits apart  largest {far.largest:.3g}, relative {far.relative:.3g}, cosine {far.cosine:.5f}, "
+        f"{'the same' if far.same_top else 'ANOTHER'} answer"
     )
 
 
