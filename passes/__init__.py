@@ -20,8 +20,10 @@ from passes.attention import fuse
 from passes.canonicalize import Captured, from_dynamo, from_export
 from passes.errors import CaptureError
 from passes.nodes import tensors
-from passes.plan import Entry, Plan, make_plan
+from passes.plan import Plan
+from passes.planner import make_plan
 from passes.rewrite import Policy, rewrite
+from passes.schedule import Entry
 from passes.sites import sites
 from passes.typing import infer
 from passes.verify import check_shapes

@@ -1,16 +1,16 @@
 """Axes with provenance: a small immutable algebra that says where each dimension of a tensor came from.
 
 An *atom* is born where a dimension is born; a *segment* is a product of factors (atoms, or parenthesised sums); an
-*axis* is a
-concatenation of segments. `1 + t·h·w` is a class token followed by the patches of a clip. A `Substitution` solves the
-equations
-that operators pose about axes. Nothing here knows about graphs or tensors.
+*axis* is a concatenation of segments. `1 + t·h·w` is a class token followed by the patches of a clip. A `Substitution`
+solves the equations that operators pose about axes. Nothing here knows about graphs or tensors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from math import prod
 from typing import TypeAlias, Union
@@ -21,6 +21,24 @@ Size: TypeAlias = int | sympy.Expr
 
 # How firmly an atom is anchored: when two lone atoms turn out to be one, the firmer name stays.
 UNKNOWN, CONSTANT, BORN = 0, 1, 2
+
+
+class Role(Enum):
+    """What a dimension is, by its birth. Decisions read roles; labels are for people."""
+
+    SAMPLE = "sample"
+    TIME = "time"
+    HEIGHT = "height"
+    WIDTH = "width"
+    TOKEN = "token"  # of an input that comes as tokens
+    CHANNEL = "channel"
+    FOLDED = "folded"  # a part of what came as samples: frames of a clip, or samples
+    UNKNOWN = "unknown"
+
+    @property
+    def part(self) -> Role:
+        """The role of a factor of such a dimension."""
+        return Role.FOLDED if self is Role.SAMPLE else self
 
 
 class Conflict(Exception):
@@ -38,11 +56,17 @@ class Atom:
     label: str = ""
     clip: bool = False
     strength: int = UNKNOWN
+    role: Role = Role.UNKNOWN
 
     @property
     def born(self) -> bool:
         """Whether the atom is one of the clip's own dimensions, not a name for something still unknown."""
         return self.clip and self.strength == BORN
+
+    def part(self, size: Size, number: int) -> Atom:
+        """Factor `number` of this dimension, of a size."""
+        label = f"{self.label}{number}" if self.label else ""
+        return Atom(size, label, self.clip, self.strength, self.role.part)
 
     def __repr__(self) -> str:
         return self.label if self.clip and self.label else str(self.size)
@@ -184,15 +208,25 @@ def border(whole: Axis, offset: Size) -> Border | None:
 
 
 def spread(axes: Axes, run: Axis) -> tuple[int, int] | None:
-    """The neighbouring dimensions `[first, last)`, two or more, that hold a run together and nothing else."""
+    """The neighbouring dimensions `[first, last)`, two or more, over which the factors of a run lie together.
+
+    What else lies there stands before the run in the first dimension, or after it in the last: `b·t` and `h·w` spread
+    `t·h·w`.
+    """
+    inner = run.factors
     for first in range(len(axes)):
-        factors: Segment = ()
-        for last in range(first, len(axes)):
-            factors = (*factors, *axes[last].factors)
-            if axes[last] == UNIT or factors != run.factors[: len(factors)]:
-                break
-            if factors == run.factors and last > first:
-                return first, last + 1
+        for skipped in range(len(axes[first].factors)):
+            factors = axes[first].factors[skipped:]
+            if factors != inner[: len(factors)] or len(factors) == len(inner):
+                continue
+            for last in range(first + 1, len(axes)):
+                more = axes[last].factors
+                left = len(inner) - len(factors)
+                if not more or more[:left] != inner[len(factors) : len(factors) + len(more)]:
+                    break
+                if left <= len(more):
+                    return first, last + 1
+                factors = (*factors, *more)
     return None
 
 
@@ -238,14 +272,6 @@ class Substitution:
             raise Conflict(f"{atom!r} and {to!r} were born apart: that their sizes agree is a coincidence")
         return Substitution({**self.bindings, atom: to})
 
-    def given_to_clip(self, whole: Axis) -> Substitution:
-        """Every atom of an axis is of the clip: the axis stands for a dimension that is."""
-        solved = self
-        for each in self.resolve(whole).atoms:
-            if not each.clip:
-                solved = solved.bind(each, axis(Atom(each.size, each.label, True, each.strength)))
-        return solved
-
     def identify(self, keep: Axis, other: Axis) -> Substitution:
         """The two axes are one. Of two lone atoms the firmer one stays, then the clip's, then the first."""
         keep, other = self.resolve(keep), self.resolve(other)
@@ -278,9 +304,7 @@ class Substitution:
                 longer, shorter, rest = (one, two, left) if _larger(one.size, two.size) else (two, one, right)
                 if longer.lone is None:
                     raise Conflict(f"{keep!r} and {other!r} are joined at different places")
-                tail = Atom(
-                    simplify(longer.size - shorter.size), longer.lone.label, longer.lone.clip, longer.lone.strength
-                )
+                tail = dataclasses.replace(longer.lone, size=simplify(longer.size - shorter.size))
                 solved = solved.bind(longer.lone, concat([shorter, axis(tail)]))
                 rest.insert(0, (tail,))
             else:
@@ -300,8 +324,7 @@ class Substitution:
                 taken.append(head)
                 size = left
             elif (over := divide(head.size, size)) is not None and isinstance(head, Atom):
-                first = Atom(size, _part(head.label, 1), head.clip, head.strength)
-                second = Atom(over, _part(head.label, 2), head.clip, head.strength)
+                first, second = head.part(size, 1), head.part(over, 2)
                 solved = Substitution({**solved.bindings, head: axis(first, second)})
                 taken.append(first)
                 rest.insert(0, second)
@@ -309,10 +332,6 @@ class Substitution:
             else:
                 raise Conflict(f"{head!r} of size {head.size} has no part of size {size}")
         return solved, product(taken), tuple(rest)
-
-
-def _part(label: str, number: int) -> str:
-    return f"{label}{number}" if label else ""
 
 
 def _larger(one: Size, two: Size) -> bool:

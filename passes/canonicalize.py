@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,13 +52,14 @@ class Captured:
     Its first `len(mutated)` outputs are the values to write back to the placeholders named in `mutated`; the
     rest are the tracer's own outputs. `constants` names the placeholders that hold parameters, buffers or other
     attributes of a module (`get_attr` nodes are constants too); `names` gives the other placeholders' names as the
-    user wrote them.
+    user wrote them. `values` has the constants whose numbers are at hand, by the target of their node.
     """
 
     graph: fx.GraphModule
     constants: frozenset[str]
     names: Mapping[str, str]
     mutated: tuple[str, ...] = ()
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def from_export(program: ExportedProgram) -> Captured:
@@ -74,11 +75,13 @@ def from_export(program: ExportedProgram) -> Captured:
     graph, mutated = _retrace(program.graph_module, values, mode)
     by_target = {spec.target: spec.arg.name for spec in signature.input_specs if spec.target is not None}
     kinds = {spec.arg.name: spec.kind for spec in signature.input_specs}
+    tensors = {**program.state_dict, **program.constants}
     return Captured(
         graph=graph,
         constants=frozenset(name for name, kind in kinds.items() if kind in _CONSTANT_KINDS),
         names=shortest_names(export_paths(program)),
         mutated=mutated + tuple(by_target.get(target, target) for target in already),
+        values=_numbers(graph, {spec.arg.name: tensors.get(spec.target) for spec in signature.input_specs}),
     )
 
 
@@ -99,7 +102,20 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         for node, value in zip(placeholders, values, strict=True)
         if node.name not in constants and isinstance(value, torch.Tensor)
     }
-    return Captured(graph=graph, constants=constants, names=shortest_names(paths), mutated=mutated)
+    given = {node.name: value for node, value in zip(placeholders, example_inputs, strict=True)}
+    numbers = _numbers(graph, {name: given[name] for name in constants})
+    return Captured(graph=graph, constants=constants, names=shortest_names(paths), mutated=mutated, values=numbers)
+
+
+def _numbers(graph: fx.GraphModule, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The constants that are real tensors, by the target of their node."""
+    inputs = {str(node.target): given.get(node.name) for node in _placeholders(graph)}
+    found = {**inputs, **_tensor_attributes(graph)}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) and value.device.type != "meta"
+    }
 
 
 def inherit(new: fx.GraphModule, old: fx.GraphModule) -> fx.GraphModule:

@@ -5,17 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 from torch import fx
 
-from passes.axes import UNIT, Atom, Axes, Axis, replace, spread
+from passes.axes import UNIT, Atom, Axes, Axis, product, replace, spread
 from passes.axes import axis as atom_axis
 from passes.layout import Layout
-from passes.plan import Conversion, How, Merge, Resolution, at, tokens_at
+from passes.plan import Conversion, How
+from passes.resolution import Resolution, at, tokens_at
 
 aten = torch.ops.aten
 
@@ -38,7 +39,7 @@ class Converter:
     _assigned: dict[Resolution, fx.Node] = field(default_factory=dict)
     _restored: dict[tuple[fx.Node, Resolution], Laid] = field(default_factory=dict)
 
-    def convert(self, laid: Laid, conversion: Conversion, reads: Axes | None) -> Laid:
+    def convert(self, laid: Laid, conversion: Conversion, reads: Axes | None = None) -> Laid:
         if conversion.how is How.RESTORE:
             assert conversion.source is not None
             return self.up(laid, conversion.source)
@@ -48,6 +49,11 @@ class Converter:
         below = conversion.source.chain if conversion.source else ()
         for resolution in reversed([r for r in conversion.target.chain if r not in below]):
             laid = self.down(laid, resolution, conversion.how)
+        return laid
+
+    def converted(self, laid: Laid, conversions: Iterable[Conversion]) -> Laid:
+        for each in conversions:
+            laid = self.convert(laid, each)
         return laid
 
     def _with_batch(self, laid: Laid, reads: Axes | None, target: Resolution) -> Laid:
@@ -108,9 +114,9 @@ class Converter:
         return Laid(node, axes)
 
     def flat(self, laid: Laid, tokens: Axis) -> Laid:
-        """A run that lies on several dimensions on one of its own."""
+        """A run that lies over several dimensions on one of them."""
         while (dims := spread(laid.axes, tokens)) is not None:
-            axes = (*laid.axes[: dims[0]], tokens, *laid.axes[dims[1] :])
+            axes = (*laid.axes[: dims[0]], product(laid.axes[dims[0] : dims[1]]), *laid.axes[dims[1] :])
             laid = Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
         return laid
 
@@ -134,13 +140,6 @@ class Converter:
         }
         target = tuple(tokens if d == dim else axis if d in nearest else UNIT for d, axis in enumerate(axes))
         return self.layout.arrange(node, (batch, tokens), target)
-
-    def unmixed(self, laid: Laid, merge: Merge, held: Sequence[Resolution]) -> Laid:
-        """A value at a merge, without the resolutions of other runs that share dimensions with the merged one."""
-        for resolution in held:
-            if resolution.run != merge.target.run and resolution.meets(merge.target):
-                laid = self.up(laid, resolution)
-        return laid
 
 
 def holding(axes: Axes, tokens: Axis) -> list[int]:

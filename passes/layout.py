@@ -115,16 +115,20 @@ class Layout:
         `apply(part, axes, dim)` sees `old` as a dimension of its own.
         """
         axis = axes[dim]
-        place = find(axis, old)
+        place = find(axis, old) or _segment_with(axis, old)
         if place is None:
             return self._inside_product(node, axes, dim, old, new, apply)
-        part = self.segments(node, axes, dim, place)
-        part = apply(part, (*axes[:dim], old, *axes[dim + 1 :]), dim)
+        whole = subaxis(axis.segments[place[0] : place[1]])
+        part, held = self.segments(node, axes, dim, place), (*axes[:dim], whole, *axes[dim + 1 :])
+        if whole == old:
+            part, held = apply(part, held, dim), (*axes[:dim], new, *axes[dim + 1 :])
+        else:
+            part, held = self._inside_product(part, held, dim, old, new, apply)
         before, after = (0, place[0]), (place[1], len(axis.segments))
         parts = [self.segments(node, axes, dim, before)] if place[0] else []
         parts += [part]
         parts += [self.segments(node, axes, dim, after)] if after[0] < after[1] else []
-        segments = (*axis.segments[: place[0]], *new.segments, *axis.segments[place[1] :])
+        segments = (*axis.segments[: place[0]], *held[dim].segments, *axis.segments[place[1] :])
         result = (*axes[:dim], subaxis(segments), *axes[dim + 1 :])
         return (part if len(parts) == 1 else self.call(aten.cat.default, parts, dim)), result
 
@@ -148,6 +152,19 @@ def one_symbol(length: Size) -> tuple[sympy.Symbol, int, int] | None:
     times, offset = length.coeff(symbol), length.subs(symbol, 0)
     exact = times.is_Integer and offset.is_Integer and simplify(length - times * symbol - offset) == 0
     return (symbol, int(times), int(offset)) if exact and times != 0 else None
+
+
+def segment_of(axis: Axis, old: Axis) -> tuple[int, int]:
+    """The segments `[first, last)` of an axis that are `old`, or of which one has it among its factors."""
+    return find(axis, old) or _segment_with(axis, old) or (0, len(axis.segments))
+
+
+def _segment_with(axis: Axis, old: Axis) -> tuple[int, int] | None:
+    """Where, among several segments, stands the one that has `old` among its factors."""
+    if len(axis.segments) < 2 or len(old.segments) > 1:
+        return None
+    inside = [k for k, segment in enumerate(axis.segments) if old.atoms <= Axis((segment,)).atoms]
+    return (inside[0], inside[0] + 1) if inside else None
 
 
 def _offset(axis: Axis, border: int) -> Size:

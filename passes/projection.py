@@ -3,15 +3,18 @@
 This interpreter is the definition that the rewriter is checked against. It shares the plan and the groupings with it
 and nothing else: no value is ever short, tokens are found by coordinates, sums are weighed token by token.
 
-    merge, float operand      x_i  <-  sum over the group of i of  w_j x_j
+    merge, float operand      x_i  <-  sum over the group of i of  weight_j x_j
     merge, table operand      x_i  <-  x at the group's representative
-    sum over tokens           each token weighs  mass of its group / size of its group
+    sum over tokens           token i weighs  w_i = (m_g / |g|) · N / Σ m,  over its run for each value of its batch
+    counting tokens           each token counts 1
+    probabilities leave       p_i  <-  w_i p_i
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import sympy
@@ -22,9 +25,10 @@ from passes.attention import SDPA
 from passes.axes import Atom, Axes, Axis, Factor, Size, product, replace, spread
 from passes.layout import one_symbol
 from passes.nodes import named, size
-from passes.plan import Conversion, How, Plan, Resolution, Weighing
+from passes.plan import How, Plan, Step, Weighing, Weight
+from passes.resolution import Resolution
 from passes.rewrite import Policy
-from passes.rules import Kind
+from passes.rules import Kind, Use
 
 aten = torch.ops.aten
 
@@ -85,13 +89,13 @@ class Projection(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         step = self.plan.steps.get(n)
-        if step is None or not (step.conversions or step.weighings):
+        if step is None or n.target is getitem or not (step.conversions or step.weighings or step.scalings):
             result = super().run_node(n)
         else:
-            result = self._call(n, step.conversions, step.weighings)
+            result = self._call(n, step)
         if n.op == "placeholder":
             self._learn(n, result)
-        if (merge := self.plan.merge_after(n)) is not None:
+        for merge in self.plan.merges_after(n):
             result = self._project(result, self.plan.typed.value(n).axes, merge.target, How.MERGE)
         return result
 
@@ -106,10 +110,10 @@ class Projection(fx.Interpreter):
     def _number(self, length: Size) -> int:
         return length if isinstance(length, int) else int(length.subs(self.symbols))
 
-    def _call(self, node: fx.Node, conversions: Sequence[Conversion], weighings: Sequence[Weighing]) -> Any:
+    def _call(self, node: fx.Node, step: Step) -> Any:
         operands = [self.env[each] for each in self.plan.typed.operands(node)]
-        typed = self.plan.typed.calls.get(node)
-        for conversion in conversions:
+        typed, own = self.plan.typed.calls.get(node), self.plan.typed.own(node)
+        for conversion in step.conversions:
             if conversion.target is not None and typed is not None:
                 number = conversion.operand
                 reads = typed.reads[number]
@@ -117,14 +121,25 @@ class Projection(fx.Interpreter):
                 operands[number] = self._project(
                     wide, reads[len(reads) - wide.ndim :], conversion.target, conversion.how
                 )
-        weights = {w.use: self._weight(w, typed.reads[w.use.operand]) for w in weighings} if typed else {}
+        for scaling in step.scalings:
+            axes = own[scaling.operand]
+            each = self._token_weights(scaling.weight, axes, (scaling.dim,), self.policy.proportional)
+            if scaling.weight.held:  # it leaves with one entry for each group, which stands for all of its tokens
+                each = each * self._token_sizes(scaling.weight, axes, (scaling.dim,))
+            operands[scaling.operand] = (operands[scaling.operand] * each).to(operands[scaling.operand].dtype)
+        weights: dict[Use, Tensor] = {}
+        for weighing in step.weighings:
+            assert typed is not None
+            each = self._weight(weighing, typed.reads[weighing.use.operand])
+            weights[weighing.use] = weights[weighing.use] * each if weighing.use in weights else each
         if node.target is SDPA:
             return _attention(node, operands, next(iter(weights.values()), None), self.fetch_args_kwargs_from_env(node))
         for use, weight in weights.items():
-            if use.kind is Kind.CONTRACT:
+            if use.kind in (Kind.CONTRACT, Kind.LINEAR):
                 operands[use.operand] = (operands[use.operand] * weight).to(operands[use.operand].dtype)
             else:
-                result = _weighed(use.kind, operands[0], weight, use.dims, named(node), node.meta["val"].dtype)
+                partial = any(w.partial for w in step.weighings if w.use is use)
+                result = _weighed(use.kind, operands[0], weight, use.dims, named(node), node.meta["val"].dtype, partial)
                 return result.nan_to_num(0.0) if node.target is aten._safe_softmax.default else result
         feed = iter(operands)
 
@@ -171,22 +186,46 @@ class Projection(fx.Interpreter):
 
     def _weight(self, weighing: Weighing, axes: Axes) -> Tensor:
         """What every entry of an operand weighs in a sum over some dimensions."""
-        kind, resolution = weighing.use.kind, weighing.resolution
-        groups = self.groups[resolution.index]
+        if weighing.counts:
+            return torch.ones((1,) * len(axes))
+        kind, dims = weighing.use.kind, weighing.use.dims
         mass = self.policy.pooling == "mass" if kind in (Kind.MEAN, Kind.SUM) else self.policy.proportional
+        weights = self._token_weights(weighing.weight, axes, dims, mass)
+        if weighing.partial and kind in (Kind.CONTRACT, Kind.LINEAR):
+            weights = weights / weights.mean(dims, keepdim=True)
+        return weights
+
+    def _token_weights(self, weight: Weight, axes: Axes, dims: Sequence[int], mass: bool) -> Tensor:
+        """`w_i` of every entry, averaged over what of the run has been summed; 1 of what is no token of the run."""
+        groups = self.groups[weight.resolution.index]
         share = (groups.mass if mass else torch.ones_like(groups.mass)) / groups.size
-        probe = Atom(resolution.run.size)
-        marked = tuple(replace(axis, resolution.run, probe) for axis in axes)
-        whole = any(probe in axis.atoms for axis in marked)
-        token = self._across(marked, [probe] if whole else resolution.run.factors, weighing.use.dims)
-        sample = self._across(marked, resolution.batch.factors, weighing.use.dims)
+        share = share * (share.shape[1] / share.sum(1, keepdim=True))
+        return self._spread(share, weight, axes, dims)
+
+    def _token_sizes(self, weight: Weight, axes: Axes, dims: Sequence[int]) -> Tensor:
+        return self._spread(self.groups[weight.resolution.index].size, weight, axes, dims)
+
+    def _spread(self, share: Tensor, weight: Weight, axes: Axes, dims: Sequence[int]) -> Tensor:
+        """A number of every token, `[batch, run]`, at every entry along axes; 1 at what is no token."""
+        run, batch = weight.resolution.run, weight.resolution.batch
+        left: Axis = run
+        if weight.gone:
+            sizes = [self._number(factor.size) for factor in run.factors]
+            summed = [1 + k for k, factor in enumerate(run.factors) if factor in weight.gone]
+            share = share.reshape(len(share), *sizes).mean(summed).flatten(1)
+            left = product(factor for factor in run.factors if factor not in weight.gone)
+        probe = Atom(left.size)
+        marked = tuple(replace(each, left, probe) for each in axes)
+        whole = any(probe in each.atoms for each in marked)
+        token = self._across(marked, [probe] if whole else left.factors, dims)
+        sample = self._across(marked, batch.factors, dims)
         sample, token = torch.broadcast_tensors(sample, token)
         return share[sample.clamp(min=0), token.clamp(min=0)].masked_fill(token < 0, 1.0)
 
     def _project(self, x: Tensor, axes: Axes, resolution: Resolution, how: How) -> Tensor:
         """`up(down(x))` along every dimension that holds the run whole, or neighbouring ones that do together."""
         if (dims := spread(axes, resolution.run)) is not None:
-            flat = (*axes[: dims[0]], resolution.run, *axes[dims[1] :])
+            flat = (*axes[: dims[0]], product(axes[dims[0] : dims[1]]), *axes[dims[1] :])
             return self._project(x.flatten(dims[0], dims[1] - 1), flat, resolution, how).reshape(x.shape)
         probe = Atom(resolution.run.size)
         for dim, axis in enumerate(axes):
@@ -215,42 +254,60 @@ class Projection(fx.Interpreter):
     def shorten(self, x: Tensor, axes: Axes, resolution: Resolution) -> Tensor:
         """A projected value `[..., run, ...]` with one entry for each group, as it is held."""
         if (dims := spread(axes, resolution.run)) is not None:
-            flat = (*axes[: dims[0]], resolution.run, *axes[dims[1] :])
-            short = self.shorten(x.flatten(dims[0], dims[1] - 1), flat, resolution)
-            return short[(..., *(None,) * (dims[1] - dims[0] - 1), *(slice(None),) * (len(axes) - dims[1]))]
+            flat = (*axes[: dims[0]], product(axes[dims[0] : dims[1]]), *axes[dims[1] :])
+            shorter = self.shorten(x.flatten(dims[0], dims[1] - 1), flat, resolution)
+            return shorter[(..., *(None,) * (dims[1] - dims[0] - 1), *(slice(None),) * (len(axes) - dims[1]))]
         probe = Atom(resolution.run.size)
         for dim, axis in enumerate(axes):
-            marked = replace(axis, resolution.run, probe)
-            if probe in marked.atoms:
-                token = self._coordinates(marked, probe)
-                sample = self._across(axes, resolution.batch.factors)
-                order = self._held_order(token, resolution)
-                at = order[sample.movedim(dim, -1)[..., 0]] if sample.ndim else order[0]
-                index = at.movedim(-1, dim).expand([-1 if d == dim else n for d, n in enumerate(x.shape)])
-                x = x.gather(dim, index)
+            full = replace(axis, resolution.run, probe)
+            if probe in full.atoms:
+                short = replace(axis, resolution.run, resolution.groups)
+                index = self._representatives((*axes[:dim], short, *axes[dim + 1 :]), full, probe, dim, resolution)
+                x = x.gather(dim, index.expand([index.shape[d] if d == dim else n for d, n in enumerate(x.shape)]))
         return x
 
-    def _held_order(self, token: Tensor, resolution: Resolution) -> Tensor:
-        """For each sample the representatives' positions in group order, protected ones around; `[B, held]`."""
+    def _representatives(self, axes: Axes, full: Axis, probe: Atom, dim: int, resolution: Resolution) -> Tensor:
+        """At every entry of a short dimension the position at full length that stands for it; broadcastable."""
         groups = self.groups[resolution.index]
-        inside = (token >= 0).nonzero()[:, 0]
-        first, last = int(inside[0]), int(inside[-1]) + 1
-        rows = []
-        for group, representative in zip(groups.group, groups.representative, strict=True):
-            held = torch.zeros(int(group.max()) + 1, dtype=torch.int64)
-            held[group] = representative
-            rows.append(torch.cat([torch.arange(first), held + first, torch.arange(last, len(token))]))
-        return torch.stack(rows)
+        group, beside = self._coordinates(axes[dim], resolution.groups), self._beside(axes[dim], resolution.groups)
+        place = {
+            key: position
+            for position, key in enumerate(_keys(self._coordinates(full, probe), self._beside(full, probe)))
+        }
+        tables = []
+        for assigned, representative in zip(groups.group, groups.representative, strict=True):
+            stands = torch.zeros(int(assigned.max()) + 1, dtype=torch.int64)
+            stands[assigned] = representative
+            token = torch.where(group >= 0, stands[group.clamp(min=0)], group)
+            tables.append([place[key] for key in _keys(token, beside)])
+        sample = self._across(axes, resolution.batch.factors, (dim,)).clamp(min=0)
+        position = torch.arange(len(group)).reshape([-1 if d == dim else 1 for d in range(len(axes))])
+        return torch.tensor(tables)[sample, position]
 
     def _beside(self, axis: Axis, probe: Atom) -> Tensor:
         """What else tells positions along an axis apart: the number of the other factors' values; `[size]`."""
-        others = [
-            f for factor in axis.factors for f in ([factor] if isinstance(factor, Atom) else []) if f is not probe
-        ]
         number = torch.zeros(self._number(axis.size), dtype=torch.int64)
-        for factor in others:
+        for factor in _multiplied_with(axis, probe):
             number = number * (self._number(factor.size) + 1) + self._coordinates(axis, factor)
         return number
+
+
+def _multiplied_with(axis: Axis, probe: Atom) -> list[Atom]:
+    """The atoms that stand in a product with one."""
+    for segment in axis.segments:
+        inner = [each for each in segment if isinstance(each, Axis) and probe in each.atoms]
+        if probe in segment or inner:
+            beside = [each for each in segment if isinstance(each, Atom) and each is not probe]
+            return beside + [atom for each in inner for atom in _multiplied_with(each, probe)]
+    return []
+
+
+def _keys(token: Tensor, beside: Tensor) -> list[tuple[int, int]]:
+    """A name for every position: the token and what stands beside it, or how many such as it came before."""
+    outside = (token < 0).cumsum(0)
+    return [
+        (int(t), int(b)) if t >= 0 else (-1, int(number)) for t, b, number in zip(token, beside, outside, strict=True)
+    ]
 
 
 def _unravel(sizes: Sequence[int], which: int) -> Tensor:
@@ -281,15 +338,19 @@ def _widened(x: Tensor, reads: Axes, number: Any) -> Tensor:
 
 
 def _weighed(
-    kind: Kind, x: Tensor, weight: Tensor, dims: Sequence[int], given: Mapping[str, Any], dtype: torch.dtype
+    kind: Kind, x: Tensor, weight: Tensor, dims: Sequence[int], given: Mapping[str, Any], dtype: torch.dtype, part: bool
 ) -> Tensor:
+    """A softmax, mean or sum; the sum over a part of a run is that part's size times its mean."""
     wide, weight, dims = x.double(), weight.expand(x.shape), tuple(dims)
     if kind is Kind.SOFTMAX:
         exponential = (wide - wide.amax(dims, keepdim=True)).exp()
         return (exponential / (weight * exponential).sum(dims, keepdim=True)).to(dtype)
-    total = (wide * weight).sum(dims, keepdim=bool(given.get("keepdim", False)))
+    keepdim = bool(given.get("keepdim", False))
+    total = (wide * weight).sum(dims, keepdim=keepdim)
     if kind is Kind.MEAN:
-        total = total / weight.sum(dims, keepdim=bool(given.get("keepdim", False)))
+        total = total / weight.sum(dims, keepdim=keepdim)
+    if kind is Kind.SUM and part:
+        total = total / weight.mean(dims, keepdim=keepdim)
     return total.to(dtype)
 
 

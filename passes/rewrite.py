@@ -25,12 +25,13 @@ import torch
 from torch import fx
 
 from passes.attention import SDPA
-from passes.axes import Axes, Axis, find, product
+from passes.axes import Axes, Axis, find, product, subaxis
 from passes.convert import Converter, Laid, holding
 from passes.errors import OptionError
-from passes.layout import Layout
+from passes.layout import Layout, segment_of
 from passes.nodes import named, operator_name, size
-from passes.plan import Conversion, How, Merge, Plan, Resolution, Step, at, tokens_at
+from passes.plan import Conversion, How, Merge, Plan, Step
+from passes.resolution import Resolution, at, of_run, tokens_at
 from passes.rules import RESIZE, Held, Kind
 from passes.sites import maximal_runs
 from passes.weigh import Weigher
@@ -89,7 +90,7 @@ class _Rewriter:
         for node in old.graph.nodes:
             if node.op != "placeholder":
                 self.env[node] = self._emit(node)
-                if (merge := self.plan.merge_after(node)) is not None:
+                for merge in self.plan.merges_after(node):
                     self._merge(merge)
         self.graph.eliminate_dead_code()
         module = fx.GraphModule(old, self.graph)
@@ -104,9 +105,11 @@ class _Rewriter:
         if node in self.typed.values:
             self.axes[node] = tuple(each.axes for each in self.typed.values[node])
         step = self.plan.steps.get(node)
-        if step is None or not (step.held or step.conversions or step.weighings or self._scores(node)):
-            if step is None and node.target is getitem and node.args[0] in self.axes:
-                self._inherit(node)
+        if node.target is getitem and node.args[0] in self.axes:
+            self._inherit(node)
+            return self.graph.node_copy(node, lambda n: self.env[n])
+        busy = step and (step.held or step.conversions or step.weighings or step.scalings)
+        if step is None or not (busy or self._scores(node)):
             return self.graph.node_copy(node, lambda n: self.env[n])
         if node in self.axes:
             self.axes[node] = tuple(at(axes, step.held) for axes in self.axes[node])
@@ -125,13 +128,18 @@ class _Rewriter:
         self.axes[node] = (self.axes[source][index],)  # type: ignore[index]
 
     def _operands(self, node: fx.Node, step: Step) -> list[Laid]:
-        reads = self.typed.calls[node].reads if node in self.typed.calls else None
-        laid = [Laid(self.env[o], self.axes[o][0]) for o in self.typed.operands(node)]
+        typed, operands, own = self.typed.calls.get(node), self.typed.operands(node), self.typed.own(node)
+        laid = [
+            Laid(self.env[each], self.axes[each][0] if self.typed.value(each).varies else own[k])
+            for k, each in enumerate(operands)
+        ]
         for conversion in step.conversions:
-            number, operand = conversion.operand, self.typed.operands(node)[conversion.operand]
-            laid[number] = self.converter.convert(laid[number], conversion, reads[number] if reads else None)
+            number = conversion.operand
+            laid[number] = self.converter.convert(laid[number], conversion, typed.reads[number] if typed else None)
             if conversion.how is How.RESTORE:
-                laid[number] = self._reshaped(laid[number], self.typed.value(operand).axes)
+                laid[number] = self._reshaped(laid[number], self.typed.value(operands[number]).axes)
+        for scaling in step.scalings:
+            laid[scaling.operand] = self.weigher.scaled(laid[scaling.operand], scaling)
         return laid
 
     def _reshaped(self, laid: Laid, full: Axes) -> Laid:
@@ -144,14 +152,10 @@ class _Rewriter:
         if node.target is SDPA:
             return self._attention(node, step, operands)
         operands = list(operands)
-        for weighing in step.weighings:
-            weight = self.weigher.weight(weighing, operands)
-            if weight is None:
-                continue
-            if weighing.use.kind is Kind.CONTRACT:
-                operands[weighing.use.operand] = self.weigher.multiplied(operands[weighing.use.operand], weight, node)
-            else:
-                return self.weigher.sum(node, weighing.use, operands[0], weight)
+        for use, weight in self.weigher.weights(step.weighings, operands).items():
+            if use.kind not in (Kind.CONTRACT, Kind.LINEAR):
+                return self.weigher.sum(node, use, operands[0], weight)
+            operands[use.operand] = self.weigher.multiplied(operands[use.operand], weight)
         feed = iter(operands)
         args, kwargs = self._arguments(node, feed)
         name = operator_name(node)
@@ -186,9 +190,8 @@ class _Rewriter:
     def _attention(self, node: fx.Node, step: Step, operands: Sequence[Laid]) -> Any:
         given = named(node)
         log_mass = None
-        for weighing in step.weighings:
-            if (weight := self.weigher.weight(weighing, operands)) is not None:
-                log_mass = self.layout.call(aten.log.default, weight)
+        for weight in self.weigher.weights(step.weighings, operands).values():
+            log_mass = self.layout.call(aten.log.default, weight)
         mask = operands[3].node if len(operands) > 3 else None
         query, key, value = (each.node for each in operands[:3])
         merge = self.plan.merge_of(node)
@@ -274,32 +277,17 @@ class _Rewriter:
         if self._salient:
             axes = (*self._batch_and_heads(merge, laid.axes[:-2]), *laid.axes[-2:])
             sharpness = self.layout.call(self.operators.sharpness_of, self.layout.reshape(laid.node, laid.axes, axes))
-        self._note(merge, self._brought(attention.keys, self._held_at(merge)) if attention.keys else None, sharpness)
-
-    def _brought(self, node: fx.Node, wanted: Sequence[Resolution]) -> Laid:
-        """A value of the original graph at the wanted resolutions."""
-        laid, have = Laid(self.env[node], self.axes[node][0]), self.plan.held(node)
-        for resolution in have:
-            if resolution not in wanted:
-                laid = self.converter.up(laid, resolution)
-        value = self.typed.value(node)
-        for resolution in wanted:
-            if resolution not in have:
-                how = How.MERGE if value.floating and value.clip else How.PICK
-                laid = self.converter.convert(laid, Conversion(0, resolution.run, None, resolution, how), None)
-        return laid
+        keys = None
+        if attention.keys is not None:
+            keys = self.converter.converted(Laid(self.env[attention.keys], self.axes[attention.keys][0]), merge.keys)
+        self._note(merge, keys, sharpness)
 
     # --- merging ---
 
     def _merge(self, merge: Merge) -> None:
         stream, target, source = merge.site.stream, merge.target, merge.source
         assert stream is not None
-        node, held_there = merge.node, self.plan.steps[merge.node].held
-        laid = self.converter.unmixed(Laid(self.env[node], self.axes[node][0]), merge, held_there)
-        laid = self._reshaped(laid, self.typed.value(node).axes)
-        held = next((r for r in held_there if r.run == stream.run), None)
-        if held is not source:
-            laid = self.converter.convert(laid, Conversion(0, stream.run, held, source, How.MERGE), None)
+        laid = self._stream(merge, merge.node, merge.stream)
         tokens = tokens_at(stream.run, source)
         metric = self._metric(merge, laid, tokens)
         told = self._told(merge, laid, tokens)
@@ -316,6 +304,15 @@ class _Rewriter:
         laid = self.converter.down(laid, target, How.MERGE)
         self.env[merge.node], self.axes[merge.node] = laid.node, (laid.axes,)
 
+    def _stream(self, merge: Merge, value: fx.Node, conversions: Sequence[Conversion]) -> Laid:
+        """A value along the residual stream as it is where a merge starts."""
+        laid = Laid(self.env[value], self.axes[value][0])
+        for each in conversions:
+            laid = self.converter.convert(laid, each)
+            if each.how is How.RESTORE:
+                laid = self._reshaped(laid, self.typed.value(value).axes)
+        return laid
+
     def _told(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node | None:
         """What saliency is read off, `[B, N]`; None where all tokens are alike."""
         if self._salient:
@@ -329,8 +326,7 @@ class _Rewriter:
         Representation Shift (ICCV 2025): a token that a layer moves little says little. It needs no attention map.
         """
         assert merge.site.stream is not None
-        kept = [r for r in self.plan.steps[merge.node].held if not r.meets(merge.target)]
-        before = self._brought(merge.site.stream.before, [*kept, *([merge.source] if merge.source else [])])
+        before = self._stream(merge, merge.site.stream.before, merge.before)
         moved = self.layout.call(self.operators.shift, stream.node, before.node)
         rows = self._over_tokens(merge, Laid(moved, stream.axes), tokens)
         return self.layout.call(aten.linalg_vector_norm.default, rows, 2, [-1])
@@ -354,11 +350,10 @@ class _Rewriter:
         batch = merge.site.stream.batch
         stream = self.converter.flat(stream, tokens)
         (dim,) = holding(stream.axes, tokens)
-        place = find(stream.axes[dim], tokens)
-        assert place is not None
+        place = segment_of(stream.axes[dim], tokens)
         part = self.layout.segments(stream.node, stream.axes, dim, place)
-        axes = (*stream.axes[:dim], tokens, *stream.axes[dim + 1 :])
-        rest = product(f for d, axis in enumerate(axes) if d != dim for f in axis.factors if f not in batch.factors)
+        axes = (*stream.axes[:dim], subaxis(stream.axes[dim].segments[slice(*place)]), *stream.axes[dim + 1 :])
+        rest = product(f for axis in axes for f in axis.factors if f not in (*batch.factors, *tokens.factors))
         return self.layout.arrange(part, axes, (batch, tokens, rest))
 
     def _key_metric(self, merge: Merge) -> fx.Node:
@@ -375,24 +370,16 @@ class _Rewriter:
 
     def _laid_along_stream(self, merge: Merge, laid: Laid) -> fx.Node:
         """What a site says of its clip tokens, `[batch, tokens, ...]`, by atom along the stream `[B, N, ...]`."""
-        stream = merge.site.stream
+        stream, held = merge.site.stream, self._held_at(merge)
         assert stream is not None
-        laid = self.converter.unmixed(laid, merge, self._held_at(merge))
-        (run,) = maximal_runs(merge.site.tokens)
-        whole = run == stream.run
-        held = next((r for r in self._held_at(merge) if r.run == stream.run), None)
-        piece = tokens_at(run, held) if whole else run
+        laid = self.converter.converted(laid, (each for each in merge.rows if each.run != stream.run))
+        piece = tokens_at(stream.run, of_run(held, stream.run))
+        if piece == stream.run:
+            (piece,) = maximal_runs(merge.site.tokens)  # the same tokens, in the site's own order
         place = find(laid.axes[1], piece)
         assert place is not None
         node = self.layout.segments(laid.node, laid.axes, 1, place)
-        along = tokens_at(stream.run, held) if whole else stream.run
+        along = tokens_at(stream.run, of_run(held, stream.run))
         source, target = (laid.axes[0], piece, *laid.axes[2:]), (stream.batch, along, *laid.axes[2:])
-        result = Laid(self.layout.arrange(node, source, target), target)
-        at_site, source_of_stream = held if whole else None, merge.source
-        if at_site is not None and (source_of_stream is None or at_site not in source_of_stream.chain):
-            result, at_site = self.converter.up(result, at_site), None
-        if at_site is not source_of_stream:
-            result = self.converter.convert(
-                result, Conversion(0, stream.run, at_site, source_of_stream, How.MERGE), None
-            )
-        return result.node
+        laid = Laid(self.layout.arrange(node, source, target), target)
+        return self.converter.converted(laid, (each for each in merge.rows if each.run == stream.run)).node

@@ -12,7 +12,7 @@ from torch import fx
 
 from passes import masks
 from passes.attention import Attention
-from passes.axes import Atom, Axes, Axis, Segment, find, product, subaxis
+from passes.axes import Atom, Axes, Axis, Role, Segment, find, product, subaxis
 from passes.typing import TypedGraph
 
 aten = torch.ops.aten
@@ -24,15 +24,14 @@ _THROUGH = frozenset({aten.clone.default, aten._to_copy.default})
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the merge of a site stands: after `node`, which holds the run of clip segments `run` from axis `dim` on.
+    """Where the merge of a site stands: after `node`, which holds the run of clip tokens `run`.
 
-    `batch` is the product of the other clip atoms: the grouping is computed for each of their values. `before` is the
-    stream that the attention is added to.
+    The run is what the attention attends along, and nothing more. `batch` is the product of all other clip atoms of
+    the stream: the grouping is computed for each of their values. `before` is what the attention is added to.
     """
 
     node: fx.Node
     before: fx.Node
-    dim: int
     run: Axis
     batch: Axis
 
@@ -155,12 +154,12 @@ def _site(flow: Flow, index: int, attention: Attention, protect: int) -> Site:
     axes = flow.typed.value(attention.queries).axes
     tokens, batch = axes[-2], product(axes[:-2])
     heads = product(f for f in batch.factors if not product([f]).clip)
-    stream = _stream(flow, attention, tokens)
-    reason = (
-        stream if isinstance(stream, str) else _refusal(flow.typed, attention, tokens, batch, heads, stream, protect)
-    )
-    layout = _layout(tokens, stream if isinstance(stream, Stream) else None)
-    return Site(index, attention, tokens, batch, heads, layout, stream if isinstance(stream, Stream) else None, reason)
+    found = _stream(flow, attention, tokens)
+    stream = None if isinstance(found, str) else found
+    reason = found if isinstance(found, str) else None
+    if stream is not None:
+        reason = _refusal(flow.typed, attention, tokens, batch, heads, stream, protect)
+    return Site(index, attention, tokens, batch, heads, _layout(flow.typed, tokens, stream), stream, reason)
 
 
 def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
@@ -172,20 +171,38 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
         return "no residual addition follows it on every path"
     node, before = residual
     axes = flow.typed.value(node).axes
-    holding = [dim for dim, axis in enumerate(axes) if runs[0].atoms & axis.atoms]
-    if not holding:
+    atoms = [atom for axis in axes for segment in axis.segments for atom in product([Axis((segment,))]).atoms]
+    if not runs[0].atoms & set(atoms):
         return (
             f"its tokens {tokens!r} are not those of the residual stream {_text(axes)}: it attends within another "
             "grid, as of padded or shifted windows, or of a pooled map"
         )
-    if holding != list(range(holding[0], holding[-1] + 1)):
-        return f"its tokens {tokens!r} lie on {len(holding)} axes of the residual stream {_text(axes)}"
-    together = product(axes[dim] for dim in holding) if len(holding) > 1 else axes[holding[0]]
-    candidates = [run for run in maximal_runs(together) if runs[0].atoms <= run.atoms]
-    if len(candidates) != 1 or (len(holding) > 1 and candidates[0] != together):
-        return f"its tokens {tokens!r} are no one run of the residual stream {_text(axes)}"
-    others = [f for d, axis in enumerate(axes) if d not in holding for f in axis.factors]
-    return Stream(node, before, holding[0], candidates[0], product(f for f in others if isinstance(f, Atom) and f.clip))
+    run = _lying_together(axes, runs[0])
+    if run is None:
+        return f"its tokens {tokens!r} do not lie together in the residual stream {_text(axes)}"
+    return Stream(node, before, run, _batch(axes, run))
+
+
+def _lying_together(axes: Axes, run: Axis) -> Axis | None:
+    """The run as the stream holds it: whole segments, or neighbouring factors in whatever order the stream has them."""
+    if len(run.segments) > 1:
+        return run if sum(find(axis, run) is not None for axis in axes) == 1 else None
+    products = [axis.factors for axis in axes] + [segment for axis in axes for segment in axis.segments]
+    for factors in (*products, tuple(factor for axis in axes for factor in axis.factors)):
+        own = [place for place, factor in enumerate(factors) if factor in run.atoms]
+        if len(own) == len(run.factors) and own == list(range(own[0], own[0] + len(own))):
+            return product(factors[own[0] : own[-1] + 1])
+    return None
+
+
+def _batch(axes: Axes, run: Axis) -> Axis:
+    """The clip's other atoms in the stream: those that stand beside the run in its own segment, and on other axes."""
+    found: dict[Atom, None] = {}
+    for axis in axes:
+        for segment in axis.segments:
+            if len(axis.segments) == 1 or set(segment) & run.atoms:
+                found.update(dict.fromkeys(f for f in segment if isinstance(f, Atom) and f.clip))
+    return product(atom for atom in found if atom not in run.atoms)
 
 
 def _refusal(
@@ -194,16 +211,16 @@ def _refusal(
     run = maximal_runs(tokens)[0]
     clip_batch = [f for f in batch.factors if f not in heads.factors]
     if len(run.atoms) < sum(len(segment) for segment in run.segments):
-        return f"its tokens {tokens!r} hold the same dimension of the clip twice: several samples packed in a row"
+        return f"its tokens {tokens!r} hold the same dimension of the clip twice"
     if attention.causal:
         return "it is causal: the order of its tokens carries meaning"
-    if stream.run.atoms > run.atoms and _temporal(run):
-        return f"it is temporal: it attends along {run!r} only, and its tokens are those of the spatial sites"
+    if (alone := _without_space(run)) is not None:
+        return alone
     if any(isinstance(factor, Axis) for factor in clip_batch):
         return f"its batch {batch!r} joins several clips of a sample, which could not be told apart"
     if batch.factors != (*clip_batch, *heads.factors):
         return f"its heads are laid before its batch: {batch!r}"
-    if set(clip_batch) | run.atoms != stream.batch.atoms | stream.run.atoms:
+    if set(clip_batch) != stream.batch.atoms:
         along = _text(typed.value(stream.node).axes)
         return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {along}"
     if (hidden := masks.refusal(typed, attention, run)) is not None:
@@ -214,20 +231,25 @@ def _refusal(
     return None
 
 
-def _temporal(run: Axis) -> bool:
-    return all(atom.label.startswith("t") for atom in run.atoms)
+def _without_space(run: Axis) -> str | None:
+    """Why a run that is no place in a picture is not merged: it is time alone, or the samples themselves."""
+    roles = {atom.role for atom in run.atoms}
+    if Role.SAMPLE in roles:
+        return f"it attends along the samples of the batch, {run!r}"
+    if roles <= {Role.TIME, Role.FOLDED}:
+        return f"it is temporal: it attends along {run!r} only, at one place of the picture"
+    return None
 
 
-def _layout(tokens: Axis, stream: Stream | None) -> str:
-    run = maximal_runs(tokens)[0]
-    time = any(atom.label.startswith("t") for atom in run.atoms)
-    space = any(not atom.label.startswith("t") for atom in run.atoms)
-    if time and space:
-        return "joint space-time"
+def _layout(typed: TypedGraph, tokens: Axis, stream: Stream | None) -> str:
+    roles = {atom.role for atom in maximal_runs(tokens)[0].atoms}
+    time = roles & {Role.TIME, Role.FOLDED}
     if time:
-        return "temporal"
-    divided = stream is not None and stream.run.atoms > run.atoms
-    return "divided, spatial" if divided else "spatial"
+        return "joint space-time" if roles - time else "temporal"
+    beside = stream is not None and any(
+        stream.run.atoms < set(segment) for axis in typed.value(stream.node).axes for segment in axis.segments
+    )
+    return "divided, spatial" if beside else "spatial"
 
 
 def _text(axes: Axes) -> str:

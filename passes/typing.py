@@ -8,7 +8,8 @@ video [2, 3, 16, 224, 224]            b x 3 x t x H x W
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
@@ -19,11 +20,11 @@ from torch import fx
 from passes.attention import Attention
 from passes.axes import (
     BORN,
-    CONSTANT,
     Atom,
     Axes,
     Axis,
     Conflict,
+    Role,
     Size,
     Substitution,
     axis,
@@ -50,7 +51,10 @@ class Value:
 
 @dataclass(frozen=True)
 class TypedGraph:
-    """Types of all values of a graph and of all calls in it, by node."""
+    """Types of all values of a graph and of all calls in it, by node.
+
+    A constant's own dimensions are anonymous; what they stand for in a call is told by the call (`own`).
+    """
 
     captured: Captured
     values: Mapping[fx.Node, tuple[Value, ...]]
@@ -71,10 +75,26 @@ class TypedGraph:
                 call,
                 outputs=tuple(_resolved(solved, each) for each in call.outputs),
                 reads=tuple(_resolved(solved, each) for each in call.reads),
+                own=tuple(_resolved(solved, each) for each in call.own),
             )
             for node, call in self.calls.items()
         }
         return replace(self, values=values, calls=calls)
+
+    def own(self, node: fx.Node) -> tuple[Axes, ...]:
+        """The axes of a call's tensor operands, as they enter it; of an output's, the values' own."""
+        call = self.calls.get(node)
+        return call.own if call else tuple(self.value(each).axes for each in operands(node))
+
+    def typed_again(self, node: fx.Node, own: Sequence[Axes]) -> tuple[tuple[Axes, ...], Substitution]:
+        """A call's outputs if its operands had other axes, and what its equations then say."""
+        feed = iter(
+            Operand(k, axes, self.value(each).varies, self.value(each).clip)
+            for k, (axes, each) in enumerate(zip(own, self.operands(node), strict=True))
+        )
+        call = _asked(node, lambda _: next(feed), Substitution(), [], [])
+        typed = TABLE.get(call.name, unknown)(call)
+        return tuple(_resolved(call.solved, each) for each in typed.outputs), call.solved
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor operands of a call, as its rule numbers them."""
@@ -121,7 +141,7 @@ def infer(
     walk = _Walk(captured, clip_inputs(captured, clip))
     first = walk.run(Substitution())
     attended = [first.value(each.queries).axes[:-1] for each in attentions]
-    solved = _carrying(walk.solved, walk.inputs.values(), attended)
+    solved = _carrying(_sequence_first(walk.solved, walk.rows, attended), walk.channels, attended)
     tokens = [axes[-1] for axes in attended] if protect else []
     try:
         return walk.run(_protecting(solved, tokens, protect))
@@ -137,8 +157,14 @@ class _Walk:
     def __init__(self, captured: Captured, clips: frozenset[str]) -> None:
         self.captured, self.clips = captured, clips
         self.births: dict[fx.Node, list[Atom]] = {}
-        self.inputs: dict[fx.Node, tuple[Value, ...]] = {}
+        self.born: dict[tuple[fx.Node, int], Axes] = {}
+        self.channels: list[Atom] = []
         self.solved = Substitution()
+
+    @property
+    def rows(self) -> frozenset[Axis]:
+        """The first dimensions of inputs of rank 3."""
+        return frozenset(axes[0] for axes in self.born.values() if len(axes) == 3)
 
     def run(self, solved: Substitution) -> TypedGraph:
         self.solved = solved
@@ -147,20 +173,44 @@ class _Walk:
         conflicts: dict[fx.Node, str] = {}
         for node in self.captured.graph.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
-                values[node] = self._input(node)
+                values[node] = tuple(self._input(node, each) for each in tensors(node))
             elif node.op == "call_function" and node.target is getitem and node.args[0] in values:
                 values[node] = (values[node.args[0]][node.args[1]],)
             elif node.op == "call_function" and (tensors(node) or tuple(operands(node))):
-                call = _call(node, values, self.solved, self.births.setdefault(node, []))
-                calls[node] = self._typed(node, call, conflicts)
-                values[node] = _results(node, call, calls[node])
+                if any(values[each][0].varies for each in operands(node)):
+                    call = self._call(node, values)
+                    calls[node] = self._typed(node, call, conflicts)
+                    values[node] = _results(node, call, calls[node])
+                else:
+                    values[node] = tuple(self._constant(node, k, each) for k, each in enumerate(tensors(node)))
         return TypedGraph(self.captured, values, calls, conflicts).resolved(self.solved)
 
-    def _input(self, node: fx.Node) -> tuple[Value, ...]:
-        if node not in self.inputs:
-            constant = node.op == "get_attr" or node.name in self.captured.constants
-            self.inputs[node] = tuple(_born(each, constant, node.name in self.clips) for each in tensors(node))
-        return self.inputs[node]
+    def _input(self, node: fx.Node, tensor: torch.Tensor) -> Value:
+        if node.op == "get_attr" or node.name in self.captured.constants:
+            return self._constant(node, 0, tensor)
+        clip = node.name in self.clips
+        if (node, 0) not in self.born:
+            self.born[node, 0] = _input_axes(tensor, clip)
+        return Value(self.born[node, 0], True, clip, tensor.is_floating_point())
+
+    def _constant(self, node: fx.Node, number: int, tensor: torch.Tensor) -> Value:
+        return Value(self._anonymous(node, number, tensor), False, False, tensor.is_floating_point())
+
+    def _anonymous(self, node: fx.Node, number: int, tensor: torch.Tensor) -> Axes:
+        """Dimensions of which nothing is known but the size; the same ones in both walks."""
+        if (node, number) not in self.born:
+            self.born[node, number] = tuple(born(Atom(size(each))) for each in tensor.shape)
+        return self.born[node, number]
+
+    def _call(self, node: fx.Node, values: Mapping[fx.Node, tuple[Value, ...]]) -> Call:
+        numbers = itertools.count()
+
+        def operand(argument: fx.Node) -> Operand:
+            value, number = values[argument][0], next(numbers)
+            axes = value.axes if value.varies else self._anonymous(node, -1 - number, argument.meta["val"])
+            return Operand(number, _resolved(self.solved, axes), value.varies, value.clip)
+
+        return _asked(node, operand, self.solved, self.births.setdefault(node, []), self.channels)
 
     def _typed(self, node: fx.Node, call: Call, conflicts: dict[fx.Node, str]) -> Typed:
         try:
@@ -172,19 +222,58 @@ class _Walk:
         return typed
 
 
+def _asked(
+    node: fx.Node,
+    operand: Callable[[fx.Node], Operand],
+    solved: Substitution,
+    births: list[Atom],
+    channels: list[Atom],
+) -> Call:
+    """A call as its rule sees it; `operand` types its tensor operands, in order."""
+    typed: list[Operand] = []
+
+    def convert(argument: Any) -> Any:
+        if isinstance(argument, (tuple, list)):
+            return [convert(each) for each in argument]
+        if not isinstance(argument, fx.Node):
+            return argument
+        traced = argument.meta.get("val")
+        if not isinstance(traced, torch.Tensor):
+            return size(traced) if isinstance(traced, (int, torch.SymInt)) else argument
+        typed.append(operand(argument))
+        return typed[-1]
+
+    given = {name: convert(argument) for name, argument in named(node).items()}
+    sizes = tuple(tuple(size(s) for s in each.shape) for each in tensors(node))
+    return Call(operator_name(node), given, tuple(typed), sizes, solved, births, channels=channels)
+
+
 def _results(node: fx.Node, call: Call, typed: Typed) -> tuple[Value, ...]:
     varies = any(operand.varies for operand in call.operands)
     pairs = zip(typed.outputs, tensors(node), strict=True)
     return tuple(Value(axes, varies, call.clip, each.is_floating_point()) for axes, each in pairs)
 
 
-def _carrying(solved: Substitution, inputs: Iterable[tuple[Value, ...]], attended: Iterable[Axes]) -> Substitution:
-    """Of an input such as `[b, n, c]`, samples apart, what no attention attends along is what tokens carry."""
+def _sequence_first(solved: Substitution, rows: Collection[Axis], attended: Iterable[Axes]) -> Substitution:
+    """An input of rank 3 may be `[n, b, c]`: then what came first is attended along, alone in its segment."""
+    for *_, tokens in attended:
+        for segment in solved.resolve(tokens).segments:
+            lone = Axis((segment,)).lone
+            if lone and lone.role is Role.SAMPLE and Axis((segment,)) in rows:
+                solved = solved.bind(lone, axis(replace(lone, role=Role.TOKEN)))
+    return solved
+
+
+def _carrying(solved: Substitution, mixed: Iterable[Atom], attended: Iterable[Axes]) -> Substitution:
+    """What parameters mix along, and no attention attends along, is what tokens carry: it is no dimension of the clip.
+
+    Samples are never mixed by a parameter; so they stay, wherever they lie.
+    """
     tokens = {atom for axes in attended for axis in axes for atom in solved.resolve(axis).atoms if atom.clip}
-    for (value,) in (each for each in inputs if len(each) == 1 and len(each[0].axes) >= 3):
-        for each in value.axes[1:] if value.clip and tokens else ():
-            for atom in solved.resolve(each).atoms - tokens:
-                solved = solved.bind(atom, born(Atom(atom.size, strength=BORN)))
+    for each in mixed if tokens else ():
+        for atom in solved.resolve(axis(each)).atoms - tokens:
+            if atom.clip:
+                solved = solved.bind(atom, born(Atom(atom.size, strength=BORN, role=Role.CHANNEL)))
     return solved
 
 
@@ -205,43 +294,23 @@ def _split(atom: Atom, count: int) -> Axis:
     """A protected part of `count` and the rest of the atom."""
     left = simplify(atom.size - count)
     first = born(Atom(count, strength=BORN))
-    return concat([first, axis(Atom(left, atom.label, atom.clip, atom.strength))]) if left != 0 else first
+    return concat([first, axis(replace(atom, size=left))]) if left != 0 else first
 
 
 def _at_most(count: int, size: Size) -> int:
     return min(count, size) if isinstance(size, int) else count
 
 
-def _born(tensor: torch.Tensor, constant: bool, clip: bool) -> Value:
+def _input_axes(tensor: torch.Tensor, clip: bool) -> Axes:
+    """The dimensions of an input by the custom of its rank: video, tokens of samples, or one row of tokens."""
     rank = tensor.ndim
-    labels = ["b", *"t" * (rank - 3), "H", "W"] if rank > 3 else ["b", "n", "c"][:rank]
-    strength = CONSTANT if constant else BORN
-    axes = tuple(
-        born(Atom(size(s), label if clip else "", clip, strength))
-        for s, label in zip(tensor.shape, labels, strict=True)
+    places = [("b", Role.SAMPLE), *[("t", Role.TIME)] * (rank - 3), ("H", Role.HEIGHT), ("W", Role.WIDTH)]
+    tokens = [("b", Role.SAMPLE), ("n", Role.TOKEN), ("c", Role.CHANNEL)]
+    told = places if rank > 3 else tokens[-rank:] if rank in (2, 3) else tokens[:rank]
+    return tuple(
+        born(Atom(size(s), label if clip else "", clip, BORN, role))
+        for s, (label, role) in zip(tensor.shape, told, strict=True)
     )
-    return Value(axes, not constant, clip, tensor.is_floating_point())
-
-
-def _call(node: fx.Node, values: Mapping[fx.Node, tuple[Value, ...]], solved: Substitution, births: list[Atom]) -> Call:
-    typed: list[Operand] = []
-
-    def convert(argument: Any) -> Any:
-        if isinstance(argument, (tuple, list)):
-            return [convert(each) for each in argument]
-        if not isinstance(argument, fx.Node):
-            return argument
-        if not isinstance(argument.meta.get("val"), torch.Tensor):
-            value = argument.meta.get("val")
-            return size(value) if isinstance(value, (int, torch.SymInt)) else argument
-        value = values[argument][0]
-        operand = Operand(len(typed), _resolved(solved, value.axes), value.varies, value.clip)
-        typed.append(operand)
-        return operand
-
-    given = {name: convert(argument) for name, argument in named(node).items()}
-    sizes = tuple(tuple(size(s) for s in each.shape) for each in tensors(node))
-    return Call(operator_name(node), given, tuple(typed), sizes, solved, births)
 
 
 def _resolved(solved: Substitution, axes: Axes) -> Axes:

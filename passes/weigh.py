@@ -1,4 +1,12 @@
-"""What every entry weighs in a sum over tokens: its group's mass, or its share of it where it was restored."""
+"""What every token weighs in a sum: its part of its group's mass, on average 1. There is one weight for all sums.
+
+    a token of the run       w_i = (m_g / |g|) · N / Σ m         over the run, for each value of the grouping's batch
+    a group                  the sum of its tokens:  m_g · N / Σ m
+    what is left of a run    once a part of it has been summed:  the mean of w over that part
+    everything else          1
+
+Without masses (`pooling="plain"`, `proportional=False`) every group has the mass 1.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +17,18 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from passes.axes import UNIT, Axes, Axis, Factor, product
+from passes.axes import UNIT, Atom, Axes, Axis, Factor, product
 from passes.convert import Converter, Laid
 from passes.layout import Layout
 from passes.nodes import named
-from passes.plan import Resolution, Weighing
+from passes.plan import Scaling, Weighing, Weight
+from passes.resolution import Resolution
 from passes.rules import Kind, Use
 
 aten = torch.ops.aten
+
+# Sums that a constant factor of all weights does not change.
+_RELATIVE = frozenset({Kind.MEAN, Kind.SOFTMAX, Kind.KEYS})
 
 
 class Weights(Protocol):
@@ -28,40 +40,64 @@ class Weights(Protocol):
     def proportional(self) -> bool: ...
 
 
+def carries_mass(kind: Kind, policy: Weights) -> bool:
+    """Whether the options give mass to such a sum."""
+    return policy.pooling == "mass" if kind in (Kind.MEAN, Kind.SUM) else policy.proportional
+
+
 @dataclass
 class Weigher:
     """Emits the weights of sums."""
 
     converter: Converter
     policy: Weights
-    _shares: dict[tuple[Resolution, bool], fx.Node] = field(default_factory=dict)
+    _groups: dict[tuple[Resolution, bool], fx.Node] = field(default_factory=dict)
+    _tokens: dict[tuple[Resolution, frozenset[Atom], bool], Laid] = field(default_factory=dict)
 
     @property
     def _layout(self) -> Layout:
         return self.converter.layout
 
-    def weight(self, weighing: Weighing, operands: Sequence[Laid]) -> fx.Node | None:
-        """The weight of each entry of an operand, laid along it; None where entries count alike."""
-        pooled = weighing.use.kind in (Kind.MEAN, Kind.SUM)
-        mass = self.policy.pooling == "mass" if pooled else self.policy.proportional
-        if weighing.held and not mass:
-            return None
-        resolution = weighing.resolution
-        grouping = self.converter.groupings[resolution.index]
-        source: Axes
-        if weighing.held:
-            weight, source = grouping["mass"], (resolution.batch, resolution.axis)
-        else:
-            weight, source = self._share(resolution, mass), (resolution.batch, resolution.run)
-        axes, dims = operands[weighing.use.operand].axes, weighing.use.dims
-        if weighing.use.kind is Kind.KEYS:
-            axes, dims = (*axes[:-2], UNIT, axes[-2]), (len(axes) - 1,)
-        return self._spread(weight, source, axes, dims)
+    def weights(self, weighings: Sequence[Weighing], operands: Sequence[Laid]) -> dict[Use, fx.Node]:
+        """For every use of a call what each entry of its operand weighs, laid along it; weights of two runs multiply.
 
-    def multiplied(self, operand: Laid, weight: fx.Node, node: fx.Node) -> Laid:
-        """An operand of a contraction, each entry as often as it counts."""
-        weight = self._layout.call(aten.to.dtype, weight, node.meta["val"].dtype)
-        return Laid(self._layout.call(aten.mul.Tensor, operand.node, weight), operand.axes)
+        A use is missing where all entries count alike.
+        """
+        found: dict[Use, fx.Node] = {}
+        for each in weighings:
+            if (weight := self._weight(each, operands)) is not None:
+                before = found.get(each.use)
+                found[each.use] = weight if before is None else self._layout.call(aten.mul.Tensor, before, weight)
+        return found
+
+    def _weight(self, weighing: Weighing, operands: Sequence[Laid]) -> fx.Node | None:
+        use, mass = weighing.use, carries_mass(weighing.use.kind, self.policy)
+        axes, dims = operands[use.operand].axes, use.dims
+        if use.kind is Kind.KEYS:
+            axes, dims = (*axes[:-2], UNIT, axes[-2]), (len(axes) - 1,)
+        if weighing.weight.held and not mass and use.kind in _RELATIVE and _alone(weighing.weight, axes, dims):
+            return None
+        if weighing.counts:
+            resolution = weighing.weight.resolution
+            sizes = self.converter.groupings[resolution.index]["size"]
+            return self._spread(sizes, (resolution.batch, resolution.axis), axes, dims)
+        laid = self._laid(weighing.weight, mass)
+        weight = self._spread(laid.node, laid.axes, axes, dims)
+        if weighing.partial and use.kind not in _RELATIVE:
+            mean = self._layout.call(aten.mean.dim, weight, list(dims), True)
+            weight = self._layout.call(aten.div.Tensor, weight, mean)
+        return weight
+
+    def scaled(self, operand: Laid, scaling: Scaling) -> Laid:
+        """A distribution, each entry multiplied by what its token weighs."""
+        laid = self._laid(scaling.weight, self.policy.proportional)
+        weight = self._spread(laid.node, laid.axes, operand.axes, (scaling.dim,))
+        return self.multiplied(operand, weight)
+
+    def multiplied(self, operand: Laid, weight: fx.Node) -> Laid:
+        """An operand, each entry as often as it counts, in its own dtype."""
+        product = self._layout.call(self.converter.operators.multiply, operand.node, weight)
+        return Laid(product, operand.axes)
 
     def sum(self, node: fx.Node, use: Use, operand: Laid, weight: fx.Node) -> fx.Node:
         """A mean, a sum or a softmax with weights, in the place of `node`."""
@@ -74,17 +110,39 @@ class Weigher:
         keepdim = bool(given.get("keepdim", False))
         return self._layout.call(function, operand.node, weight, dims=list(use.dims), keepdim=keepdim, dtype=dtype)
 
-    def _share(self, resolution: Resolution, mass: bool) -> fx.Node:
-        """What each restored token weighs: its part of the group's mass, or of one. `[B, N]`."""
-        if (resolution, mass) not in self._shares:
-            grouping = self.converter.groupings[resolution.index]
-            call = self._layout.call
-            part = call(aten.reciprocal.default, grouping["size"])
-            part = call(aten.mul.Tensor, part, grouping["mass"]) if mass else part
-            self._shares[resolution, mass] = call(
-                self.converter.operators.up, part, self.converter.assign(resolution), dim=1
-            )
-        return self._shares[resolution, mass]
+    def _laid(self, weight: Weight, mass: bool) -> Laid:
+        if weight.held:
+            groups = self._of_groups(weight.resolution, mass)
+            return Laid(groups, (weight.resolution.batch, weight.resolution.axis))
+        return self._of_tokens(weight, mass)
+
+    def _of_groups(self, resolution: Resolution, mass: bool) -> fx.Node:
+        """What each group weighs, `[B, N - r]` float32."""
+        if (resolution, mass) not in self._groups:
+            call, length = self._layout.call, self._layout.length
+            masses = self.converter.groupings[resolution.index]["mass"]
+            masses = masses if mass else call(aten.ones_like.default, masses)
+            total = call(aten.sum.dim_IntList, masses, [1], True)
+            share = call(aten.div.Tensor, masses, total)
+            self._groups[resolution, mass] = call(aten.mul.Tensor, share, length(resolution.run))
+        return self._groups[resolution, mass]
+
+    def _of_tokens(self, weight: Weight, mass: bool) -> Laid:
+        """What each token weighs at full length, `[B, N]` float32; less what has been summed."""
+        resolution, gone = weight.resolution, weight.gone
+        key = (resolution, gone, mass)
+        if key not in self._tokens:
+            call, sizes = self._layout.call, self.converter.groupings[resolution.index]["size"]
+            part = call(aten.div.Tensor, self._of_groups(resolution, mass), sizes)
+            node = call(self.converter.operators.up, part, self.converter.assign(resolution), dim=1)
+            axes: Axes = (resolution.batch, resolution.run)
+            if gone:
+                apart = (resolution.batch, *(product([factor]) for factor in resolution.run.factors))
+                dims = [dim for dim, each in enumerate(apart) if each.atoms & gone]
+                node = call(aten.mean.dim, self._layout.reshape(node, axes, apart), dims)
+                axes = tuple(each for dim, each in enumerate(apart) if dim not in dims)
+            self._tokens[key] = Laid(node, axes)
+        return self._tokens[key]
 
     def _spread(self, weight: fx.Node, source: Axes, axes: Axes, dims: Sequence[int]) -> fx.Node:
         """Lay weights along axes, for a sum over `dims`. What stands beside the tokens on an axis weighs one."""
@@ -119,3 +177,9 @@ class Weigher:
 def _shares(axis: Axis, atoms: Collection[Factor]) -> bool:
     """Whether an axis has one of the factors, in one product or in a segment of a sum."""
     return axis in atoms or any(factor in atoms for segment in axis.segments for factor in segment)
+
+
+def _alone(weight: Weight, axes: Axes, dims: Sequence[int]) -> bool:
+    """Whether a sum runs over groups of one resolution and nothing beside them."""
+    groups = weight.resolution.groups
+    return all(groups in segment for dim in dims for segment in axes[dim].segments if axes[dim].atoms)

@@ -144,7 +144,7 @@ FAMILIES = {
             T.TimesformerConfig, T.TimesformerForVideoClassification, patch_size=8, num_frames=_frames, num_labels=5
         ),
         _clip,
-        (0, 9, 0, 4),
+        (0, 3, 0, 2),
         frames=3,
         attns=("eager",),
     ),

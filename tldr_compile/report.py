@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import passes
 from passes.axes import Axes, Axis, Size
-from passes.plan import How, Plan, Resolution, at
+from passes.plan import Plan
+from passes.resolution import Resolution, at
 from passes.schedule import Entry
 from passes.sites import Site, maximal_runs
 from tldr_compile.ops.attention import attention_flop
@@ -90,27 +91,20 @@ class Report:
         merges = [merge for merge in self.plan.merges if merge.target.run == site.stream.run]
         earlier = [merge.target for merge in merges if merge.site.index < site.index][-1:]
         here = [merge.target for merge in merges if merge.site is site] or earlier
-        axis = self.plan.typed.value(site.stream.node).axes[site.stream.dim]
-        return axis if axis.atoms >= site.stream.run.atoms else site.stream.run, (earlier, here)
+        for axis in self.plan.typed.value(site.stream.node).axes:
+            if axis.atoms >= site.stream.run.atoms:
+                return axis, (earlier, here)
+        return site.stream.run, (earlier, here)
 
     def _restorations(self) -> Iterator[dict[str, Any]]:
-        for node, step in self.plan.steps.items():
-            operands = self.plan.typed.operands(node)
-            for conversion in step.conversions:
-                if conversion.how is not How.RESTORE:
-                    continue
-                barrier = next((each.reason for each in step.barriers if each.run == conversion.run), None)
-                if node.op == "output":
-                    operator, reason = "output", "an output over tokens gets its original length back"
-                else:
-                    operator, reason = str(node.target), barrier or "two branches that merged differently meet"
-                yield {
-                    "node": node.name,
-                    "operator": operator,
-                    "value": operands[conversion.operand].name,
-                    "tokens": _text(self.plan.typed.value(operands[conversion.operand]).axes),
-                    "reason": reason,
-                }
+        for each in self.plan.restored():
+            yield {
+                "node": each.node.name,
+                "operator": "output" if each.node.op == "output" else str(each.node.target),
+                "value": each.value.name,
+                "tokens": _text(self.plan.typed.value(each.value).axes),
+                "reason": each.reason,
+            }
 
     def __str__(self) -> str:
         before, after = self.gflops

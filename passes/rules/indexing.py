@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passes.axes import BORN, UNIT, Axis
+from passes.axes import BORN, UNIT, Axis, Role
 from passes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unknown
 
 
@@ -53,9 +53,17 @@ def gather(call: Call) -> Typed:
     columns = _beside(call, x, indices, dim)
     outputs = tuple(indices.axes[d] if columns[d] is None else columns[d] for d in range(len(x.axes)))
     if x.axes[dim].clip and not indices.axes[dim].clip:  # a choice among tokens of the clip is of the clip
-        chosen = call.same(call.fresh(indices.axes[dim].size, clip=True, strength=BORN), indices.axes[dim])
+        chosen = call.same(
+            call.fresh(indices.axes[dim].size, clip=True, strength=BORN, role=_role(x.axes[dim])), indices.axes[dim]
+        )
         outputs = (*outputs[:dim], chosen, *outputs[dim + 1 :])
     return call.typed(tuple(call.solved.resolve(each) for each in outputs if each is not None))
+
+
+def _role(axis: Axis) -> Role:
+    """What a choice among the entries of an axis is: the same, if all of the axis is of one role."""
+    roles = {atom.role for atom in axis.atoms if atom.clip}
+    return roles.pop() if len(roles) == 1 else Role.TOKEN
 
 
 @rule("scatter", "scatter_add", "scatter_reduce")

@@ -11,7 +11,7 @@ def linear(call: Call) -> Typed:
     """`x [..., in]`, `weight [out, in]`: each entry of `out` mixes all of `in`."""
     x, weight, *bias = call.operands
     call.absorb(weight.axes[-1], x.axes[-1], channel=False)
-    call.use(Kind.MIX, x, -1)
+    call.use(Kind.LINEAR, x, -1)
     call.use(Kind.MIX, weight, *range(len(weight.axes)))
     out = call.axes(weight)[:-1]
     for each in bias:
@@ -59,9 +59,9 @@ def _contract(call: Call, one: Operand, dim: int, two: Operand, other: int, inne
     else:
         weight, activation = (inner, one.axes[dim]) if one.varies else (one.axes[dim], inner)
         call.absorb(weight, activation, channel=False)
-        kind = Kind.MIX
-    call.use(kind, one, dim)
-    call.use(Kind.MIX if kind is Kind.MIX else Kind.INVARIANT, two, other)
+        kind = Kind.LINEAR
+    call.use(kind if one.varies else Kind.MIX, one, dim)
+    call.use(Kind.INVARIANT if kind is Kind.CONTRACT else kind if two.varies else Kind.MIX, two, other)
 
 
 @rule("einsum")
@@ -77,10 +77,14 @@ def einsum(call: Call) -> Typed:
         for name, each in zip(names, operand.axes, strict=True):
             axes[name] = call.same(axes.get(name, UNIT), each)
     learned = not all(operand.varies for operand in call.operands)
+    for name in axes if learned else ():
+        if name not in result and (lone := call.solved.resolve(axes[name]).lone) and lone.clip:
+            call.channels.append(lone)
     for position, (names, operand) in enumerate(zip(letters, call.operands, strict=True)):
         gone = [dim for dim, name in enumerate(names) if name not in result]
         shared = [dim for dim in gone if inputs.count(names[dim]) > 1]
-        kind = Kind.MIX if learned else Kind.INVARIANT if position else Kind.CONTRACT
+        linear = Kind.LINEAR if operand.varies else Kind.MIX
+        kind = linear if learned else Kind.INVARIANT if position else Kind.CONTRACT
         call.use(kind, operand, *shared)
         call.use(Kind.CONTRACT, operand, *(dim for dim in gone if dim not in shared))
     resolved = {name: call.solved.resolve(each) for name, each in axes.items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from passes.axes import BORN, CONSTANT, Axes
+from passes.axes import BORN, Axes, Role
 from passes.rules.table import Call, Kind, Operand, Typed, rule
 
+PLACES = (("t", Role.TIME), ("h", Role.HEIGHT), ("w", Role.WIDTH))
 MAPS = {
     1: "avg_pool1d adaptive_avg_pool1d upsample_linear1d upsample_nearest1d",
     2: """
@@ -17,9 +18,11 @@ MAPS = {
 
 def positions(call: Call, count: int) -> Axes:
     """The last `count` dimensions of the result."""
-    strength = BORN if any(operand.varies for operand in call.operands) else CONSTANT
-    sizes, labels = call.sizes[0][-count:], "thw"[-count:]
-    return tuple(call.fresh(size, label=label, strength=strength) for size, label in zip(sizes, labels, strict=True))
+    sizes, places = call.sizes[0][-count:], PLACES[-count:]
+    return tuple(
+        call.fresh(size, label=label, strength=BORN, role=role)
+        for size, (label, role) in zip(sizes, places, strict=True)
+    )
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")

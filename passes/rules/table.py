@@ -1,8 +1,9 @@
 """The rule table: what one call of an operator says about the axes it reads and writes.
 
 A rule is a function from a `Call` to a `Typed`. It sees types, never tensors, and it poses equations by calling `same`
-and
-`absorb`; it does not solve them. Register one with `@rule("add", "mul")` for ATen, or with a qualified name ("my::op").
+and `absorb`; it does not solve them. A constant's dimensions are anonymous: every call that reads one sees them new, so
+that a table of 8 rows that meets height here and width there says nothing about height and width. Register a rule with
+`@rule("add", "mul")` for ATen, or with a qualified name ("my::op").
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
 
-from passes.axes import UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Size, Substitution, born, subaxis
+from passes.axes import UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Role, Size, Substitution, born
 
 
 class Kind(Enum):
@@ -24,6 +25,7 @@ class Kind(Enum):
     KEYS = "keys"  # attended over: a softmax and the sum it weighs
     CONTRACT = "contract"  # summed in a product of two activations
     INVARIANT = "invariant"  # the same over groups as over tokens: min, max, the second factor of a weighed sum
+    LINEAR = "linear"  # summed with the factors of a parameter
     MIX = "mix"  # anything else: entries meet in a way that merging does not commute with
 
 
@@ -43,12 +45,14 @@ class Use:
 class Typed:
     """One call, typed: `reads` are the operands' axes as broadcast for this call (`[operand][dim]`).
 
-    `spans` is where a slice, selection or split took its pieces: between two offsets of the dimension `cut`; None where
-    that is not known.
+    `own` are the operands' axes before that; those of a constant are what it stands for in this call alone. `spans` is
+    where a slice, selection or split took its pieces: between two offsets of the dimension `cut`; None where that is
+    not known.
     """
 
     outputs: tuple[Axes, ...]
     reads: tuple[Axes, ...]
+    own: tuple[Axes, ...] = ()
     uses: tuple[Use, ...] = ()
     cut: int | None = None
     spans: tuple[Span | None, ...] = ()
@@ -76,6 +80,7 @@ class Call:
     solved: Substitution
     births: list[Atom] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    channels: list[Atom] = field(default_factory=list)
     _born: int = 0
 
     @property
@@ -85,7 +90,15 @@ class Call:
     def axes(self, operand: Operand) -> Axes:
         return tuple(self.solved.resolve(each) for each in operand.axes)
 
-    def fresh(self, size: Size, *, label: str = "", strength: int = UNKNOWN, clip: bool | None = None) -> Axis:
+    def fresh(
+        self,
+        size: Size,
+        *,
+        label: str = "",
+        strength: int = UNKNOWN,
+        clip: bool | None = None,
+        role: Role = Role.UNKNOWN,
+    ) -> Axis:
         """A newly born dimension.
 
         A call that is typed again bears the same atoms in the same order: `births` remembers them.
@@ -93,7 +106,7 @@ class Call:
         self._born += 1
         if self._born > len(self.births) or self.births[self._born - 1].size != size:
             del self.births[self._born - 1 :]
-            self.births.append(Atom(size, label, self.clip if clip is None else clip, strength))
+            self.births.append(Atom(size, label, self.clip if clip is None else clip, strength, role))
         return born(self.births[self._born - 1])
 
     def same(self, *axes: Axis) -> Axis:
@@ -122,27 +135,21 @@ class Call:
 
     def adopt(self, activation: Axis, table: Axis) -> Axis:
         """A constant meets an activation, up to broadcasting: its dimension is the activation's."""
-        activation, table = self.solved.resolve(activation), self.solved.resolve(table)
-        firm = table.clip and not activation.clip  # a table of tables: what met the clip before has its dimension
-        if table.lone and not firm and activation != UNIT and activation != table and activation.size == table.size:
-            self.solved = self.solved.bind(table.lone, activation)
-        self.same(activation, table)
-        for part in (subaxis([segment]) for segment in activation.segments):
-            if part.lone and part.clip:  # tokens that come as one dimension may meet a grid of places: it is theirs
-                self.solved = self.solved.given_to_clip(part)
-        return self.solved.resolve(activation if activation != UNIT else table)
+        return self.same(activation, table)
 
     def absorb(self, weight: Axis, activation: Axis, *, channel: bool = True) -> None:
-        """A parameter names the dimension of an activation that it meets, which is therefore a channel.
+        """A parameter mixes or scales along a dimension of an activation, which is therefore a channel.
 
         Where that is not certain (`channel=False`: a linear layer may run along any dimension), one that was born the
-        clip's own stays so.
+        clip's own stays so for now, and is noted in `channels`.
         """
         weight, activation = self.solved.resolve(weight), self.solved.resolve(activation)
         lone = activation.lone
         if weight.lone and lone and lone.clip and (channel or not lone.born) and weight.size == activation.size:
             self.solved = self.solved.bind(lone, weight)
         else:
+            if lone and lone.clip:
+                self.channels.append(lone)
             self.same(activation, weight)
 
     def use(self, kind: Kind, operand: Operand, *dims: int) -> None:
@@ -155,6 +162,7 @@ class Call:
         return Typed(
             outputs=outputs,
             reads=tuple(reads.get(operand.index, operand.axes) for operand in self.operands),
+            own=tuple(operand.axes for operand in self.operands),
             uses=tuple(self.uses),
             **more,
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import tldr_compile
-from passes.plan import _Walk
+from passes.planner import _Walk
 from tests.laws.support import assert_same, compiled, distance, graphs_for_inductor, tensors
 from tests.zoo import CASES, Case
 from tldr_compile import MergedModule

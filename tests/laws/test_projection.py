@@ -17,8 +17,8 @@ from torch import Tensor, fx
 
 import passes
 import tldr_compile
-from passes.convert import Converter
-from passes.plan import How, Weighing
+from passes.convert import Converter, Laid
+from passes.plan import How, Weighing, Weight
 from passes.rewrite import _Rewriter
 from passes.weigh import Weigher
 from tests.laws.support import but, check, every_case, flat_inputs, merge, program
@@ -104,7 +104,7 @@ def test_other_inputs_than_those_of_the_capture(case: Case) -> None:
 def test_verify_at_compile_time_runs_the_law() -> None:
     umt = case("umt")
     with (
-        mock.patch.object(Weigher, "weight", return_value=None),
+        mock.patch.object(Weigher, "_weight", return_value=None),
         pytest.raises(VerificationError, match=r"output 0 \(\w+\) differs from its meaning by .* report the model"),
     ):
         tldr_compile.apply(umt.build(), umt.inputs(), schedule=umt.schedule, verify=True)
@@ -179,23 +179,23 @@ def ones(self: _Rewriter, source: Any, like: fx.Node, batch: Any, tokens: Any) -
     return COUNTS(self, None, like, batch, tokens)
 
 
-def plain_share(self: Weigher, resolution: Any, mass: bool) -> fx.Node:
-    return SHARE(self, resolution, not mass)
+def plain_share(self: Weigher, weight: Weight, mass: bool) -> Laid:
+    return TOKENS(self, weight, not mass)
 
 
 def unheld(self: Weigher, weighing: Weighing, operands: Any) -> fx.Node | None:
-    return WEIGHT(self, weighing, operands) if weighing.held else None
+    return WEIGHT(self, weighing, operands) if weighing.weight.held else None
 
 
 def shifted(self: Converter, resolution: Any) -> fx.Node:
     return self.layout.call(torch.ops.aten.roll.default, ASSIGN(self, resolution), [1], [1])
 
 
-ASSIGN, COUNTS, SHARE, WEIGHT = Converter.assign, _Rewriter._counts, Weigher._share, Weigher.weight
+ASSIGN, COUNTS, TOKENS, WEIGHT = Converter.assign, _Rewriter._counts, Weigher._of_tokens, Weigher._weight
 WRONG_REWRITERS: dict[str, tuple[str, type, str, Any]] = {
-    "no sum is weighed": ("umt", Weigher, "weight", lambda *_: None),
-    "restored keys are not weighed": ("timesformer", Weigher, "weight", unheld),
-    "restored keys weigh the size of their group": ("timesformer", Weigher, "_share", plain_share),
+    "no sum is weighed": ("umt", Weigher, "_weight", lambda *_: None),
+    "restored keys are not weighed": ("timesformer", Weigher, "_weight", unheld),
+    "restored keys weigh the size of their group": ("timesformer", Weigher, "_of_tokens", plain_share),
     "the mass of the merge before is forgotten": ("umt", _Rewriter, "_counts", ones),
     "tables are averaged": ("vjepa2", Converter, "down", always(How.MERGE)),
     "the stream is picked": ("umt", Converter, "down", always(How.PICK)),

@@ -5,7 +5,7 @@ from .grouping import Grouping, down, group, pick, up
 from .matching import match
 from .reductions import REDUCTIONS, Split, Tokens, reduction
 from .reference import saliency, sharpness_of, shift
-from .sums import mean, softmax, sum  # noqa: A004
+from .sums import mean, multiply, softmax, sum  # noqa: A004
 
 __all__ = [
     "REDUCTIONS",
@@ -18,6 +18,7 @@ __all__ = [
     "group",
     "match",
     "mean",
+    "multiply",
     "pick",
     "reduction",
     "saliency",

@@ -66,15 +66,22 @@ def shift(after: Tensor, before: Tensor) -> Tensor:
     return after.to(dtype) - before.to(dtype)
 
 
+# Below this part of the largest magnitude differences of sharpness are no differences. Sharpness is a sum of products
+# of float32 (section 2), so its rounding is some units of its magnitude; scaled to [0, 1], it would become weights.
+FLOOR = 4096 * torch.finfo(torch.float32).eps
+
+
 def saliency(sharpness: Tensor) -> Tensor:
     """Steps 3 and 4: `[B, N]` to `[B, N]` in [0, 1], 0 on the background; ones where all of a sample are equal.
 
-    The scaling of step 3 cancels in step 4, so only the shift by the smallest is left: it makes equal values exactly 0.
+    Equal is what differs by less than `FLOOR` of the largest magnitude, in float64 too. The scaling of step 3 cancels in
+    step 4, so only the shift by the smallest is left: it makes equal values exactly 0.
     """
     shifted = sharpness - sharpness.amin(-1, keepdim=True)
     above = shifted - shifted.mean(-1, keepdim=True)
     top = above.amax(-1, keepdim=True)
-    flat = top <= 0
+    noise = FLOOR * sharpness.detach().abs().amax(-1, keepdim=True)
+    flat = (shifted.amax(-1, keepdim=True) <= noise) | (top <= 0)
     return torch.where(flat, 1.0, above.clamp_min(0) / torch.where(flat, 1.0, top))
 
 

@@ -43,3 +43,8 @@ def mean(
     weighted = x.to(wide(out)) * weight
     total = weight.expand_as(weighted).sum(tuple(dims), keepdim=keepdim)
     return (weighted.sum(tuple(dims), keepdim=keepdim) / total).to(out)
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """`x`, each entry as often as `weight` (which broadcasts to it) says: in float32, as the dtype of `x`."""
+    return (x.to(wide(x.dtype)) * weight).to(x.dtype)

@@ -46,7 +46,7 @@ PRODUCTS = [
     *barred("mm", "it meets entries along", lambda h: aten.mm.default(number(5, B * TOKENS), rows(h))),
     *carried("mv", lambda h: aten.mv.default(rows(h), number(C))),
     *barred("mv", "it meets entries along", lambda h: aten.mv.default(aten.t.default(rows(h)), number(B * TOKENS))),
-    *barred("dot", "it meets entries along", lambda h: aten.dot.default(vector(h), vector(h))),
+    *carried("dot", lambda h: aten.dot.default(vector(h), vector(h))),
     *carried("addmm", lambda h: aten.addmm.default(number(5), rows(h), number(C, 5), beta=2, alpha=3)),
     *barred("addmm", "it meets entries along", lambda h: aten.addmm.default(number(C), number(5, B * TOKENS), rows(h))),
     *carried(

@@ -31,8 +31,8 @@ def view(name: str) -> list[Sample]:
             lambda h: call(h, [B, TOKENS, 4, 2]),
             lambda h: call(h, [B * TOKENS, 1, C]),
             lambda h: call(parts(h)[1], [B, T, N, C]),
+            lambda h: call(parts(h)[1], [B, T, N * C]),
         ),
-        *barred(name, "it holds a part of", lambda h: call(parts(h)[1], [B, T, N * C])),
         framewise(name, lambda h: call(h, [B * T, N, C])),
     ]
 

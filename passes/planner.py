@@ -1,0 +1,406 @@
+"""Schedule x sites x types -> a plan: one walk over the graph, which knows of every value how it is held.
+
+x [b, n, C] -- attention, add -->  merged: [b, n1, C]  --> linear: at n1  --> reshape to a grid: restored
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import getitem
+
+from torch import fx
+
+from passes import cost, shares
+from passes.attention import Attention
+from passes.axes import Atom, Axes, Axis, simplify
+from passes.barriers import Asked, obstacle
+from passes.errors import NothingToMerge
+from passes.plan import Barrier, Conversion, How, Merge, Plan, Scaling, Step, Weighing, Weight
+from passes.resolution import Resolution, holds, meet, of_run, tokens_at, touches
+from passes.rules import Kind, Typed
+from passes.schedule import Entry, bind_schedule, removed
+from passes.sites import Site, why_nothing
+from passes.typing import TypedGraph, Value
+
+_WEIGHED = frozenset({Kind.MEAN, Kind.SUM, Kind.SOFTMAX, Kind.KEYS, Kind.CONTRACT, Kind.LINEAR})
+
+
+def make_plan(
+    typed: TypedGraph,
+    sites: tuple[Site, ...],
+    attentions: tuple[Attention, ...],
+    misses: tuple[tuple[fx.Node, str], ...],
+    schedule: Sequence[Entry] | Entry,
+    *,
+    default: bool = False,
+    merged_outputs: bool = False,
+) -> Plan:
+    """Decide everything. Merges that nobody wrote down (the default schedule, one fraction) have to pay.
+
+    Raises `ScheduleError`, or `NothingToMerge` if a positive schedule would remove nothing.
+    """
+    positive = any(schedule) if isinstance(schedule, Sequence) else schedule > 0
+    if positive and not any(site.reason is None for site in sites):
+        raise NothingToMerge(why_nothing(sites, misses, attentions))
+    entries = bind_schedule(schedule, sites, default=default)
+
+    def planned(entries: Sequence[Entry]) -> Plan:
+        walk = _Walk(typed, dict(zip(sites, entries, strict=True)), merged_outputs)
+        merges, steps = walk.run()
+        return Plan(typed, sites, misses, tuple(entries), merges, steps)
+
+    plan = planned(entries)
+    if default or not isinstance(schedule, Sequence):
+        plan = _paying(plan, planned)
+    if positive and not plan.merges:
+        if plan.left_out:
+            raise NothingToMerge(_nothing_pays(plan.left_out))
+        raise NothingToMerge(
+            f"the schedule {list(entries)} removes no token: at every site its fraction of the tokens rounds down to "
+            "0. Give larger entries, or a schedule of zeros to leave the model as it is."
+        )
+    return plan
+
+
+def _paying(plan: Plan, planned: cost.Planned) -> Plan:
+    """Without the merges that cost more than they save; the last are left out first, for they save least."""
+    inside = [each.conversion.source for each in plan.restored() if each.node.op != "output"]
+    forced = {resolution for source in inside if source for resolution in source.chain}
+    doubtful = [merge.site for merge in plan.merges if merge.target in forced]
+    left_out: list[Site] = []
+    best = cost.of(plan)
+    for site in reversed(doubtful):
+        entries = tuple(0 if s is site else e for s, e in zip(plan.sites, plan.schedule, strict=True))
+        without = planned(entries)
+        if (price := cost.of(without)) <= best:
+            plan, best = without, price
+            left_out.append(site)
+    if plan.merges and doubtful and best >= cost.dense(plan):
+        left_out += [merge.site for merge in plan.merges]
+        plan = planned([0] * len(plan.sites))
+    return replace(plan, left_out=tuple(left_out))
+
+
+def _nothing_pays(sites: Sequence[Site]) -> str:
+    names = ", ".join(f"{site.index} ({site.attention.node.name})" for site in sites)
+    return (
+        f"no merge pays: at the sites {names} restoring the tokens again costs more than merging them saves. Give a "
+        "schedule with one entry per site to merge there all the same."
+    )
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of a value: how it is held, and what sums over it weigh.
+
+    `shares` are the dimensions along which it is a distribution, by run; along the runs in `scaled` it was one, and has
+    the weights of its tokens in it.
+    """
+
+    held: tuple[Resolution, ...] = ()
+    weighed: tuple[Weight, ...] = ()
+    shares: tuple[tuple[Axis, int], ...] = ()
+    scaled: frozenset[Axis] = frozenset()
+
+    def weight(self, run: Axis) -> Weight | None:
+        return next((each for each in self.weighed if each.resolution.run == run), None)
+
+    def dims(self, run: Axis) -> tuple[int, ...]:
+        return tuple(dim for each, dim in self.shares if each == run)
+
+
+_PLAIN = State()
+
+
+def bring(
+    axes: Axes, have: Sequence[Resolution], wanted: Sequence[Resolution], how: How, operand: int = 0
+) -> Iterator[Conversion]:
+    """From the resolutions at which a value is held to those that are wanted, of the runs that it has."""
+    for source in have:
+        aim = of_run(wanted, source.run)
+        if aim is None or source not in aim.chain:
+            yield Conversion(operand, source.run, source, None, How.RESTORE)
+    for target in wanted:
+        held = of_run(have, target.run)
+        start = held if held is not None and held in target.chain else None
+        if start is not target and (start is not None or holds(axes, target.run)):
+            yield Conversion(operand, target.run, start, target, how)
+
+
+class _Walk:
+    """One pass over the graph: the `State` of every value, and the `Step` of every call."""
+
+    def __init__(self, typed: TypedGraph, entries: Mapping[Site, Entry], merged_outputs: bool) -> None:
+        self.typed, self.entries, self.merged_outputs = typed, entries, merged_outputs
+        self.states: dict[fx.Node, tuple[State, ...]] = {}
+        self.steps: dict[fx.Node, Step] = {}
+        self.merges: list[Merge] = []
+
+    def run(self) -> tuple[tuple[Merge, ...], dict[fx.Node, Step]]:
+        for node in self.typed.captured.graph.graph.nodes:
+            self.visit(node)
+        return tuple(self.merges), self.steps
+
+    def state(self, node: fx.Node) -> State:
+        return self.states.get(node, (_PLAIN,))[0]
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "output":
+            self.steps[node] = self._output(node)
+            return
+        if node in self.typed.calls:
+            self.steps[node], self.states[node] = self._call(node, self.typed.calls[node])
+        elif node.op == "call_function" and node.target is getitem and node.args[0] in self.states:
+            self.states[node] = (self.states[node.args[0]][node.args[1]],)  # type: ignore[index]
+            self.steps[node] = Step(held=self.state(node).held)
+        for site, entry in self.entries.items():
+            if entry and site.stream is not None and site.stream.node is node:
+                self._merge(node, site, entry)
+
+    # --- merging ---
+
+    def _merge(self, node: fx.Node, site: Site, entry: Entry) -> None:
+        assert site.stream is not None
+        run, batch, state = site.stream.run, site.stream.batch, self.state(node)
+        weight = state.weight(run)
+        source = weight.resolution if weight and not weight.gone and weight.resolution.batch == batch else None
+        source = of_run(state.held, run) or source
+        source = source if source is not None and source.batch.atoms == batch.atoms else None
+        tokens = tokens_at(run, source)
+        count = removed(entry, tokens.size)
+        if count == 0:
+            return
+        number = len(self.merges) + 1
+        target = Resolution(
+            number, run, batch, Atom(simplify(tokens.size - count), f"n{number}", clip=True), Atom(count), source
+        )
+        kept = tuple(r for r in state.held if not r.meets(target))
+        wanted = (*kept, *([source] if source else []))
+        scored = self.state(site.attention.scored).held if site.attention.scored in self.states else ()
+        axes = self.typed.value(node).axes
+        keys = site.attention.keys
+        self.merges.append(
+            Merge(
+                site,
+                node,
+                count,
+                source,
+                target,
+                kept,
+                stream=tuple(bring(axes, state.held, wanted, How.MERGE)),
+                rows=tuple(_of_rows(scored, target, source)),
+                keys=tuple(bring(self.typed.value(keys).axes, self.state(keys).held, scored, How.MERGE))
+                if keys
+                else (),
+                before=tuple(bring(axes, self.state(site.stream.before).held, wanted, How.MERGE)),
+            )
+        )
+        weighed = tuple(w for w in state.weighed if not w.resolution.meets(target))
+        self.states[node] = (State((*kept, target), (*weighed, Weight(target, held=True))),)
+
+    def _keys_as_scored(self, keys: fx.Node, scored: Sequence[Resolution]) -> tuple[Conversion, ...]:
+        return tuple(bring(self.typed.value(keys).axes, self.state(keys).held, scored, How.MERGE))
+
+    # --- calls ---
+
+    def _call(self, node: fx.Node, typed: Typed) -> tuple[Step, tuple[State, ...]]:
+        states = [self.state(each) for each in self.typed.operands(node)]
+        runs = {r.run: None for state in states for r in (*state.held, *(w.resolution for w in state.weighed))}
+        step = Step()
+        results = [_PLAIN] * len(typed.outputs)
+        for run in runs:
+            one, after = self._over(node, typed, states, run)
+            step = Step(
+                step.held + one.held,
+                step.conversions + one.conversions,
+                step.weighings + one.weighings,
+                step.scalings + one.scalings,
+                step.barriers + one.barriers,
+            )
+            results = [_joined(*pair) for pair in zip(results, after, strict=True)]
+        return step, tuple(results)
+
+    def _over(self, node: fx.Node, typed: Typed, states: Sequence[State], run: Axis) -> tuple[Step, tuple[State, ...]]:
+        """What a call does over one run, and what is known of its results then."""
+        target = meet([r for state in states for r in state.held if r.run == run])
+        barriers: list[Barrier] = []
+        marked = tuple(k for k, state in enumerate(states) if state.dims(run))
+        as_numbers = bool(marked) and not shares.commutes(node, self.typed, run, marked)
+        if target is not None:
+            reason = obstacle(Asked(typed, run, target, self.typed.conflicts.get(node)))
+            if reason is None and as_numbers:
+                reason = f"it reads probabilities over {run!r} as numbers"
+            if reason is None and any(run in state.scaled for state in states):
+                reason = f"it holds probabilities over {run!r} at full length"
+            if reason is not None:
+                barriers.append(Barrier(run, reason))
+                target = None
+        several = enumerate(states) if as_numbers else ()
+        scalings = tuple(scaling for number, state in several for scaling in self._scalings(number, state, run))
+        weighings = tuple(self._weighings(node, typed, states, run, target))
+        step = Step(
+            held=(target,) if target is not None else (),
+            conversions=tuple(self._conversions(node, typed, states, run, target)),
+            weighings=weighings,
+            scalings=scalings,
+            barriers=tuple(barriers),
+        )
+        return step, tuple(
+            self._after(node, typed, states, run, target, step, number) for number in range(len(typed.outputs))
+        )
+
+    def _conversions(
+        self, node: fx.Node, typed: Typed, states: Sequence[State], run: Axis, target: Resolution | None
+    ) -> Iterator[Conversion]:
+        for number, operand in enumerate(self.typed.operands(node)):
+            source = of_run(states[number].held, run)
+            if source is target or not touches(typed.own[number], run):
+                continue
+            if source is None and not holds(typed.reads[number], run):
+                continue
+            have, wanted = ([source] if source else []), ([target] if target else [])
+            yield from bring(typed.reads[number], have, wanted, how_down(self.typed.value(operand)), number)
+
+    def _weighings(
+        self, node: fx.Node, typed: Typed, states: Sequence[State], run: Axis, target: Resolution | None
+    ) -> Iterator[Weighing]:
+        if any(run in state.scaled for state in states):
+            return
+        floating = all(value.floating for value in self._results(node))
+        for use in typed.uses:
+            if use.kind not in _WEIGHED:
+                continue
+            weight = Weight(target, held=True) if target is not None else self._weight_of(states, use.operand, run)
+            if weight is None:
+                continue
+            axes = typed.reads[use.operand]
+            left = run.atoms - weight.gone
+            summed = left & {atom for dim in use.dims for atom in axes[dim].atoms}
+            here = left <= {atom for each in axes for atom in each.atoms}
+            if not summed or not here or _doubled(axes, weight.resolution, use.dims):
+                continue
+            if use.kind is Kind.LINEAR and (weight.held or summed != left):
+                continue
+            counts = use.kind is Kind.SUM and not (floating or self._read_as_floats(node))
+            if not (counts and not weight.held):
+                yield Weighing(use, weight, counts, summed != left)
+
+    def _weight_of(self, states: Sequence[State], operand: int, run: Axis) -> Weight | None:
+        """The weight of restored tokens: that of the operand that is summed, or of what it is multiplied with."""
+        own = states[operand].weight(run)
+        others = (state.weight(run) for state in states)
+        found = own or next((each for each in others if each is not None), None)
+        return replace(found, held=False) if found else None
+
+    def _results(self, node: fx.Node) -> tuple[Value, ...]:
+        return self.typed.values[node]
+
+    def _read_as_floats(self, node: fx.Node) -> bool:
+        """Whether an integer sum has no reader but those that make floats of it."""
+        return bool(node.users) and all(
+            user in self.typed.calls and all(value.floating for value in self._results(user)) for user in node.users
+        )
+
+    def _scalings(self, operand: int, state: State, run: Axis, merged: bool = False) -> Iterator[Scaling]:
+        """An operand that is a distribution over the run gets the weights of its tokens."""
+        if (weight := state.weight(run)) is not None:
+            for dim in state.dims(run):
+                yield Scaling(operand, dim, replace(weight, held=merged and weight.held))
+
+    def _after(
+        self,
+        node: fx.Node,
+        typed: Typed,
+        states: Sequence[State],
+        run: Axis,
+        target: Resolution | None,
+        step: Step,
+        number: int,
+    ) -> State:
+        """What is known of a result, as far as one run goes."""
+        axes = typed.outputs[number]
+        atoms = {atom for each in axes for atom in each.atoms}
+        if target is not None:
+            if not holds(axes, run):
+                return _PLAIN
+            found = State((target,), (Weight(target, held=True),))
+        else:
+            known = [weight for state in states if (weight := state.weight(run)) is not None]
+            resolution = meet([weight.resolution for weight in known])
+            if not typed.known or resolution is None or step.scalings or any(run in s.scaled for s in states):
+                stays = bool(step.scalings or any(run in s.scaled for s in states)) and bool(run.atoms & atoms)
+                return State(scaled=frozenset({run}) if stays else frozenset())
+            summed = {a for w in step.weighings for d in w.use.dims for a in typed.reads[w.use.operand][d].atoms}
+            absent = run.atoms - atoms
+            before = frozenset(atom for weight in known for atom in weight.gone)
+            if absent == run.atoms or not absent <= before | summed or not resolution.batch.atoms <= atoms:
+                return _PLAIN
+            found = State(weighed=(Weight(resolution, frozenset(absent)),))
+        return replace(found, shares=tuple(self._shares(node, typed, states, run, step, number)))
+
+    def _shares(
+        self, node: fx.Node, typed: Typed, states: Sequence[State], run: Axis, step: Step, number: int
+    ) -> Iterator[tuple[Axis, int]]:
+        """Along which dimensions a result is a distribution over the run."""
+        found: dict[int, None] = {}
+        for weighing in step.weighings:
+            if weighing.use.kind is Kind.SOFTMAX:
+                found.update(dict.fromkeys(weighing.use.dims))
+        for operand, state in enumerate(states):
+            for dim in state.dims(run):
+                if not shares.summed(typed, operand, dim):
+                    found.update(dict.fromkeys(shares.dims_after(self.typed, node, operand, dim, run)[number]))
+        return ((run, dim) for dim in found)
+
+    def _output(self, node: fx.Node) -> Step:
+        results = self.typed.operands(node)
+        writes = len(self.typed.captured.mutated)
+        states = [self.state(each) for each in results]
+        short = [self.merged_outputs and number >= writes for number in range(len(results))]
+        conversions = (
+            Conversion(number, held.run, held, None, How.RESTORE)
+            for number, state in enumerate(states)
+            for held in state.held
+            if not short[number]
+        )
+        scalings = (
+            scaling
+            for number, state in enumerate(states)
+            for run in {each for each, _ in state.shares}
+            for scaling in self._scalings(number, state, run, short[number])
+        )
+        return Step(conversions=tuple(conversions), scalings=tuple(scalings))
+
+
+def how_down(value: Value) -> How:
+    """Floats that descend from the clip's pixels are merged; everything else is picked at the representative."""
+    return How.MERGE if value.floating and value.clip else How.PICK
+
+
+def _joined(one: State, other: State) -> State:
+    return State(
+        one.held + other.held, one.weighed + other.weighed, one.shares + other.shares, one.scaled | other.scaled
+    )
+
+
+def _of_rows(scored: Iterable[Resolution], target: Resolution, source: Resolution | None) -> Iterator[Conversion]:
+    """What a site says of its tokens `[batch, tokens]`, from how its scores are held to where the merge starts."""
+    held = of_run(scored, target.run)
+    for each in scored:
+        if each.run != target.run and each.meets(target):
+            yield Conversion(0, each.run, each, None, How.RESTORE)
+    if held is not None and (source is None or held not in source.chain):
+        yield Conversion(0, held.run, held, None, How.RESTORE)
+        held = None
+    if held is not source:
+        yield Conversion(0, target.run, held, source, How.MERGE)
+
+
+def _doubled(axes: Axes, resolution: Resolution, dims: Sequence[int]) -> bool:
+    """Whether a dimension that the grouping depends on lies on several axes, none of them one that is summed over.
+
+    Such entries are of pairs of samples, and no sample's tokens say what they weigh.
+    """
+    summed = {atom for dim in dims for atom in axes[dim].atoms}
+    return any(sum(atom in each.atoms for each in axes) > 1 for atom in resolution.batch.atoms - summed)
