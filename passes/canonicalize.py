@@ -31,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts, ShapeEnv
 from torch.utils.checkpoint import CheckpointPolicy
 
+import passes.composites  # noqa: F401 - spells out what it names
 from passes.errors import CaptureError
 from passes.flex import without_blocks
 from passes.names import export_paths, is_of_module, shortest_names, source_path
