@@ -3,7 +3,8 @@
 my::attention(x)  ->  ... -> scaled_dot_product_attention -> ...
 
 A spelling takes the operator's arguments and returns what it returns. It is traced in the operator's place when a model
-is captured, whatever way the tracer wrote the call down. Register one with `@spelling("my::attention")`; a higher-order operator is named without a namespace.
+is captured, whatever way the tracer wrote the call down. Register one with `@spelling("my::attention")`; a higher-order
+operator is named without a namespace.
 """
 
 from __future__ import annotations
