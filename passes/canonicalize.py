@@ -32,7 +32,7 @@ import passes.composites  # noqa: F401 - spells out what it names
 from passes.errors import CaptureError
 from passes.flex import without_blocks
 from passes.names import export_paths, is_of_module, shortest_names, source_path
-from passes.retrace import FAILURES, Retracer, graphs, refuse_higher_order, said, where
+from passes.retrace import FAILURES, Retracer, graphs, leave_vmap, refuse_higher_order, said, where
 
 _CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 _MUTATION_KINDS = frozenset({OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION})
@@ -151,6 +151,7 @@ def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) ->
     def run(*args: Any) -> tuple[Any, ...]:
         inputs, lifted = args[: len(values)], args[len(values) :]
         with ExitStack() as open_modes:
+            leave_vmap(open_modes)
             outputs = Retracer(gm, dict(zip(attributes, lifted, strict=True)), open_modes).run(*inputs)
         # Under functionalization an input that was written to now holds its new value.
         return (*args, *_flat(outputs))

@@ -20,7 +20,7 @@ Length: TypeAlias = "int | fx.Node"
 
 
 class Layout:
-    """Appends to a graph. Sizes come from axes, and where they are symbolic from the values that they were learnt from."""
+    """Appends to a graph. Sizes come from axes, and where they are symbolic from values that have or hold them."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -40,11 +40,16 @@ class Layout:
         """Note where the symbols of a placeholder can be read."""
         self._learn(placeholder, placeholder.meta.get("val"))
 
-    def learn_from_data(self, node: fx.Node, value: Any) -> None:
-        """Note where the symbols that no input tells can be read: those of a traced result, new if they follow from data."""
-        shape = value.shape if isinstance(value, torch.Tensor) else ()
-        if any(free_unbacked_symbols(each) for each in (value, *shape) if isinstance(each, torch.SymInt)):
-            self._learn(node, value)
+    def learn_from_data(self, node: fx.Node, emitted: Any, *, shortened: bool) -> None:
+        """Note where the symbols can be read that no input tells: those of a result whose sizes follow from data.
+
+        What was emitted for `node` has its traced sizes unless it is `shortened`.
+        """
+        value = node.meta.get("val")
+        sizes = (value, *(value.shape if isinstance(value, torch.Tensor) else ()))
+        unknown = any(free_unbacked_symbols(each) for each in sizes if isinstance(each, torch.SymInt))
+        if unknown and not shortened and isinstance(emitted, fx.Node):
+            self._learn(emitted, value)
 
     def _learn(self, node: fx.Node, value: Any) -> None:
         if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):

@@ -5,6 +5,8 @@ Whatever fails names the node, its operator, the line of the model's source and 
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ _INSTEAD = {
     "associative_scan": "write a Python loop over a known number of steps",
     "while_loop": "write a Python loop over a known number of steps",
 }
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _FROM_DATA = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 # What torch raises for a graph that it cannot trace, of whatever kind.
 FAILURES = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError)
@@ -107,6 +110,20 @@ class Retracer(PropagateUnbackedSymInts):
         return body(*operands, **keywords)
 
 
+def leave_vmap(open_modes: ExitStack) -> None:
+    """Let `open_modes` close the levels of vmap that a failing graph leaves open."""
+    functorch = torch._C._functorch
+
+    def depth() -> int:
+        return len(functorch.get_interpreter_stack() or ())
+
+    def leave(wanted: int) -> None:
+        while depth() > wanted:
+            functorch.pop_dynamic_layer_stack()
+
+    open_modes.callback(leave, depth())
+
+
 @dataclass(frozen=True)
 class _Body:
     """A graph inside a graph: where it is called, it is run as the graph around it is."""
@@ -140,10 +157,22 @@ def refuse_higher_order(gm: fx.GraphModule) -> None:
 
 
 def where(node: fx.Node) -> str:
-    """A node by name, with the innermost line of the user's code that it comes from."""
+    """A node by name, with the innermost line of the user's code that it comes from, or else the module."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    places = [line.removeprefix("File ") for line in lines if line.startswith('File "')]
-    return f"{node.name} ({places[-1]})" if places else node.name
+    places = [line.removeprefix("File ") for line in lines if line.startswith('File "') and 'File "<' not in line]
+    users = [place for place in places if not place.startswith(f'"{_TORCH}')]
+    if places:
+        return f"{node.name} ({(users or places)[-1]})"
+    modules = list((node.meta.get("nn_module_stack") or {}).values())
+    return f"{node.name} (in {modules[-1][0] or modules[-1][1]})" if modules else node.name
+
+
+def raised_at(reason: BaseException) -> str:
+    """The innermost line of the user's code that an exception came through, in brackets; nothing if there is none."""
+    ours = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
+    frames = traceback.extract_tb(reason.__traceback__)[1:]  # the first is whoever caught it
+    users = [frame for frame in frames if not frame.filename.startswith((*ours, "<"))]
+    return f' ("{users[-1].filename}", line {users[-1].lineno}, in {users[-1].name})' if users else ""
 
 
 def said(reason: BaseException) -> str:

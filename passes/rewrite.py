@@ -89,8 +89,7 @@ class _Rewriter:
         for node in old.graph.nodes:
             if node.op != "placeholder":
                 self.env[node] = self._emit(node)
-                if isinstance(self.env[node], fx.Node) and not self.plan.held(node):
-                    self.layout.learn_from_data(self.env[node], node.meta.get("val"))
+                self.layout.learn_from_data(node, self.env[node], shortened=bool(self.plan.held(node)))
                 if (merge := self.plan.merge_after(node)) is not None:
                     self._merge(merge)
         self.graph.eliminate_dead_code()
