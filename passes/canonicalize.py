@@ -32,7 +32,7 @@ import passes.composites  # noqa: F401 - spells out what it names
 from passes.errors import CaptureError
 from passes.flex import without_blocks
 from passes.names import export_paths, is_of_module, shortest_names, source_path
-from passes.retrace import FAILURES, Retracer, graphs, leave_vmap, refuse_higher_order, said, where
+from passes.retrace import FAILURES, Retracer, graphs, leave_vmap, refuse_higher_order, refuse_nested, said, where
 
 _CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 _MUTATION_KINDS = frozenset({OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION})
@@ -144,6 +144,8 @@ def with_writes(graph: fx.GraphModule, mutated: Sequence[str]) -> fx.GraphModule
 def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """`gm` on `values` in the one dialect, and the names of the placeholders it writes to."""
     refuse_higher_order(gm)
+    for node, value in zip(_placeholders(gm), values, strict=True):
+        refuse_nested(node, value)
     old, gm = gm, without_blocks(gm)
     attributes = _tensor_attributes(gm)
     fakes = [mode.from_tensor(value, static_shapes=True) for value in attributes.values()]

@@ -6,6 +6,7 @@ Whatever fails names the node, its operator, the line of the model's source and 
 from __future__ import annotations
 
 import os
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -72,11 +73,7 @@ class Retracer(PropagateUnbackedSymInts):
             raise CaptureError(
                 f"{where(n)}: {_operator(n)} cannot be traced: {said(reason)}; {_way_out(reason)}"
             ) from reason
-        if isinstance(result, torch.Tensor) and result.is_nested:
-            raise CaptureError(
-                f"{where(n)}: {_operator(n)} is a nested tensor, whose samples have their own lengths, which "
-                "tldr-compile does not merge; pad them to one length"
-            )
+        refuse_nested(n, result)
         return result
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -156,6 +153,15 @@ def refuse_higher_order(gm: fx.GraphModule) -> None:
             )
 
 
+def refuse_nested(node: fx.Node, value: Any) -> None:
+    """Raise `CaptureError` where the value of a node is a nested tensor."""
+    if isinstance(value, torch.Tensor) and value.is_nested:
+        raise CaptureError(
+            f"{where(node)}: {_operator(node)} is a nested tensor, whose samples have their own lengths, which "
+            "tldr-compile does not merge; pad them to one length"
+        )
+
+
 def where(node: fx.Node) -> str:
     """A node by name, with the innermost line of the user's code that it comes from, or else the module."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
@@ -169,10 +175,13 @@ def where(node: fx.Node) -> str:
 
 def raised_at(reason: BaseException) -> str:
     """The innermost line of the user's code that an exception came through, in brackets; nothing if there is none."""
-    ours = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
     frames = traceback.extract_tb(reason.__traceback__)[1:]  # the first is whoever caught it
-    users = [frame for frame in frames if not frame.filename.startswith((*ours, "<"))]
+    users = [frame for frame in frames if not frame.filename.startswith((_TORCH, "<")) and not _is_pythons(frame)]
     return f' ("{users[-1].filename}", line {users[-1].lineno}, in {users[-1].name})' if users else ""
+
+
+def _is_pythons(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in frame.filename
 
 
 def said(reason: BaseException) -> str:
