@@ -174,10 +174,10 @@ def where(node: fx.Node) -> str:
 
 
 def raised_at(reason: BaseException) -> str:
-    """The innermost line of the user's code that an exception came through, in brackets; nothing if there is none."""
+    """The innermost line of the user's code that an exception came through; nothing if there is none."""
     frames = traceback.extract_tb(reason.__traceback__)[1:]  # the first is whoever caught it
     users = [frame for frame in frames if not frame.filename.startswith((_TORCH, "<")) and not _is_pythons(frame)]
-    return f' ("{users[-1].filename}", line {users[-1].lineno}, in {users[-1].name})' if users else ""
+    return f'"{users[-1].filename}", line {users[-1].lineno}, in {users[-1].name}' if users else ""
 
 
 def _is_pythons(frame: traceback.FrameSummary) -> bool:

@@ -340,10 +340,10 @@ def _export(
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     except Exception as reason:  # the tracer runs the model's own code, which can raise anything
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__} as one graph{raised_at(reason)}: "
-            f"{type(reason).__name__}: {reason}\n"
-            'Write that line so that it can be traced, or try torch.compile(model, backend="tldr"), which leaves to '
-            "Python what it cannot trace, or apply on what torch.export.export(..., strict=True) gives"
+            f"torch.export cannot capture {type(model).__name__} as one graph: {type(reason).__name__}: {reason}\n"
+            f"It stopped at {raised_at(reason) or 'the arguments'}. Write that so that it can be traced, or try "
+            'torch.compile(model, backend="tldr"), which leaves to Python what it cannot trace, or apply on what '
+            "torch.export.export(..., strict=True) gives"
         ) from reason
 
 
