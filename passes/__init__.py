@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.attention import fuse
 from passes.canonicalize import Captured, from_dynamo, from_export
@@ -62,7 +63,8 @@ class Merged:
 def plan(captured: Captured, options: Options) -> Plan:
     """Find, type and plan, without rewriting. Raises as `merge` does."""
     for node in captured.graph.graph.find_nodes(op="placeholder"):
-        if node.name not in captured.constants and any(each.numel() == 0 for each in tensors(node)):
+        empty = any(statically_known_true(each.numel() == 0) for each in tensors(node))
+        if node.name not in captured.constants and empty:
             name = captured.names.get(node.name, node.name)
             raise CaptureError(
                 f"the example input {name!r} is empty: {list(node.meta['val'].shape)} tells no size apart"

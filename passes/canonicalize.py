@@ -17,8 +17,6 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, detect_fake_mode
-from torch._higher_order_ops.flat_apply import flat_apply
-from torch._higher_order_ops.wrap import tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.export import ExportedProgram
@@ -28,16 +26,14 @@ from torch.export.exported_program import (
 )
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import PropagateUnbackedSymInts, ShapeEnv
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+import passes.composites  # noqa: F401 - spells out what it names
 from passes.errors import CaptureError
 from passes.flex import without_blocks
 from passes.names import export_paths, is_of_module, shortest_names, source_path
-from passes.spellings import spelled
+from passes.retrace import FAILURES, Retracer, graphs, leave_vmap, refuse_higher_order, refuse_nested, said, where
 
-# Their bodies are traced in place, with the mode that they stand for.
-_ENTERED = frozenset({tag_activation_checkpoint, wrap_with_autocast, wrap_with_set_grad_enabled, flat_apply})
 _CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 _MUTATION_KINDS = frozenset({OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION})
 # What Dynamo leaves on its graph module for AOTAutograd and Inductor: without it they forget which inputs are static.
@@ -161,43 +157,11 @@ def with_writes(graph: fx.GraphModule, mutated: Sequence[str]) -> fx.GraphModule
     return result
 
 
-class _Retracer(PropagateUnbackedSymInts):
-    """Runs a graph whose tensor attributes are arguments (an attribute is a real tensor, all others are fake).
-
-    Checkpointed bodies are run in place. `open_modes` closes what a failing graph leaves open.
-    """
-
-    def __init__(self, gm: fx.GraphModule, attributes: Mapping[str, Any], open_modes: ExitStack) -> None:
-        super().__init__(gm)
-        self._attributes, self._open_modes = attributes, open_modes
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is tag_activation_checkpoint:
-            return self._checkpoint(*args, **kwargs)
-        if (function := spelled(target)) is not None:
-            return function(*args, **kwargs)
-        # A tracer records these two and does not do them: the values between would have the wrong dtype.
-        if target is torch.amp.autocast_mode._enter_autocast:
-            region = self._open_modes.enter_context(ExitStack())
-            region.enter_context(torch.autocast(*args))
-            return region
-        if target is torch.amp.autocast_mode._exit_autocast:
-            return args[0].close()
-        return super().call_function(target, args, kwargs)
-
-    def _checkpoint(self, body: fx.GraphModule, *operands: Any, **kwargs: Any) -> Any:
-        _, keywords = tag_activation_checkpoint.divide_kwargs(kwargs)
-        for node in body.graph.nodes:  # the tag by which the partitioner knows what to compute again in backward
-            node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=id(body))
-        return _Retracer(body, {}, self._open_modes).run(*operands, *keywords.values())
-
-
 def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """`gm` on `values` in the one dialect, and the names of the placeholders it writes to."""
-    _refuse_higher_order(gm)
+    refuse_higher_order(gm)
+    for node, value in zip(_placeholders(gm), values, strict=True):
+        refuse_nested(node, value)
     old, gm = gm, without_blocks(gm)
     attributes = _tensor_attributes(gm)
     fakes = [mode.from_tensor(value, static_shapes=True) for value in attributes.values()]
@@ -205,7 +169,8 @@ def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) ->
     def run(*args: Any) -> tuple[Any, ...]:
         inputs, lifted = args[: len(values)], args[len(values) :]
         with ExitStack() as open_modes:
-            outputs = _Retracer(gm, dict(zip(attributes, lifted, strict=True)), open_modes).run(*inputs)
+            leave_vmap(open_modes)
+            outputs = Retracer(gm, dict(zip(attributes, lifted, strict=True)), open_modes).run(*inputs)
         # Under functionalization an input that was written to now holds its new value.
         return (*args, *_flat(outputs))
 
@@ -214,7 +179,10 @@ def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) ->
     ambient = torch.set_grad_enabled(torch.is_grad_enabled())  # a graph that fails may leave its own behind
     dialect = _override_composite_implicit_decomp(whole)
     with ambient, mode, dialect, enable_python_dispatcher(), fx.traceback.preserve_node_meta():
-        graph = make_fx(functional, pre_dispatch=True)(*values, *fakes)
+        try:
+            graph = make_fx(functional, pre_dispatch=True)(*values, *fakes)
+        except FAILURES as reason:  # no node's own failure: those say where
+            raise CaptureError(f"the graph that was captured cannot be traced again: {said(reason)}") from reason
     for node, value in zip(_placeholders(graph), (*values, *fakes), strict=True):
         node.meta["val"] = value  # the tracer's own copy is detached, and does not know what requires grad
     written = _split_outputs(graph, len(values) + len(attributes))
@@ -235,7 +203,7 @@ def _split_outputs(graph: fx.GraphModule, count: int) -> list[fx.Node]:
     ]
     for node, value in written:
         if node.meta["val"].shape != value.meta["val"].shape:
-            raise CaptureError(f"{_where(node)} is resized in place, which a merged graph cannot express")
+            raise CaptureError(f"{where(node)} is resized in place, which a merged graph cannot express")
     output.args = (tuple(value for _, value in written) + tuple(values[count:]),)
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.graph.erase_node(node)
@@ -249,11 +217,12 @@ def _restore_attributes(graph: fx.GraphModule, attributes: Mapping[str, Any], wr
     for node, (target, value) in zip(lifted, attributes.items(), strict=True):
         if node in written:
             raise CaptureError(f"the module's attribute {target!r} is written to; make it a buffer")
-        _set_attribute(graph, target, value)
-        with graph.graph.inserting_before(node):
-            attribute = graph.graph.create_node("get_attr", target)
-        attribute.meta = node.meta
-        node.replace_all_uses_with(attribute)
+        if node.users:  # a graph inside may not be called at all
+            _set_attribute(graph, target, value)
+            with graph.graph.inserting_before(node):
+                attribute = graph.graph.create_node("get_attr", target)
+            attribute.meta = node.meta
+            node.replace_all_uses_with(attribute)
         graph.graph.erase_node(node)
 
 
@@ -263,20 +232,6 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     new.output(new.graph_copy(graph, {}))
     new.output_node().meta = dict(old_output.meta)
     return new
-
-
-def _refuse_higher_order(gm: fx.GraphModule) -> None:
-    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    for node in (node for graph in graphs for node in graph.nodes):
-        if (
-            isinstance(node.target, torch._ops.HigherOrderOperator)
-            and node.target not in _ENTERED
-            and not spelled(node.target)
-        ):
-            raise CaptureError(
-                f"{_where(node)} is the higher-order operator {node.target.name()!r}, which tldr-compile does not "
-                "enter; call the model without it, or keep that part out of the graph with torch.compiler.disable"
-            )
 
 
 def _refuse_script_objects(program: ExportedProgram) -> None:
@@ -306,8 +261,8 @@ def _flat(outputs: Any) -> tuple[Any, ...]:
 
 
 def _tensor_attributes(gm: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """The tensors that `gm` reads as attributes, by target."""
-    targets = dict.fromkeys(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
+    """The tensors that `gm` and the graphs inside it read as attributes, by path."""
+    targets = [f"{path}{node.target}" for path, each in graphs(gm) for node in each.graph.find_nodes(op="get_attr")]
     values = {target: _get_attribute(gm, target) for target in targets}
     return {target: value for target, value in values.items() if isinstance(value, torch.Tensor)}
 
@@ -334,10 +289,3 @@ def _pop_buffer(gm: fx.GraphModule, target: str) -> torch.Tensor:
     value = gm.get_submodule(parent)._buffers.pop(name)
     assert value is not None
     return value
-
-
-def _where(node: fx.Node) -> str:
-    """A node by name, with the innermost line of the user's code that it comes from."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    places = [line.removeprefix("File ") for line in lines if line.startswith('File "')]
-    return f"{node.name} ({places[-1]})" if places else node.name

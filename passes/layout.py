@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -19,7 +20,7 @@ Length: TypeAlias = "int | fx.Node"
 
 
 class Layout:
-    """Appends to a graph. Sizes come from axes, and from the placeholders where they are symbolic."""
+    """Appends to a graph. Sizes come from axes, and where they are symbolic from values that have or hold them."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
@@ -29,24 +30,37 @@ class Layout:
 
     @property
     def symbols(self) -> frozenset[sympy.Symbol]:
-        """The symbols whose values the inputs tell."""
+        """The symbols whose values are known so far."""
         return frozenset(self._symbols)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)
 
     def learn(self, placeholder: fx.Node) -> None:
-        """Note where the symbols of a placeholder's shape can be read."""
-        value: Any = placeholder.meta.get("val")
+        """Note where the symbols of a placeholder can be read."""
+        self._learn(placeholder, placeholder.meta.get("val"))
+
+    def learn_from_data(self, node: fx.Node, emitted: Any, *, shortened: bool) -> None:
+        """Note where the symbols can be read that no input tells: those of a result whose sizes follow from data.
+
+        What was emitted for `node` has its traced sizes unless it is `shortened`.
+        """
+        value = node.meta.get("val")
+        sizes = (value, *(value.shape if isinstance(value, torch.Tensor) else ()))
+        unknown = any(free_unbacked_symbols(each) for each in sizes if isinstance(each, torch.SymInt))
+        if unknown and not shortened and isinstance(emitted, fx.Node):
+            self._learn(emitted, value)
+
+    def _learn(self, node: fx.Node, value: Any) -> None:
         if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
-            self._symbols.setdefault(value.node.expr, fx.Proxy(placeholder, self._tracer))
+            self._symbols.setdefault(value.node.expr, fx.Proxy(node, self._tracer))
         for dim, length in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
             solved = one_symbol(size(length))
             if solved is not None and solved[0] not in self._symbols:
                 symbol, times, offset = solved
-                node = self.call(aten.sym_size.int, placeholder, dim)
-                node.meta["val"] = length
-                proxy: Any = fx.Proxy(node, self._tracer)
+                read = self.call(aten.sym_size.int, node, dim)
+                read.meta["val"] = length
+                proxy: Any = fx.Proxy(read, self._tracer)
                 self._symbols[symbol] = proxy if (times, offset) == (1, 0) else (proxy - offset) // times
 
     def length(self, of: Size | Axis) -> Length:
@@ -60,7 +74,7 @@ class Layout:
         return self._lengths[wanted]
 
     def knows(self, value: Any) -> bool:
-        """Whether a traced number follows from the inputs' sizes."""
+        """Whether a traced number follows from the symbols that are known so far."""
         return isinstance(value, torch.SymInt) and all(each in self.symbols for each in value.node.expr.free_symbols)
 
     def lengths(self, axes: Sequence[Axis]) -> list[Length]:

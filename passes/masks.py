@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from passes.attention import Attention
 from passes.axes import Axes, Axis
@@ -86,7 +87,7 @@ def _decides(typed: TypedGraph, mask: fx.Node) -> bool:
 def _hides(typed: TypedGraph, mask: fx.Node) -> str | None:
     """How a constant mask hides some of the tokens from others; None if it hides none, or all alike."""
     values, above = typed.captured.values, _ancestors(mask)
-    if not _known(above, values):
+    if not _known(above, values) or any(map(_from_data, above)):
         unknown = any(_is_boolean(each) and not _is_uniform(each, values) for each in above)
         return "is not known here, and may hide some of its tokens from others" if unknown else None
     computed = _computed(above, values)
@@ -101,7 +102,8 @@ def _hides(typed: TypedGraph, mask: fx.Node) -> str | None:
 
 def _is_uniform(node: fx.Node, values: Mapping[str, Tensor]) -> bool:
     above = _ancestors(node)
-    return _known(above, values) and not any(map(_is_symbolic, above)) and not _divides(_computed(above, values)[node])
+    fixed = _known(above, values) and not any(map(_is_symbolic, above))
+    return fixed and not _divides(_computed(above, values)[node])
 
 
 def _is_boolean(node: fx.Node) -> bool:
@@ -111,6 +113,12 @@ def _is_boolean(node: fx.Node) -> bool:
 
 def _is_symbolic(node: fx.Node) -> bool:
     return any(isinstance(each.meta.get("val"), torch.SymInt) for each in node.all_input_nodes)
+
+
+def _from_data(node: fx.Node) -> bool:
+    """Whether a size that only running tells goes into a node."""
+    sizes = (each.meta.get("val") for each in node.all_input_nodes)
+    return any(isinstance(each, torch.SymInt) and bool(free_unbacked_symbols(each)) for each in sizes)
 
 
 def _keeps_uniform(node: fx.Node) -> bool:

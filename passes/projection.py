@@ -93,8 +93,7 @@ class Projection(fx.Interpreter):
             result = super().run_node(n)
         else:
             result = self._call(n, step)
-        if n.op == "placeholder":
-            self._learn(n, result)
+        self._learn(n, result)
         for merge in self.plan.merges_after(n):
             result = self._project(result, self.plan.typed.value(n).axes, merge.target, How.MERGE)
         return result

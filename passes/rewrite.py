@@ -90,6 +90,7 @@ class _Rewriter:
         for node in old.graph.nodes:
             if node.op != "placeholder":
                 self.env[node] = self._emit(node)
+                self.layout.learn_from_data(node, self.env[node], shortened=bool(self.plan.held(node)))
                 for merge in self.plan.merges_after(node):
                     self._merge(merge)
         self.graph.eliminate_dead_code()

@@ -3,15 +3,18 @@
 my::attention(x)  ->  ... -> scaled_dot_product_attention -> ...
 
 A spelling takes the operator's arguments and returns what it returns. It is traced in the operator's place when a model
-is captured. Register one with `@spelling("my::attention")`; a higher-order operator is named without a namespace.
+is captured, whatever way the tracer wrote the call down. Register one with `@spelling("my::attention")`; a higher-order
+operator is named without a namespace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import BuiltinFunctionType
 from typing import Any, TypeAlias
 
-from torch._ops import HigherOrderOperator, OpOverload
+import torch
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 Spelling: TypeAlias = Callable[..., Any]
 SPELLINGS: dict[str, Spelling] = {}
@@ -29,6 +32,17 @@ def spelling(*names: str) -> Callable[[Spelling], Spelling]:
 
 def spelled(target: Any) -> Spelling | None:
     """What an operator does in plain ones, if that is known."""
+    return SPELLINGS.get(_name(target) or "")
+
+
+def _name(target: Any) -> str | None:
+    """The name of an operator as its schema has it: of an overload, of all overloads, or of a function of torch."""
     if isinstance(target, OpOverload):
-        return SPELLINGS.get(target._schema.name)
-    return SPELLINGS.get(target.name()) if isinstance(target, HigherOrderOperator) else None
+        return target._schema.name
+    if isinstance(target, OpOverloadPacket):
+        return target._qualified_op_name
+    if isinstance(target, HigherOrderOperator):
+        return target.name()
+    name = getattr(target, "__name__", None)
+    is_torchs = isinstance(target, BuiltinFunctionType) and getattr(torch, str(name), None) is target
+    return f"aten::{name}" if is_torchs else None

@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 import passes
 from passes.canonicalize import Captured, from_export, inherit, with_writes
+from passes.retrace import raised_at
 from tldr_compile import ops
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import CaptureError, NothingToMerge, OptionError, ShapeError
@@ -339,7 +340,10 @@ def _export(
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     except Exception as reason:  # the tracer runs the model's own code, which can raise anything
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__} as one graph: {type(reason).__name__}: {reason}"
+            f"torch.export cannot capture {type(model).__name__} as one graph: {type(reason).__name__}: {reason}\n"
+            f"It stopped at {raised_at(reason) or 'the arguments'}. Write that so that it can be traced, or try "
+            'torch.compile(model, backend="tldr"), which leaves to Python what it cannot trace, or apply on what '
+            "torch.export.export(..., strict=True) gives"
         ) from reason
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils.flop_counter import FlopCounterMode
 
 import passes
@@ -168,6 +169,8 @@ def _hint(value: Any) -> Any:
 
 def _gflops(graph: fx.GraphModule) -> float:
     """Count on fake tensors of the example sizes: nothing is computed. NaN where sizes depend on the data."""
+    if any(free_unbacked_symbols(node.meta.get("val")) for node in graph.graph.find_nodes(op="placeholder")):
+        return float("nan")
     try:
         return _counted(graph)
     except (DataDependentOutputException, DynamicOutputShapeException):
