@@ -122,6 +122,18 @@ def test_a_sequence_is_refused_where_attention_is_spread(where: str, schedule: A
             assert __file__ in text
 
 
+def test_a_sequence_is_refused_where_one_graph_runs_twice() -> None:
+    """The second time, nothing comes to the backend."""
+    block = Block()
+
+    @torch._dynamo.disable(recursive=False)
+    def twice(x: Tensor) -> Tensor:
+        return call(block, call(block, x).clone())
+
+    run = compiled(lambda x: twice(x) + 1, schedule=[5])
+    assert "Dynamo did not capture" in refusal(lambda: run(torch.randn(2, 18, 16)), GraphBreakError)
+
+
 def test_a_sequence_is_the_second_call_s_too() -> None:
     """Attention in one graph per call, whichever graph: each call has a whole model."""
 
@@ -308,7 +320,10 @@ def test_ddp(outside: bool) -> None:
         return DistributedDataParallel(compiled(model, schedule=schedule), bucket_cap_mb=megabytes)
 
     torch.testing.assert_close(wrapped(25, [5, 3])(clip()), expected)
-    text = refusal(lambda: wrapped(split, [5])(clip()), GraphBreakError)
+    with pytest.raises(BackendCompilerFailed) as caught:  # before any of it runs
+        wrapped(split, [5])(clip())
+    assert isinstance(caught.value.inner_exception, GraphBreakError)
+    text = str(caught.value)
     assert "DDPOptimizer" in text
     assert "optimize_ddp = False" in text
     with pytest.warns(UserWarning, match="tokens are merged in 2 graphs"):
