@@ -15,31 +15,9 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 import tldr_compile
-from tests.tiny import Block, Tiny, clip
+from tests.tiny import Tiny, clip
 from tldr_compile import backend as module
 from tldr_compile.config import TokenMerging
-
-
-class Broken(Tiny):
-    """A model that Dynamo cannot capture as one graph: it is broken between, after, or in a loop over its blocks."""
-
-    def __init__(self, where: str) -> None:
-        super().__init__()
-        self.where = where
-
-    def forward(self, video: Tensor) -> Tensor:
-        first, second = self.blocks
-        x = first(self.embed(video))
-        if self.where == "between":
-            torch._dynamo.graph_break()
-        x = second(x)
-        if self.where == "after":
-            torch._dynamo.graph_break()
-        for index in range(2):
-            x = x + index
-            if self.where == "loop":
-                torch._dynamo.graph_break()
-        return self.head(x.mean(1))
 
 
 def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
@@ -201,68 +179,6 @@ def test_the_text_of_a_refusal_says_everything() -> None:
     assert isinstance(caught.value.inner_exception, tldr_compile.OptionError)
     with pytest.raises(BackendCompilerFailed, match=r"schedule\[0\]=-5: a number of tokens to remove cannot be neg"):
         compiled(Tiny(), schedule=[-5])(clip())
-
-
-@pytest.mark.parametrize("where", ["between", "after", "loop"])
-def test_a_sequence_is_refused_for_a_piece_of_a_model(where: str) -> None:
-    with pytest.raises(BackendCompilerFailed, match="is only a piece of the model") as caught:
-        compiled(Broken(where), schedule=[5, 3])(clip())
-    assert isinstance(caught.value.inner_exception, tldr_compile.GraphBreakError)
-    reasons = {"loop": ("Dynamo left ", "forward (", "TORCH_LOGS=graph_breaks says why")}
-    for part in (
-        *reasons.get(where, ("Dynamo broke it, because Call to `torch._dynamo.graph_break()`", "in forward")),
-        *(__file__, "fullgraph=True", 'options={"schedule": 0.1}'),
-    ):
-        assert part in str(caught.value)
-    with pytest.raises(BackendCompilerFailed, match=r"the default schedule \[0.25, 0.12, 0.06\] has one entry"):
-        torch.compile(Broken(where), backend="tldr")(clip())
-
-
-@pytest.mark.usefixtures("eager")
-def test_one_fraction_holds_for_every_piece() -> None:
-    model, video = Broken("between"), clip()
-    with torch.no_grad():
-        merged = compiled(model, schedule=0.25)(video)
-        torch.compiler.reset()
-        assert not torch.allclose(merged, compiled(model, schedule=0.0)(video), atol=1e-3)
-
-
-def test_a_function_that_runs_in_python_makes_pieces_of_what_it_calls() -> None:
-    blocks = nn.ModuleList(Block() for _ in range(2))
-
-    @torch._dynamo.disable(recursive=False)
-    def run(x: Tensor) -> Tensor:
-        for block in blocks:
-            x = block(x)
-        return x
-
-    captured: list[str | None] = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        captured.append(module._why_piece(gm))
-        return gm
-
-    def whole(x: Tensor) -> Tensor:
-        for block in blocks:
-            x = block(x)
-        return x
-
-    torch.compile(whole, backend=backend)(torch.randn(2, 18, 16))
-    assert captured == [None]
-    torch.compile(lambda x: run(x + 1), backend=backend)(torch.randn(2, 18, 16))
-    assert all(why is not None for why in captured[1:])
-
-
-@pytest.mark.usefixtures("eager")
-def test_a_piece_without_attention_passes_through() -> None:
-    class Head(Broken):
-        def forward(self, video: Tensor) -> Tensor:
-            x = video * 2
-            torch._dynamo.graph_break()
-            return x + 1
-
-    video = clip()
-    torch.testing.assert_close(compiled(Head("between"), schedule=[5])(video), video * 2 + 1)
 
 
 @pytest.mark.usefixtures("eager")

@@ -21,6 +21,11 @@ from passes.schedule import Entry
 from passes.sites import Site, maximal_runs
 from tldr_compile.ops.attention import attention_flop
 
+_NO_CLASS_TOKEN = (
+    "the clip comes as tokens, so that no class token could be seen: protect= says how many tokens lead that are never "
+    "merged (protect=1 for one class token, protect=0 for none)"
+)
+
 
 class Report:
     """The facts of one merged graph. `print(report)` shows a table; `to_dict()` has the same facts for a program."""
@@ -43,6 +48,11 @@ class Report:
         return list(self._restorations())
 
     @cached_property
+    def notes(self) -> list[str]:
+        """What could not be known of this graph, and the option that tells it."""
+        return [_NO_CLASS_TOKEN] if self._merged.options.protect == "auto" and _out_of_sight(self.plan) else []
+
+    @cached_property
     def gflops(self) -> tuple[float, float]:
         """Floating-point operations of all matrix products, in 1e9, before and after; at the example sizes."""
         return _gflops(self.plan.typed.captured.graph), _gflops(self._merged.graph)
@@ -58,6 +68,7 @@ class Report:
                 {"node": node.name, "operator": str(node.target), "reason": reason} for node, reason in self.plan.misses
             ],
             "nothing": self.nothing,
+            "notes": self.notes,
             "gflops_before": before,
             "gflops_after": after,
         }
@@ -128,9 +139,25 @@ class Report:
             lines.append(f"restored: {place}: {entry['reason']}")
         for node, reason in self.plan.misses:
             lines.append(f"not an attention: {node.target} ({node.name}): {reason}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _out_of_sight(plan: Plan) -> bool:
+    """Whether a site attends along tokens that came into the graph as such, in an input `[batch, tokens, channels]`."""
+    inputs = plan.typed.captured.graph.graph.find_nodes(op="placeholder")
+    values = [value for node in inputs for value in plan.typed.values.get(node, ())]
+    given = {
+        atom for value in values if value.clip and len(value.axes) == 3 for axis in value.axes for atom in axis.atoms
+    }
+    return any(site.tokens.atoms and site.tokens.atoms <= given and _whole(site) for site in plan.sites)
+
+
+def _whole(site: Site) -> bool:
+    """Whether all tokens of a site are the clip's: none is protected."""
+    return sum(run.size for run in maximal_runs(site.tokens)) == site.tokens.size
 
 
 def _folded(rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:

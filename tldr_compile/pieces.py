@@ -1,0 +1,230 @@
+"""The pieces that Dynamo breaks a model into, and what ran in one call of the model.
+
+A backend sees one graph at a time: whether it is the model, or a piece of it, and whether any other piece holds
+attention, shows only while the model runs. What is known is therefore kept per call of the compiled model: a `Call`
+lies among the clean-ups of the frame in which `torch.compile`'s wrapper runs that call, and ends with it. Models,
+threads and compilations share nothing, and it does not matter which code was compiled now, earlier, or for another
+model with the same code.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+from weakref import WeakSet
+
+from torch import fx
+from torch._dynamo import convert_frame, eval_frame
+from torch._guards import TracingContext
+from torch.nn.modules import module
+
+from tldr_compile.config import TokenMerging
+from tldr_compile.errors import GraphBreakError, NothingToMerge
+
+# The compiled models (the contexts that `torch.compile` makes, one per model) that have merged tokens once, or have
+# said that they do not: a call of theirs that merges nothing, such as one that skips the encoder, is no news.
+_SETTLED: WeakSet[Any] = WeakSet()
+
+
+@dataclass(frozen=True)
+class Break:
+    """Why a graph is not known to be the whole of what was compiled."""
+
+    why: str
+    ends: bool
+    """Whether the graph itself ends in a break, after which the model goes on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A graph that is not known to be the whole model, and what became of it."""
+
+    config: TokenMerging
+    broken: Break
+    bound: bool
+    """Whether a sequence is bound to the sites of this graph, so that no other graph can have it."""
+    nothing: str | None
+    """Why nothing is merged in it."""
+
+    def watched(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, which tells the present call of the model that it runs."""
+
+        def run(*args: Any) -> Any:
+            # DDP runs its pieces while they are compiled, with fake tensors: that is no call of the model.
+            call = present_call() if TracingContext.try_get() is None else None
+            if call is not None:
+                call.run(self)
+            return compiled(*args)
+
+        return run
+
+
+class Call:
+    """One call of a compiled model: the pieces that ran in it. `torch.compile` calls it when the call has ended."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._ran: list[Piece] = []
+        self._merging = 0
+        self._compiled: tuple[Piece, TracingContext | None] | None = None
+
+    @property
+    def merges(self) -> bool:
+        return self._merging > 0
+
+    def run(self, piece: Piece) -> None:
+        """Raises `GraphBreakError` where a sequence is bound already, to another graph or to this one."""
+        if piece.bound:
+            self.refuse_second(piece.config, piece.broken)
+        self._merging += piece.nothing is None
+        if piece not in self._ran:
+            self._ran.append(piece)
+
+    def compiles(self, piece: Piece) -> None:
+        self._compiled = (piece, TracingContext.try_get())
+
+    def refuse_second(self, config: TokenMerging, broken: Break) -> None:
+        """Raises `GraphBreakError` where a sequence is bound already in this call."""
+        first = next((piece for piece in self._ran if piece.bound), None) or self._just_compiled()
+        if first is not None:
+            refuse_sequence(config, first.broken if first.broken.ends else broken)
+
+    def _just_compiled(self) -> Piece | None:
+        """What was bound in the same run of Dynamo: DDP takes one graph of Dynamo's apart, before any of it runs."""
+        piece, tracing = self._compiled or (None, None)
+        present = TracingContext.try_get()
+        return piece if piece and piece.bound and present is not None and tracing is present else None
+
+    def __call__(self) -> None:
+        if _failing(sys._getframe(1)) or not self._ran:
+            return
+        if self._model not in _SETTLED:
+            if not self.merges:
+                self._say_nothing()
+            _SETTLED.add(self._model)
+            if self._merging > 1:
+                self._say_several()
+
+    def _say_nothing(self) -> None:
+        lines = [f"\n- {piece.nothing} ({piece.broken.why})" for piece in self._ran]
+        text = f"no graph of this model merges tokens:{''.join(dict.fromkeys(lines))}"
+        if self._ran[0].config.on_nothing == "raise":
+            raise NothingToMerge(
+                f'{text}\nfullgraph=True names every break; with on_nothing="warn" the model runs as it is'
+            )
+        warnings.warn(f"tldr: {text}\nThe model runs as it is", stacklevel=3)
+
+    def _say_several(self) -> None:
+        """One fraction holds for every graph, and still the answer depends on where the model was broken."""
+        broken = [piece.broken for piece in self._ran if piece.nothing is None]
+        why = next((each for each in broken if each.ends), broken[0]).why
+        warnings.warn(
+            f"tldr: tokens are merged in {self._merging} graphs of one call of this model, and each begins with all "
+            f"tokens and equal masses: what is saved, and the result, depend on where the model is broken: {why}",
+            stacklevel=3,
+        )
+
+
+def present_call() -> Call | None:
+    """The call of a compiled model that this thread is in; None outside of `torch.compile`."""
+    frame = _wrapper()
+    cleanups = frame.f_locals.get("cleanups") if frame is not None else None
+    if frame is None or cleanups is None:
+        return None
+    call = next((each for each in cleanups if isinstance(each, Call)), None)
+    if call is None:
+        call = Call(frame.f_locals["self"])
+        cleanups.append(call)
+    return call
+
+
+def settle() -> None:
+    """The model that is being compiled merges tokens in one graph."""
+    frame = _wrapper()
+    if frame is not None:
+        _SETTLED.add(frame.f_locals["self"])
+
+
+def why_piece(gm: fx.GraphModule) -> Break | None:
+    """Why `gm`, which Dynamo hands to the backend now, may be a piece of the model; None for the whole of it."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        places = [f"\n  {frame.filename}:{frame.lineno} in {frame.name}" for frame in reason.user_stack[-1:]]
+        return Break(f"Dynamo broke it, because {reason.reason}{''.join(places)}", ends=True)
+    caller = next(_callers(), None)
+    if caller is None:
+        return None
+    code = caller.f_code
+    name = code.co_qualname if hasattr(code, "co_qualname") else code.co_name
+    place = f"{name} ({code.co_filename}:{caller.f_lineno})"
+    return Break(f"Dynamo did not capture {place} as one graph, and TORCH_LOGS=graph_breaks says why", ends=False)
+
+
+def refuse_sequence(config: TokenMerging, broken: Break) -> None:
+    """Raises `GraphBreakError`: a sequence has no meaning for a piece of the attention."""
+    given = "the default schedule" if config.is_default_schedule else "the schedule"
+    entries = list(config.entries) if isinstance(config.entries, tuple) else config.entries
+    raise GraphBreakError(
+        f"{given} {entries} has one entry per attention site of one graph, and here the attention is "
+        f"spread over several: this graph is only a piece of the model: {broken.why}\n"
+        "Compile the model as one graph (fullgraph=True names every break); or compile only the part that holds the "
+        "attention, inside of what wraps it, as in DDP(torch.compile(model)); where DDPOptimizer is the reason, set "
+        "torch._dynamo.config.optimize_ddp = False; or give one fraction for all sites, such as "
+        'options={"schedule": 0.1}'
+    )
+
+
+def warn_of(piece: Piece) -> None:
+    """Say at once that a graph merges nothing and that the model was broken after it: nobody may call the rest."""
+    warnings.warn(
+        f"tldr: a piece of the model merges nothing: {piece.nothing} ({piece.broken.why})\n"
+        "What follows the break is looked at by itself; fullgraph=True names every break",
+        stacklevel=2,
+    )
+
+
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _is_wrapper(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == eval_frame.__file__
+
+
+def _wrapper() -> FrameType | None:
+    """The frame in which `torch.compile` runs the model that is being compiled, or running."""
+    return next(filter(_is_wrapper, _frames()), None)
+
+
+def _callers() -> Iterator[FrameType]:
+    """What runs in Python between the compiled callable and the function that is being compiled, innermost first.
+
+    Dynamo compiles the outermost function that it can. Where one above it runs in Python, it was broken or skipped,
+    and what it calls comes to the backend graph by graph, each with a complete function's `return_value`.
+    """
+    frames = list(_frames())
+    ours = next((index for index, frame in enumerate(frames) if _is_wrapper(frame)), None)
+    if ours is None:
+        return
+    dynamo = [index for index, frame in enumerate(frames[:ours]) if frame.f_code.co_filename == convert_frame.__file__]
+    for frame in frames[max(dynamo, default=ours) + 1 : ours]:
+        if frame.f_code.co_filename != module.__file__:  # calling a module leads to its `forward`, and no further
+            yield frame
+
+
+def _failing(frame: FrameType) -> bool:
+    """Whether an exception is leaving `frame`; one that its caller is handling meanwhile is another matter."""
+    error = sys.exc_info()[1]
+    trace = error.__traceback__ if error is not None else None
+    while trace is not None:
+        if trace.tb_frame is frame:
+            return True
+        trace = trace.tb_next
+    return False
