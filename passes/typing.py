@@ -20,6 +20,7 @@ from torch import fx
 from passes.attention import Attention
 from passes.axes import (
     BORN,
+    CONSTANT,
     Atom,
     Axes,
     Axis,
@@ -199,7 +200,7 @@ class _Walk:
     def _anonymous(self, node: fx.Node, number: int, tensor: torch.Tensor) -> Axes:
         """Dimensions of which nothing is known but the size; the same ones in both walks."""
         if (node, number) not in self.born:
-            self.born[node, number] = tuple(born(Atom(size(each))) for each in tensor.shape)
+            self.born[node, number] = tuple(born(Atom(size(each), strength=CONSTANT)) for each in tensor.shape)
         return self.born[node, number]
 
     def _call(self, node: fx.Node, values: Mapping[fx.Node, tuple[Value, ...]]) -> Call:

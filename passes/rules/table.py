@@ -135,6 +135,9 @@ class Call:
 
     def adopt(self, activation: Axis, table: Axis) -> Axis:
         """A constant meets an activation, up to broadcasting: its dimension is the activation's."""
+        activation = self.solved.resolve(activation)
+        if table.lone and activation not in (UNIT, table) and activation.size == table.size:
+            self.solved = self.solved.bind(table.lone, activation)
         return self.same(activation, table)
 
     def absorb(self, weight: Axis, activation: Axis, *, channel: bool = True) -> None:

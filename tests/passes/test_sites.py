@@ -104,7 +104,6 @@ def test_the_merge_stands_where_the_residual_step_ends(
     assert site.reason is None
     assert site.stream is not None
     assert site.stream.node is named(graph, operator)[which]
-    assert site.stream.dim == 1
     assert site.stream.run == site.tokens
     assert site.layout == "joint space-time"
 
@@ -185,10 +184,10 @@ def test_divided_attention_merges_at_its_spatial_sites() -> None:
     _, (time, space) = found(lambda clip: spatial(temporal(F.linear(clip, EMBED).transpose(1, 2).reshape(B, N * T, C))))
     assert (time.index, space.index) == (0, 1)
     assert (time.layout, space.layout) == ("temporal", "divided, spatial")
-    assert time.reason == "it is temporal: it attends along t only, and its tokens are those of the spatial sites"
+    assert time.reason == "it is temporal: it attends along t only, at one place of the picture"
     assert space.reason is None
     assert space.stream is not None
-    assert [repr(each) for each in (space.tokens, space.batch, space.stream.run)] == ["H", "b·t", "H·t"]
+    assert [repr(each) for each in (space.tokens, space.batch, space.stream.run)] == ["H", "b·t", "H"]
 
 
 def test_attention_per_frame_merges_in_every_frame() -> None:

@@ -74,8 +74,8 @@ FLOOR = 4096 * torch.finfo(torch.float32).eps
 def saliency(sharpness: Tensor) -> Tensor:
     """Steps 3 and 4: `[B, N]` to `[B, N]` in [0, 1], 0 on the background; ones where all of a sample are equal.
 
-    Equal is what differs by less than `FLOOR` of the largest magnitude, in float64 too. The scaling of step 3 cancels in
-    step 4, so only the shift by the smallest is left: it makes equal values exactly 0.
+    Equal is what differs by less than `FLOOR` of the largest magnitude, in float64 too. The scaling of step 3 cancels
+    in step 4, so only the shift by the smallest is left: it makes equal values exactly 0.
     """
     shifted = sharpness - sharpness.amin(-1, keepdim=True)
     above = shifted - shifted.mean(-1, keepdim=True)
