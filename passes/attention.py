@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from passes.canonicalize import Captured
+from passes.decompose import decompose, insert
 from passes.nodes import named, operands, operator_name
 
 aten = torch.ops.aten
@@ -96,6 +97,7 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tup
     module.meta.update(captured.graph.meta)
     for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)  # facts of the capture, which hold; they would keep what is fused alive
+    decompose(graph)
     for target in (aten.view.default, aten._unsafe_view.default):
         for node in graph.find_nodes(op="call_function", target=target):
             node.target = aten.reshape.default  # another attention kernel may lay its result out in another order
@@ -355,13 +357,3 @@ def _swaps_last(node: fx.Node, rank: int) -> bool:
     if "dims" in given:
         return [dim % rank for dim in given["dims"]] == [*range(rank - 2), rank - 1, rank - 2]
     return {given.get("dim0", -2) % rank, given.get("dim1", -1) % rank} == {rank - 2, rank - 1}
-
-
-def insert(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call at the graph's insertion point, with its traced value."""
-    node = graph.call_function(target, args, kwargs)
-    values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    fake = next(n.meta["val"] for n in node.all_input_nodes).fake_mode
-    with fake, torch.no_grad():
-        node.meta["val"] = target(*values, **keywords)
-    return node
