@@ -331,6 +331,25 @@ NEAR_MISSES: dict[str, tuple[Spelling, str]] = {
         lambda q, k, v: F.linear(probabilities(q, k).flatten(2), number(N * N, N * N)).unflatten(-1, (N, N)) @ v,
         "read by aten.reshape",
     ),
+    "queries laid in two rows": (
+        lambda q, k, v: (
+            F.linear(probabilities(q, k).permute(0, 2, 3, 1).unflatten(1, (2, N // 2)), HEAD_WEIGHT).permute(
+                0, 4, 1, 2, 3
+            )
+            @ v[:, :, None]
+        ),
+        "read by aten.reshape",
+    ),
+    "a norm for each query": (
+        lambda q, k, v: (
+            F.batch_norm(probabilities(q, k).transpose(1, 2), number(N), number(N).abs()).transpose(1, 2) @ v
+        ),
+        "read by aten._native_batch_norm_legit_no_training",
+    ),
+    "the mask of a dropout": (
+        lambda q, k, v: torch.native_dropout(probabilities(q, k), 0.0, True)[1].float() @ v,
+        r"\(native_dropout\) are not multiplied with values but read by <built-in function getitem>",
+    ),
     "cut after heads have talked": (
         lambda q, k, v: talking(probabilities(q, k))[..., :4] @ v[..., :4, :],
         "are cut",
