@@ -20,19 +20,19 @@ import torch
 from torch import fx
 
 from passes.canonicalize import Captured
+from passes.decompose import decompose, insert
+from passes.heads import CUT, DROPOUT, PRODUCT, Read, onward
 from passes.nodes import named, operands, operator_name
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
-_PRODUCT = frozenset({aten.matmul.default, aten.bmm.default})
 _EINSUM = aten.einsum.default
-_CUT = aten.slice.Tensor
-_DROPOUT = aten.native_dropout.default
 _THROUGH = frozenset({aten.clone.default, aten._to_copy.default, aten.alias.default})
 _TRANSPOSE = frozenset({aten.transpose.int, aten.permute.default})
-_ONWARD = frozenset({*_THROUGH, *_PRODUCT, _CUT, _DROPOUT, getitem})
+# What probabilities pass on their way to the values as they are, or as heads that are laid otherwise.
+_PLAIN = frozenset({*_THROUGH, CUT, DROPOUT, getitem, aten.reshape.default})
 _KERNEL = "aten::_scaled_dot_product_"
 # A finite fill this low leaves exactly nothing after the exponential, in every dtype that has it.
 _NOTHING = -1e4
@@ -96,12 +96,13 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tup
     module.meta.update(captured.graph.meta)
     for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)  # facts of the capture, which hold; they would keep what is fused alive
+    decompose(graph)
     for target in (aten.view.default, aten._unsafe_view.default):
         for node in graph.find_nodes(op="call_function", target=target):
             node.target = aten.reshape.default  # another attention kernel may lay its result out in another order
     for node in graph.find_nodes(op="call_function", target=_EINSUM):
         _spell_einsum(graph, node)
-    for target in _PRODUCT:
+    for target in PRODUCT:
         for node in graph.find_nodes(op="call_function", target=target):
             _turn(graph, node)
     for node in graph.find_nodes(op="call_function", target=getitem):
@@ -120,7 +121,7 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tup
 
 def _draws(node: fx.Node) -> bool:
     """Operators that may draw random numbers, which is no reason to keep one whose result nobody reads."""
-    return node.target in (_DROPOUT, SDPA) or operator_name(node).startswith(_KERNEL)
+    return node.target in (DROPOUT, SDPA) or operator_name(node).startswith(_KERNEL)
 
 
 def _attentions(graph: fx.Graph, kept: dict[fx.Node, _Match]) -> Iterator[Attention]:
@@ -166,7 +167,7 @@ def _up(node: Any, met: _Scores) -> _Scores | str:
         return "the scores do not come from a product of queries and keys"
     if node.target in _THROUGH:
         return _up(node.args[0], met)
-    if node.target in _PRODUCT:
+    if node.target in PRODUCT:
         query, keys = operands(node)
         return replaced(met, q=query, keys=keys)
     if node.target is aten.baddbmm.default:
@@ -215,35 +216,32 @@ def _is_nothing(value: Any) -> bool:
 def _down(softmax: fx.Node) -> tuple[fx.Node, fx.Node, float, bool] | str:
     """From the softmax down to the product with the values.
 
-    The probabilities of tokens, the product, the dropout between them, whether others read on the way.
+    The probabilities of tokens, the product, the dropout between them, whether others read or mix heads on the way.
     """
     node: Any = softmax
     probabilities = softmax
     dropout = 0.0
-    escapes = False
+    rank = softmax.meta["val"].ndim
+    pair = (rank - 2, rank - 1)
+    escapes = mixed = False
     while True:
-        readers = list(node.users)
-        onward = [user for user in readers if user.target in _ONWARD or _keeps_pairs(user, node)]
-        products = [user for user in onward if user.target in _PRODUCT and next(operands(user)) is node]
-        escapes = escapes or len(readers) > 1
-        if products:
-            escapes = escapes or node.meta["val"].ndim != softmax.meta["val"].ndim
+        escapes = escapes or len(node.users) > 1
+        if products := [user for user in node.users if Read(user, node, pair).is_product]:
+            escapes = escapes or mixed or node.meta["val"].ndim != rank
             return probabilities, products[0], dropout, escapes
-        if len(onward) != 1 or onward[0].target in _PRODUCT:
-            names = ", ".join(str(user.target) for user in readers) or "nothing"
+        ways = {user: where for user in node.users if (where := onward(user, node, pair)) is not None}
+        if len(ways) != 1:
+            names = ", ".join(str(user.target) for user in node.users) or "nothing"
             return f"the probabilities ({node.name}) are not multiplied with values but read by {names}"
-        node = onward[0]
-        if node.target is _DROPOUT and node.args[2] is not False:
+        ((node, where),) = ways.items()
+        if node.target is DROPOUT and node.args[2] is not False:
             dropout = float(named(node)["p"])
-        if node.target is _CUT:
-            if dropout or named(node).get("dim", 0) % node.meta["val"].ndim != node.meta["val"].ndim - 1:
+        if node.target is CUT:
+            if dropout or mixed or named(node).get("dim", 0) % node.meta["val"].ndim != pair[1]:
                 return f"the probabilities are cut ({node.name}) elsewhere than at the keys, before dropout"
             probabilities = node
-
-
-def _keeps_pairs(user: fx.Node, node: fx.Node) -> bool:
-    """A reshape of batch and heads only, such as one to the shape that is returned and one back."""
-    return user.target is aten.reshape.default and user.meta["val"].shape[-2:] == node.meta["val"].shape[-2:]
+        mixed = mixed or node.target not in _PLAIN
+        pair = where
 
 
 def _turn(graph: fx.Graph, node: fx.Node) -> None:
@@ -253,7 +251,7 @@ def _turn(graph: fx.Graph, node: fx.Node) -> None:
         return
     probabilities = next(operands(turned))
     above = probabilities
-    while above.target in (*_THROUGH, _DROPOUT, getitem):
+    while above.target in (*_THROUGH, DROPOUT, getitem):
         above = above.args[0]  # type: ignore[assignment]
     if above.target not in _SOFTMAX or values.meta["val"].ndim < 3:
         return
@@ -355,13 +353,3 @@ def _swaps_last(node: fx.Node, rank: int) -> bool:
     if "dims" in given:
         return [dim % rank for dim in given["dims"]] == [*range(rank - 2), rank - 1, rank - 2]
     return {given.get("dim0", -2) % rank, given.get("dim1", -1) % rank} == {rank - 2, rank - 1}
-
-
-def insert(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call at the graph's insertion point, with its traced value."""
-    node = graph.call_function(target, args, kwargs)
-    values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    fake = next(n.meta["val"] for n in node.all_input_nodes).fake_mode
-    with fake, torch.no_grad():
-        node.meta["val"] = target(*values, **keywords)
-    return node

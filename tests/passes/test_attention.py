@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import passes
 from passes.attention import SDPA, fuse
 from passes.canonicalize import Captured
 from passes.nodes import named as named_arguments
 from tests.tracing import canonical, named, number
+from tldr_compile import TokenMerging, ops
 
 B, HEADS, N, D = 2, 4, 6, 5
 Q, K, V = (number(B, HEADS, N, D, seed=seed) for seed in range(3))
@@ -185,14 +188,172 @@ def test_scores_that_the_operator_cannot_say_stay(spelling: Spelling) -> None:
     close(fused.graph(Q, K, V)[0], spelling(Q, K, V))
 
 
-def talking(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+HEAD_WEIGHT, HEAD_BIAS = number(HEADS, HEADS), number(HEADS, seed=1)
+PER_HEAD = number(HEADS, 1, 1)
+
+
+def probabilities(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1)
+
+
+def written_out(q: Tensor, k: Tensor) -> Tensor:
+    scores = q @ k.mT
+    powers = (scores - scores.amax(-1, keepdim=True)).exp()
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def talking(p: Tensor) -> Tensor:
     """Heads mix between the softmax and the values."""
-    probabilities = (q @ k.mT).softmax(-1)
-    return F.linear(probabilities.movedim(1, -1), number(HEADS, HEADS)).movedim(-1, 1) @ v
+    return F.linear(p.movedim(1, -1), HEAD_WEIGHT, HEAD_BIAS).movedim(-1, 1)
+
+
+def normalized(p: Tensor) -> Tensor:
+    return F.batch_norm(p, number(HEADS), number(HEADS).abs(), number(HEADS), number(HEADS))
+
+
+def as_matrices(p: Tensor) -> Tensor:
+    """A product with weights on either side, of probabilities that lie about otherwise."""
+    right = (p.permute(0, 2, 3, 1) @ HEAD_WEIGHT).permute(0, 3, 1, 2)
+    return (HEAD_WEIGHT @ right.permute(0, 2, 1, 3)).transpose(1, 2)
+
+
+MIXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": talking,
+    "einsum": lambda p: torch.einsum("bhij,hg->bgij", p, HEAD_WEIGHT),
+    "einsum, the weight first": lambda p: torch.einsum("gh, bhij -> bgij", HEAD_WEIGHT, p),
+    "einsum to another order": lambda p: torch.einsum("bhij,hg->jbig", p, HEAD_WEIGHT).permute(1, 3, 2, 0),
+    "products of matrices": as_matrices,
+    "convolution": lambda p: F.conv2d(p, number(HEADS, HEADS, 1, 1), HEAD_BIAS),
+    "convolution in groups": lambda p: F.conv2d(p, number(HEADS, 1, 1, 1), groups=HEADS),
+    "more heads": lambda p: F.conv2d(F.conv2d(p, number(7, HEADS, 1, 1)), number(HEADS, 7, 1, 1)),
+    "a factor and an offset for each": lambda p: 2 * p * PER_HEAD / 3 + PER_HEAD - 1,
+    "batch norm": normalized,
+    "layer norm over heads": lambda p: F.layer_norm(p.permute(0, 2, 3, 1), (HEADS,)).permute(0, 3, 1, 2),
+    "several": lambda p: normalized(F.dropout(talking(p), 0.5, training=False) * PER_HEAD),
+}
+
+
+@pytest.mark.parametrize("softmax", [probabilities, written_out])
+@pytest.mark.parametrize("mix", MIXED.values(), ids=list(MIXED))
+def test_heads_may_talk_after_the_softmax(mix: Callable[[Tensor], Tensor], softmax: Callable[..., Tensor]) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return mix(softmax(q, k)) @ v
+
+    fused, (attention,), misses = fuse(capture(model))
+    assert not misses
+    (own,) = named(fused.graph.graph, "softmax")
+    assert attention.probabilities is attention.queries is own
+    assert attention.keys is not None
+    assert attention.keys.meta["val"].shape == K.shape
+    (result,) = fused.graph.graph.output_node().all_input_nodes
+    assert attention.node is result
+    close(fused.graph(Q, K, V)[0], model(Q, K, V))
+
+
+def test_heads_may_talk_and_values_stand_on_the_left() -> None:
+    fused, (attention,), _ = fuse(capture(lambda q, k, v: v.mT @ talking(probabilities(q, k)).mT))
+    assert attention.node in fused.graph.graph.output_node().all_input_nodes
+
+
+def test_dropout_behind_talking_heads_stays() -> None:
+    fused, (attention,), misses = fuse(capture(lambda q, k, v: F.dropout(talking(probabilities(q, k)), 0.25) @ v))
+    assert not misses
+    assert attention.probabilities is named(fused.graph.graph, "softmax")[0]
+    assert named(fused.graph.graph, "native_dropout")
+
+
+@pytest.mark.parametrize("softmax", [probabilities, written_out])
+@pytest.mark.parametrize("mix", MIXED.values(), ids=list(MIXED))
+def test_talking_heads_merge_and_mean_what_they_should(
+    mix: Callable[[Tensor], Tensor], softmax: Callable[..., Tensor]
+) -> None:
+    """Two blocks over the places of a clip; `mix` stands between softmax and values."""
+    width, places = HEADS * D, 10
+
+    def heads(x: Tensor, seed: int) -> Tensor:
+        return F.linear(x, number(width, width, seed=seed)).reshape(B, places, HEADS, D).transpose(1, 2)
+
+    def model(clip: Tensor) -> Tensor:
+        x = F.linear(clip, number(width, 7))
+        for block in range(2):
+            q, k, v = (heads(x, 3 * block + each) * SCALE for each in range(3))
+            x = x + (mix(softmax(q, k)) @ v).transpose(1, 2).reshape(B, places, width)
+        return x.mean(1)
+
+    clip = number(B, places, 7)
+    example = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(clip)
+    found = passes.from_dynamo(fx.symbolic_trace(model), [example])
+    merged = passes.merge(found, TokenMerging(schedule=(3, 2)), ops)
+    assert [merge.count for merge in merged.plan.merges] == [3, 2]
+    assert not [step.barriers for step in merged.plan.steps.values() if step.barriers]
+    passes.verify(merged, [clip])
 
 
 NEAR_MISSES: dict[str, tuple[Spelling, str]] = {
-    "talking heads": (talking, r"the probabilities \(softmax\) are not multiplied with values but read by aten"),
+    "heads that talk with tokens": (
+        lambda q, k, v: F.linear(probabilities(q, k), number(N, N)) @ v,
+        r"the probabilities \(softmax\) are not multiplied with values but read by aten.linear",
+    ),
+    "a product with the queries": (
+        lambda q, k, v: probabilities(q, k).mT @ v,
+        r"the probabilities \(transpose_1\) are not multiplied with values but read by aten.matmul",
+    ),
+    "tokens that meet a window": (
+        lambda q, k, v: F.conv2d(probabilities(q, k), number(HEADS, HEADS, 3, 3), padding=1) @ v,
+        "read by aten.conv2d",
+    ),
+    "every other query": (
+        lambda q, k, v: F.conv2d(probabilities(q, k), number(HEADS, HEADS, 1, 1), stride=(2, 1)) @ v,
+        "read by aten.conv2d",
+    ),
+    "a number for each pair": (lambda q, k, v: (probabilities(q, k) * MASK) @ v, "read by aten.mul"),
+    "a number for each key": (lambda q, k, v: (probabilities(q, k) + KEPT.float()) @ v, "read by aten.add"),
+    "a quotient by probabilities": (lambda q, k, v: (1 / probabilities(q, k)) @ v, "read by aten.reciprocal"),
+    "a table divided by probabilities": (lambda q, k, v: (PER_HEAD / probabilities(q, k)) @ v, "read by aten.div"),
+    "weights for each query": (
+        lambda q, k, v: (probabilities(q, k).permute(0, 2, 3, 1) @ number(N, HEADS, HEADS)).permute(0, 3, 1, 2) @ v,
+        "read by aten.matmul",
+    ),
+    "einsum over the keys": (
+        lambda q, k, v: torch.einsum("bhij,jk->bhik", probabilities(q, k), MASK) @ v,
+        "not multiplied with values but read by",
+    ),
+    "einsum that keeps the keys but reads a table of them": (
+        lambda q, k, v: torch.einsum("bhij,hgj->bgij", probabilities(q, k), number(HEADS, HEADS, N)) @ v,
+        "not multiplied with values but read by",
+    ),
+    "statistics of a batch": (
+        lambda q, k, v: F.batch_norm(probabilities(q, k), None, None, training=True) @ v,
+        "not multiplied with values but read by",
+    ),
+    "a norm over the keys": (lambda q, k, v: F.layer_norm(probabilities(q, k), (N,)) @ v, "read by aten.layer_norm"),
+    "pairs laid in a row": (
+        lambda q, k, v: F.linear(probabilities(q, k).flatten(2), number(N * N, N * N)).unflatten(-1, (N, N)) @ v,
+        "read by aten.reshape",
+    ),
+    "queries laid in two rows": (
+        lambda q, k, v: (
+            F.linear(probabilities(q, k).permute(0, 2, 3, 1).unflatten(1, (2, N // 2)), HEAD_WEIGHT).permute(
+                0, 4, 1, 2, 3
+            )
+            @ v[:, :, None]
+        ),
+        "read by aten.reshape",
+    ),
+    "a norm for each query": (
+        lambda q, k, v: (
+            F.batch_norm(probabilities(q, k).transpose(1, 2), number(N), number(N).abs()).transpose(1, 2) @ v
+        ),
+        "read by aten._native_batch_norm_legit_no_training",
+    ),
+    "the mask of a dropout": (
+        lambda q, k, v: torch.native_dropout(probabilities(q, k), 0.0, True)[1].float() @ v,
+        r"\(native_dropout\) are not multiplied with values but read by <built-in function getitem>",
+    ),
+    "cut after heads have talked": (
+        lambda q, k, v: talking(probabilities(q, k))[..., :4] @ v[..., :4, :],
+        "are cut",
+    ),
     "another dimension": (
         lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
         "the softmax does not run over the last of at least three dimensions",

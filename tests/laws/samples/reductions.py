@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,14 +43,14 @@ REDUCTIONS = [
     *reduction("sum", "dim_IntList"),
     *reduction("amax", "default"),
     *reduction("amin", "default"),
-    *reduction("logsumexp", "default", MIXES),
+    *reduction("logsumexp", "default"),
     *reduction("any", "dims", MIXES),
     *reduction("all", "dims", MIXES),
-    *reduction("std", "dim", MIXES),
-    *reduction("var", "dim", MIXES),
-    *reduction("std_mean", "dim", MIXES),
-    *reduction("var_mean", "dim", MIXES),
-    *reduction("count_nonzero", "dim_IntList", MIXES),
+    *reduction("std", "dim"),
+    *reduction("var", "dim"),
+    *reduction("std_mean", "dim"),
+    *reduction("var_mean", "dim"),
+    *reduction("count_nonzero", "dim_IntList"),
     *reduction("prod", "dim_int", MIXES, many=False),
     *reduction("argmax", "default", MIXES, many=False),
     *reduction("argmin", "default", MIXES, many=False),
@@ -70,9 +71,11 @@ REDUCTIONS = [
     *carried("aminmax", lambda h: aten.aminmax.default(h, dim=2)),
     *barred("aminmax", MIXES, lambda h: aten.aminmax.default(h, dim=1)),
     *carried("norm", lambda h: aten.norm.ScalarOpt_dim(h, 2, [2])),
-    *barred("norm", MIXES, lambda h: aten.norm.ScalarOpt_dim(h, 2, [1])),
+    *carried("norm", lambda h: aten.norm.ScalarOpt_dim(h, 2, [1]), lambda h: aten.norm.ScalarOpt_dim(h, 1, [1])),
+    *barred("norm", MIXES, lambda h: aten.norm.ScalarOpt_dim(h, 3, [1])),
     *carried("linalg_vector_norm", lambda h: aten.linalg_vector_norm.default(h, 2, [2], True)),
-    *barred("linalg_vector_norm", MIXES, lambda h: aten.linalg_vector_norm.default(h, 2, [1])),
+    *carried("linalg_vector_norm", lambda h: aten.linalg_vector_norm.default(h, math.inf, [1])),
+    *barred("linalg_vector_norm", MIXES, lambda h: aten.linalg_vector_norm.default(h, 3, [1])),
 ]
 
 
@@ -87,8 +90,8 @@ ALONG = [
     *along("_safe_softmax", lambda h, dim: aten._safe_softmax.default(h, dim), None),
     *along("_softmax", lambda h, dim: aten._softmax.default(h, dim, False), None),
     *carried("softmax", lambda h: aten.softmax.int(h, -2, torch.float64)),
-    *along("log_softmax", lambda h, dim: aten.log_softmax.int(h, dim)),
-    *along("_log_softmax", lambda h, dim: aten._log_softmax.default(h, dim, False)),
+    *along("log_softmax", lambda h, dim: aten.log_softmax.int(h, dim), None),
+    *along("_log_softmax", lambda h, dim: aten._log_softmax.default(h, dim, False), None),
     *along("cumsum", lambda h, dim: aten.cumsum.default(h, dim)),
     *along("cumprod", lambda h, dim: aten.cumprod.default(h, dim)),
     *along("logcumsumexp", lambda h, dim: aten.logcumsumexp.default(h, dim)),

@@ -21,7 +21,8 @@ def interpolated(name: str, rank: int, *more: Any) -> list[Sample]:
 
 
 def pooled(name: str, rank: int) -> list[Sample]:
-    return resampled(name, rank, lambda x: getattr(aten, name).default(x, [2] * rank, [1] * rank))
+    """Every other entry: of a window that covers all of them the mean is just a mean."""
+    return resampled(name, rank, lambda x: getattr(aten, name).default(x, [1] * rank, [2] * rank))
 
 
 SPATIAL = [
