@@ -19,10 +19,10 @@ _SCALES = """
     clone detach alias _to_copy contiguous native_dropout relu abs neg nan_to_num view _unsafe_view reshape squeeze
     unsqueeze permute transpose t expand slice select split split_with_sizes unsafe_split unsafe_split_with_sizes unbind
     mean sum amax amin cat stack mul div masked_fill where linear matmul bmm einsum constant_pad_nd pad
-    native_batch_norm _native_batch_norm_legit_no_training convolution conv2d
+    native_batch_norm _native_batch_norm_legit_no_training convolution conv2d add sub layer_norm rms_norm
 """
 SCALES = frozenset(f"aten::{name}" for name in _SCALES.split())
-"""Operators that commute with scaling one operand along a dimension that they do not sum."""
+"""Operators that commute with scaling one operand along a dimension that they do not sum, but for offsets of theirs."""
 _ONE = frozenset({"aten::mul", "aten::div", "aten::matmul", "aten::bmm", "aten::einsum"})
 
 
@@ -39,7 +39,7 @@ def commutes(node: fx.Node, typed: TypedGraph, run: Axis, marked: tuple[int, ...
         return marked == (0,) and named(node).get("value") == 0
     if name == "aten::where":
         return not [k for k in beside if k != 0]
-    return name not in ("aten::cat", "aten::stack") or not beside
+    return name not in ("aten::cat", "aten::stack", "aten::add", "aten::sub") or not beside
 
 
 def dims_after(typed: TypedGraph, node: fx.Node, operand: int, dim: int, run: Axis) -> tuple[tuple[int, ...], ...]:

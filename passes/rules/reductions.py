@@ -36,9 +36,9 @@ def _drop(axes: Axes, dims: tuple[int, ...], keepdim: bool) -> Axes:
 
 rule("mean")(_reduce(Kind.MEAN))
 rule("sum")(_reduce(Kind.SUM))
-rule("amax", "amin")(_reduce(Kind.INVARIANT))
+rule("amax", "amin", "aminmax", "any", "all")(_reduce(Kind.INVARIANT))
 MIXING = """
-    prod std var var_mean std_mean norm linalg_vector_norm logsumexp any all argmax argmin median count_nonzero aminmax
+    prod std var var_mean std_mean norm linalg_vector_norm logsumexp argmax argmin median count_nonzero
 """
 rule(*MIXING.split())(_reduce(Kind.MIX))
 

@@ -68,9 +68,9 @@ READERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("schedule", [[4, 1], [0, 1], 0.25], ids=str)
+@pytest.mark.parametrize("schedule", [[4], [0.25]], ids=str)
 def test_divided_attention_on_a_grid(reader: str, schedule: Any) -> None:
-    """A merge over frames undoes that of the frames: what it leaves lies on the grid again."""
+    """Every frame is merged by itself, and attention over frames finds all tokens on the grid again."""
 
     def forward(s: Any, x: Tensor) -> Tensor:
         x = s.patches(x)

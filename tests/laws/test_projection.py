@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import passes
 import tldr_compile
@@ -22,6 +23,7 @@ from passes.plan import How, Weighing, Weight
 from passes.rewrite import _Rewriter
 from passes.weigh import Weigher
 from tests.laws.support import but, check, every_case, flat_inputs, merge, program
+from tests.tiny import clip
 from tests.zoo import FAMILIES, Attn, Case, case
 from tldr_compile import VerificationError, ops
 
@@ -194,13 +196,35 @@ def shifted(self: Converter, resolution: Any) -> fx.Node:
 ASSIGN, COUNTS, TOKENS, WEIGHT = Converter.assign, _Rewriter._counts, Weigher._of_tokens, Weigher._weight
 WRONG_REWRITERS: dict[str, tuple[str, type, str, Any]] = {
     "no sum is weighed": ("umt", Weigher, "_weight", lambda *_: None),
-    "restored keys are not weighed": ("timesformer", Weigher, "_weight", unheld),
-    "restored keys weigh the size of their group": ("timesformer", Weigher, "_of_tokens", plain_share),
     "the mass of the merge before is forgotten": ("umt", _Rewriter, "_counts", ones),
     "tables are averaged": ("vjepa2", Converter, "down", always(How.MERGE)),
     "the stream is picked": ("umt", Converter, "down", always(How.PICK)),
     "restored tokens are off by one": ("umt", Converter, "assign", shifted),
 }
+
+
+class CausalLater(nn.Module):
+    """Tokens merge, and a later attention needs all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.qkv = nn.Conv3d(3, 16, (2, 4, 4), (2, 4, 4)), nn.Linear(16, 48)
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.patches(video).flatten(2).transpose(1, 2)
+        for causal in (False, True):
+            q, k, v = (each.unsqueeze(1) for each in self.qkv(x).chunk(3, -1))
+            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=causal).squeeze(1)
+        return x
+
+
+@pytest.mark.parametrize(("method", "changed"), [("_weight", unheld), ("_of_tokens", plain_share)])
+def test_restored_keys_that_weigh_otherwise_are_refused(method: str, changed: Any) -> None:
+    torch.manual_seed(0)
+    model = CausalLater().eval()
+    tldr_compile.apply(model, (clip(),), schedule=[6], verify=True)
+    with mock.patch.object(Weigher, method, changed), pytest.raises(VerificationError):
+        tldr_compile.apply(model, (clip(),), schedule=[6], verify=True)
 
 
 @pytest.mark.parametrize("wrong", WRONG_REWRITERS)

@@ -15,7 +15,7 @@ import tldr_compile
 from tldr_compile.backend import merged_graph
 
 FRAMES, TOKENS, WIDTH = 5, 12, 8
-CONFIG = tldr_compile.TokenMerging(schedule=0.3)
+CONFIG = tldr_compile.TokenMerging(schedule=[0.3])
 
 
 class Attends(nn.Module):
@@ -147,7 +147,7 @@ def test_inductor_takes_a_merged_graph_of_such_sizes() -> None:
     torch.manual_seed(0)
     model, clips = Attends(real, mean).eval(), torch.randn(2, FRAMES, TOKENS, 4)
     with torch.no_grad():
-        compiled = torch.compile(model, backend="tldr", options={"schedule": 0.3}, fullgraph=True)
+        compiled = torch.compile(model, backend="tldr", options={"schedule": [0.3]}, fullgraph=True)
         merged = tldr_compile.apply(model, (clips[0],), config=CONFIG)
         for clip in clips:
             torch.testing.assert_close(compiled(clip), merged(clip))
