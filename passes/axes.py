@@ -272,6 +272,10 @@ class Substitution:
             raise Conflict(f"{atom!r} and {to!r} were born apart: that their sizes agree is a coincidence")
         return Substitution({**self.bindings, atom: to})
 
+    def split(self, atom: Atom, parts: Axis) -> Substitution:
+        """`atom` is a sum after all: whoever asks for it knows what no equation says."""
+        return Substitution({**self.bindings, atom: parts})
+
     def identify(self, keep: Axis, other: Axis) -> Substitution:
         """The two axes are one. Of two lone atoms the firmer one stays, then the clip's, then the first."""
         keep, other = self.resolve(keep), self.resolve(other)

@@ -284,7 +284,7 @@ def _protecting(solved: Substitution, tokens: Iterable[Axis], count: int) -> Sub
         for segment in solved.resolve(each).segments:
             part = subaxis([segment])
             if part.clip and part.lone and isinstance(lead, int) and lead < count:
-                solved = solved.bind(part.lone, _split(part.lone, _at_most(count - lead, part.size)))
+                solved = solved.split(part.lone, _split(part.lone, _at_most(count - lead, part.size)))
             if part.clip:
                 break
             lead = simplify(lead + part.size)
