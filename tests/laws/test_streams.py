@@ -106,7 +106,7 @@ def test_no_stream_is_refused_because_of_another(name: str) -> None:
 
 @every_model
 def test_shapes_are_restored_whatever_the_tokens(name: str) -> None:
-    """On pictures without equal tokens: the numbers change, their shapes do not, and their meaning is the defined one."""
+    """On pictures without equal tokens: the numbers change, their shapes do not; each is what it is defined to be."""
     inputs = MODELS[name][1]
     noise = tuple(zoo.drawn(*each.shape, seed=7 + number) for number, each in enumerate(inputs))
     with torch.no_grad():
