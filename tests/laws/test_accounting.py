@@ -72,7 +72,7 @@ MODELS: dict[str, Model] = {
     "convolution": (partial(Mixing, "convolution"), (frames.drawn(2, 3, 24, 24),)),
     "mixer": (partial(Mixing, "mixer"), (frames.drawn(2, 3, 24, 24),)),
 }
-SITES = {name: (0.3, 0.3, 0.3) for name in ("branches that meet", "two branches", "convolution", "mixer")}
+SITES = dict.fromkeys(("branches that meet", "two branches", "convolution", "mixer"), (0.3, 0.3, 0.3))
 """A fraction for each site of those that have three."""
 
 every_model = pytest.mark.parametrize("name", MODELS)
