@@ -10,6 +10,7 @@ Every model is built tiny with random weights, traced, merged at every site by o
     Zero         a schedule of zeros gives the traced model's numbers, bit for bit
     Restore      all outputs have the shapes, dtypes and structure that they had
     Projection   the merged graph equals its definition, an interpreter that runs the original graph at full length
+    Samples      what the traced model keeps apart (samples, frames, rows) the merged one keeps apart, bit for bit
 
 A walk is kept as JSON in `benchmarks/results`. The exit status is 1 where a model is wrong or crashed.
 """
@@ -146,6 +147,8 @@ def page(records: Sequence[Record], absent: Mapping[str, str]) -> str:
         TITLE,
         "Every image and video encoder of `transformers`, one class per configuration, built tiny with random weights "
         f"and merged at every site by {FRACTION:.0%} of the tokens. Nothing is known of any model. "
+        "The laws named are those that it keeps; Samples, that nothing which the model keeps apart (samples, frames, "
+        "rows) meets by being merged, is told of those that keep something apart: it is missing for a batch of one. "
         "`python benchmarks/coverage.py --write docs/coverage.md` makes this page.",
         summary(records),
         table(records),

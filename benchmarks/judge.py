@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import tldr_compile
 from benchmarks.encoders import Built, Encoder, Unbuildable, build
+from tests.laws.independence import Apart
 from tldr_compile.api import MergedModule
 from tldr_compile.errors import NothingToMerge, VerificationError
 
@@ -24,6 +25,7 @@ VERDICTS = (MERGED, PARTLY, REFUSED, WRONG, CRASHED, NOT_BUILT)
 FRACTION = 0.2
 HALF = 0.5  # where that is less than one token
 NO_RULE = "it has no rule"
+CHANGED = (0, 1)  # dimensions of the inputs in which samples, frames or rows may lie apart
 
 Size: TypeAlias = int | torch.SymInt
 Record = dict[str, Any]
@@ -111,8 +113,11 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
             report = merged.report
             say("running it merged")
             laws["Restore"] = _restored(dense, _run(merged, built.inputs))
-            say("comparing it with its meaning")
+            say("looking for what samples know of each other")
+            samples = _samples(merged, program, built)
+            say("comparing it with its meaning")  # last: it may turn the parameters, which all share, to float64
             laws["Projection"], rounding = _projected(merged, built)
+            laws |= samples
     facts = _facts(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(dense, traced)}
     facts |= {"softmax": any(_attention(program)), "rounding": rounding}
     return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
@@ -172,6 +177,18 @@ def _restored(expected: Any, actual: Any) -> str:
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             return f"output {number} was {one.dtype} {list(one.shape)} and is {other.dtype} {list(other.shape)}"
     return "kept"
+
+
+def _samples(merged: MergedModule, program: ExportedProgram, built: Built) -> dict[str, str]:
+    """Whether what the traced model keeps apart is apart when merged; nothing where it keeps nothing apart.
+
+    A batch of one, or a model that mixes its samples, has nothing to compare.
+    """
+    apart = Apart.of(program.module(), (), built.inputs, CHANGED)
+    if not apart.compared:
+        return {}
+    raised = apart.raised(merged)
+    return {"Samples": raised[0] if raised else "kept"}
 
 
 def _projected(merged: MergedModule, built: Built) -> tuple[str, str]:

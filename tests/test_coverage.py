@@ -41,7 +41,7 @@ from benchmarks.walk import walk
 ROOT = Path(__file__).parent.parent
 VIT = Encoder("transformers.models.vit.modeling_vit", "ViTModel")
 CONVOLUTIONS = Encoder("transformers.models.resnet.modeling_resnet", "ResNetModel")
-KEPT = {"Zero": "kept", "Restore": "kept", "Projection": "kept"}
+KEPT = {"Zero": "kept", "Restore": "kept", "Projection": "kept", "Samples": "kept"}
 
 
 def record(**facts: Any) -> Record:
@@ -246,7 +246,7 @@ def test_sums() -> None:
 
 
 def test_lines() -> None:
-    assert line(RECORDS[0]) == "| A | merged | 1 (1) | - | Zero, Restore, Projection | 1 | - |"
+    assert line(RECORDS[0]) == "| A | merged | 1 (1) | - | Zero, Restore, Projection, Samples | 1 | - |"
     assert "| 2 (1) | `aten.roll.default` x 2, `aten.reshape.default` x 1 |" in line(RECORDS[1])
     assert r"no \| attention; its trace is not the eager model, bit for bit: output 0 differs" in line(RECORDS[2])
     assert line(RECORDS[3]) == "| D | refused | - | - | - | 2 | does not trace: x |"

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.generated.recipe import Recipe
+from tests.generated.recipe import WIDTH, Recipe
 
-WIDTH, HEADS = 16, 4
+HEADS = 4
 SMALL = WIDTH // HEADS
 
 
@@ -21,7 +21,7 @@ class Module(nn.Module):
         self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=recipe.layout != "sequence")
 
     def forward(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        flat = x.flatten(1, 2) if x.ndim == 4 else x
+        flat = laid(x, self.recipe)
         padding = None if keep is None else ~keep
         asked = self.recipe.tail == "attentions"
         y, weights = self.attention(flat, flat, flat, key_padding_mask=padding, need_weights=asked)
@@ -46,13 +46,18 @@ class Attention(nn.Module):
         cos, sin = angles(recipe)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        if recipe.qkv == "prompted":
+            self.prompt = nn.Parameter(torch.randn(2, 1, HEADS, 2, SMALL))
 
     def forward(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        flat = x.transpose(0, 1) if self.recipe.layout == "sequence" else x.flatten(1, 2) if x.ndim == 4 else x
+        flat = x.transpose(0, 1) if self.recipe.layout == "sequence" else laid(x, self.recipe)
         q, k, v = self.heads(flat)
         if self.recipe.position in ("arange", "table", "axial"):
             cos, sin = angles(self.recipe) if self.recipe.position == "arange" else (self.cos, self.sin)
             q, k = (rotated(each, cos.to(each.dtype), sin.to(each.dtype)) for each in (q, k))
+        if self.recipe.qkv == "prompted":
+            added = [each.expand(len(k), -1, -1, -1) for each in self.prompt]
+            k, v = (torch.cat(both, 2) for both in zip(added, (k, v), strict=True))
         y, weights = self.attend(q, k, v, self.mask(keep))
         y = y.transpose(1, 2).reshape(flat.shape)
         y = y.transpose(0, 1) if self.recipe.layout == "sequence" else y.reshape(x.shape)
@@ -117,14 +122,14 @@ class Attention(nn.Module):
 
     def batched(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         b, h, n, d = q.shape
-        one, two, three = (each.reshape(b * h, n, -1) for each in (q, k, v))
+        one, two, three = (each.reshape(b * h, each.shape[2], -1) for each in (q, k, v))
         if self.recipe.attention == "baddbmm" and mask is not None:
             added = mask.expand(b, h, n, n).reshape(b * h, n, n)
             weights = torch.baddbmm(added, one, two.mT, alpha=SMALL**-0.5).softmax(-1)
         else:
             scores = torch.bmm(one, two.mT) * SMALL**-0.5
-            weights = (scores if mask is None else (scores.view(b, h, n, n) + mask).view(b * h, n, n)).softmax(-1)
-        return torch.bmm(weights, three).view(b, h, n, d), weights.view(b, h, n, n)
+            weights = (scores if mask is None else (scores.view(b, h, n, -1) + mask).view(scores.shape)).softmax(-1)
+        return torch.bmm(weights, three).view(b, h, n, d), weights.view(b, h, n, -1)
 
     def weighed(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
@@ -135,14 +140,21 @@ class Attention(nn.Module):
         return F.dropout(scores.softmax(-1, dtype=torch.float32).to(scores.dtype), 0.1, self.training)
 
 
+def laid(x: Tensor, recipe: Recipe) -> Tensor:
+    """`[B, N, C]` of a grid, and of all samples in one row."""
+    if recipe.layout == "packed":
+        return x.reshape(-1, recipe.tokens, WIDTH)
+    return x.flatten(1, 2) if x.ndim == 4 else x
+
+
 def angles(recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Rotary cosines and sines `[N, d]`: by place in the sequence, or axial, by frame, row and column."""
     place = torch.arange(recipe.tokens)
     if recipe.position == "axial":
-        t, h, w = (1 if recipe.embed == "frames" else recipe.grid[0], *recipe.grid[1:])
+        t, h, w = (1 if recipe.per_frame else recipe.grid[0], *recipe.grid[1:])
         axes = torch.meshgrid(*map(torch.arange, (t, h, w)), indexing="ij")
         clip = torch.stack([axes[0] * 2 + axes[1], axes[2]], -1).flatten(0, 2)
-        angle = F.pad(clip, (0, 0, recipe.before, recipe.after)).float()
+        angle = F.pad(clip, (0, 0, recipe.leading, recipe.after)).float()
     else:
         angle = place[:, None] * (0.3 ** torch.arange(SMALL // 2))[None]
     return torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)

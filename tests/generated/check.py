@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import passes
 from passes.canonicalize import Captured, from_dynamo, from_export
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
+from tests.laws.independence import Apart
 from tldr_compile import MergedModule, TokenMerging, ops
 from tldr_compile.api import assemble, nothing_of
 from tldr_compile.errors import NothingToMerge, OptionError, ScheduleError
@@ -38,6 +40,11 @@ class Traced:
         with torch.no_grad():
             program = export(model, inputs, dynamic_shapes=_dynamic(recipe, inputs))
             return cls(recipe, model, program, from_export(program), program.module())
+
+    @cached_property
+    def apart(self) -> Apart:
+        """What the dense model keeps apart along the batch and what follows it, found once for all options."""
+        return Apart.of(self.dense, self.calls[0], dims=(0, 1))
 
     @property
     def calls(self) -> list[tuple[Tensor, ...]]:
@@ -65,7 +72,7 @@ def check_model(traced: Traced) -> None:
 
 @torch.no_grad()
 def check_options(traced: Traced, options: dict[str, Any]) -> str:
-    """Projection, Restore and that the fused graph is the traced one; on a share of the recipes Twins."""
+    """Projection, Restore, Samples, Spellings, and that the fused graph is the traced one; on some recipes Twins."""
     config = TokenMerging.from_options(options)
     try:
         merged = _fitting(traced.program, traced.captured, config)
@@ -77,6 +84,11 @@ def check_options(traced: Traced, options: dict[str, Any]) -> str:
         _restored(merged(*each), expected, config.outputs)
         fused = merged._merged.plan.typed.captured.graph(*merged._flat_inputs(each, {}))
         _same(list(fused), _leaves(expected), BOUND)
+    assert not (raised := traced.apart.raised(merged)), f"a dependence is raised: {raised[0]}"
+    if traced.recipe.tail == "spelled" and (config.pooling == "mass") == config.proportional:
+        for first, *others in merged(*traced.calls[0]):
+            for other in others:
+                _same(other, first, BOUND, "two spellings are ")
     if traced.recipe.seed == 0 and not traced.recipe.dynamic:
         (inputs,) = traced.calls
         _same(_twin(traced.model, merged._merged.options)(*inputs), merged(*inputs), BOUND)
@@ -100,7 +112,8 @@ def _dynamic(recipe: Recipe, inputs: Sequence[Tensor]) -> Any:
     if not recipe.dynamic:
         return None
     clips = {0: Dim("batch", min=2, max=64)}
-    more = [None] * (recipe.position == "ids") + [clips] * (recipe.bias == "padding")
+    batched = (recipe.beside in ("view", "text")) + (recipe.bias == "padding")
+    more = [None] * (recipe.position == "ids") + [clips] * batched
     return (clips, tuple(more)) if more else (clips,)
 
 
@@ -133,13 +146,13 @@ def _restored(actual: Any, dense: Any, outputs: str) -> None:
         assert one.isfinite().all(), "not finite"
 
 
-def _same(actual: Any, expected: Any, bound: float) -> None:
+def _same(actual: Any, expected: Any, bound: float, what: str = "") -> None:
     assert pytree.tree_structure(actual) == pytree.tree_structure(expected), "the structure of the outputs changed"
     for one, two in _pairs(actual, expected):
         assert (one.shape, one.dtype) == (two.shape, two.dtype), "a shape or dtype changed"
         apart = (one - two).abs().max() / two.abs().max().clamp_min(1e-30) if two.numel() else 0
         limit = bound * torch.finfo(two.dtype).eps / torch.finfo(torch.float32).eps
-        assert apart <= max(bound, limit) if bound else torch.equal(one, two), f"apart by {float(apart):.1e}"
+        assert apart <= max(bound, limit) if bound else torch.equal(one, two), f"{what}apart by {float(apart):.1e}"
 
 
 def _pairs(one: Any, two: Any) -> Iterator[tuple[Tensor, Tensor]]:

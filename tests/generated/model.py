@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.generated.attention import HEADS, WIDTH, Attention, Module
-from tests.generated.recipe import PATCH, Recipe
+from tests.generated.attention import HEADS, Attention, Module, laid
+from tests.generated.recipe import PATCH, WIDTH, Recipe
 
 
 def build(recipe: Recipe) -> Generated:
@@ -45,17 +45,25 @@ class Generated(nn.Module):
         self.score = nn.Linear(WIDTH, 1)
         self.head = nn.Conv2d(WIDTH, 4, 3, padding=1)
         self.norm = nn.LayerNorm(WIDTH)
+        if recipe.beside in ("scale", "view"):
+            self.finer, self.aside = nn.Conv3d(3, WIDTH, (2, 2, 2), (2, 2, 2)), Frames()
 
     def forward(self, clip: Tensor, *more: Tensor) -> Any:
-        ids = more[0] if self.recipe.position == "ids" else None
-        keep = more[-1] if self.recipe.bias == "padding" else None
-        if keep is not None and self.recipe.embed == "frames":
-            keep = keep.repeat_interleave(self.recipe.grid[0], 0)
-        x = self.positioned(self.embedded(clip), ids)
+        recipe, rest = self.recipe, list(more)
+        ids = rest.pop(0) if recipe.position == "ids" else None
+        other = rest.pop(0) if recipe.beside in ("view", "text") else clip
+        keep = rest.pop(0) if recipe.bias == "padding" else None
+        if keep is not None and recipe.per_frame:
+            keep = keep.repeat_interleave(recipe.grid[0], 0)
+        x = self.positioned(self.embedded(clip, other), ids)
+        if recipe.beside in ("scale", "view"):
+            x = x + self.summary(other)
         if self.recipe.layout == "sequence":
             x = x.transpose(0, 1)
         if self.recipe.layout == "grid":
             x = x.reshape(x.shape[0], -1, self.recipe.grid[2], WIDTH)
+        if self.recipe.layout == "packed":
+            x = x.flatten(0, 1)
         states, maps = [], []
         for number, block in enumerate(self.blocks):
             if self.recipe.joins and number == 1:
@@ -63,7 +71,7 @@ class Generated(nn.Module):
             if self.recipe.branch == "ushaped" and number and number == len(self.blocks) - 1:
                 x = self.joined(torch.cat([x, states[0]], -1))
             x, weights = block(x, keep)
-            if self.recipe.branch == "between" and self.recipe.embed == "frames" and self.recipe.layout == "batch":
+            if self.recipe.branch == "between" and self.recipe.per_frame and self.recipe.layout == "batch":
                 x = self.between(x, self.recipe.grid[0])
             states.append(x)
             maps.append(weights)
@@ -71,18 +79,28 @@ class Generated(nn.Module):
             x = x.transpose(0, 1)
         if self.recipe.layout == "grid":
             x = x.flatten(1, 2)
-        if self.recipe.joins:
+        if self.recipe.joins or self.recipe.layout == "packed":
             x = x.reshape(-1, self.recipe.tokens, WIDTH)
         return self.finished(self.norm(x), states, maps)
 
-    def embedded(self, clip: Tensor) -> Tensor:
+    def summary(self, other: Tensor) -> Tensor:
+        """Of a second stream of tokens, from the same clip or another one."""
+        stem = self.finer if self.recipe.beside == "scale" else self.conv3d
+        x = stem(other).flatten(2).transpose(1, 2)
+        return self.aside.attended(x).mean(1, keepdim=True)
+
+    def embedded(self, clip: Tensor, other: Tensor) -> Tensor:
         if self.recipe.embed == "conv3d":
             x = self.conv3d(clip).flatten(2).transpose(1, 2)
         elif self.recipe.embed == "frames":
             x = self.conv2d(clip.flatten(0, 1)).flatten(2).transpose(1, 2)
+        elif self.recipe.embed == "folded":
+            x = self.conv2d(clip).flatten(2).transpose(1, 2)
         else:
             x = self.linear(clip)
+            x = x.unflatten(0, (-1, self.recipe.clip_tokens)) if self.recipe.embed == "rows" else x
         parts = [self.first.expand(x.shape[0], -1, -1)] if self.recipe.before else []
+        parts += [other] if self.recipe.beside == "text" else []
         parts += [x]
         parts += [self.last.expand(x.shape[0], -1, -1)] if self.recipe.after else []
         return torch.cat(parts, 1)
@@ -90,9 +108,9 @@ class Generated(nn.Module):
     def positioned(self, x: Tensor, ids: Tensor | None) -> Tensor:
         position = self.recipe.position
         if position == "interpolated":
-            t, h, w = (1 if self.recipe.embed == "frames" else self.recipe.grid[0], *self.recipe.grid[1:])
+            t, h, w = (1 if self.recipe.per_frame else self.recipe.grid[0], *self.recipe.grid[1:])
             fine = F.interpolate(self.coarse, (h, w), mode="bicubic").flatten(2).transpose(1, 2).repeat(1, t, 1)
-            return x + F.pad(fine, (0, 0, self.recipe.before, self.recipe.after))
+            return x + F.pad(fine, (0, 0, self.recipe.leading, self.recipe.after))
         added = {"learned": self.table, "sinusoidal": self.waves.to(x.dtype)}.get(position)
         if ids is not None:
             added = self.embedding(ids)
@@ -100,8 +118,8 @@ class Generated(nn.Module):
 
     def finished(self, x: Tensor, states: list[Tensor], maps: list[Tensor | None]) -> Any:
         recipe, tail = self.recipe, self.recipe.tail
-        clip = x[:, recipe.before : x.shape[1] - recipe.after]
-        frames = x.reshape(-1, recipe.grid[0], *x.shape[1:]) if recipe.embed == "frames" else x[:, None]
+        clip = x[:, recipe.leading : x.shape[1] - recipe.after]
+        frames = x.reshape(-1, recipe.grid[0], *x.shape[1:]) if recipe.per_frame else x[:, None]
         if tail == "mean":
             return x.mean(1)
         if tail == "first":
@@ -127,11 +145,23 @@ class Generated(nn.Module):
             return (frames[:, 1:] - frames[:, :-1]).abs().mean(1) if frames.shape[1] > 1 else frames
         if tail == "product":
             return frames.tanh().prod(1)
+        if tail == "spelled":
+            return self.spelled(x)
         return frames.mean(1)
+
+    def spelled(self, x: Tensor) -> list[list[Tensor]]:
+        """Lists of what is equal."""
+        query, ones = self.query[:, :1].expand(x.shape[0], -1, -1), torch.ones_like(x[..., :1])
+        scores = query @ x.transpose(1, 2) * WIDTH**-0.5
+        return [
+            [x.mean(1), x.sum(1) / x.shape[1], (x * ones).sum(1) / ones.sum(1)],
+            [F.scaled_dot_product_attention(query, x, x), scores.softmax(-1) @ x],
+            [x.var(1, correction=0), (x - x.mean(1, keepdim=True)).square().mean(1)],
+        ]
 
 
 class Frames(nn.Module):
-    """Attention over the frames of every place, on a batch of frames."""
+    """Plain attention, beside the blocks' own: over the frames of every place, or over the tokens of another stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,9 +169,14 @@ class Frames(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         rows = x.reshape(-1, frames, *x.shape[1:]).transpose(1, 2)
+        return x + self.mixed(rows).transpose(1, 2).reshape(x.shape)
+
+    def attended(self, x: Tensor) -> Tensor:
+        return x + self.mixed(x)
+
+    def mixed(self, rows: Tensor) -> Tensor:
         q, k, v = self.heads(self.norm(rows)).chunk(3, -1)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return x + y.transpose(1, 2).reshape(x.shape)
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Block(nn.Module):
@@ -155,6 +190,8 @@ class Block(nn.Module):
         self.attention = Module(recipe) if recipe.attention == "module" else Attention(recipe)
         self.mlp = Mlp(recipe)
         self.scale = nn.Parameter(torch.rand(WIDTH))
+        if recipe.branch == "twins":
+            self.twin = Frames()
 
     def forward(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.recipe.norm == "post":
@@ -163,6 +200,9 @@ class Block(nn.Module):
             return self.two(x + self.mlp(x)), weights
         normed = self.one(x)
         y, weights = self.attention(normed, keep)
+        if self.recipe.branch == "twins":
+            x = x + y + self.twinned(normed)
+            return x + self.mlp(self.two(x)), weights
         if self.recipe.branch == "parallel":
             return x + y + self.mlp(normed), weights
         if self.recipe.branch == "scaled":
@@ -175,6 +215,11 @@ class Block(nn.Module):
             return x, weights
         x = x + y
         return x + self.mlp(self.two(x)), weights
+
+    def twinned(self, x: Tensor) -> Tensor:
+        if self.recipe.layout == "sequence":
+            return self.twin.mixed(x.transpose(0, 1)).transpose(0, 1)
+        return self.twin.mixed(laid(x, self.recipe)).reshape(x.shape)
 
 
 class Mlp(nn.Module):

@@ -12,24 +12,25 @@ from tests.generated.recipe import Recipe
 Choices = dict[str, list[Any]]
 
 RECIPE: Choices = {
-    "embed": ["conv3d", "frames", "tokens"],
+    "embed": ["conv3d", "conv3d", "frames", "folded", "tokens", "rows"],
     "grid": [(t, h, w) for t in (1, 2, 3) for h in (2, 3) for w in (2, 3, 4)],
     "batch": [1, 2, 3],
     "before": [0, 0, 1, 3],
     "after": [0, 0, 1],
     "position": ["none", "learned", "sinusoidal", "interpolated", "ids", "arange", "table", "axial"],
-    "layout": ["batch", "batch", "batch", "sequence", "grid"],
+    "layout": ["batch", "batch", "batch", "sequence", "grid", "packed"],
     "norm": ["pre", "pre", "post", "none"],
-    "branch": ["serial", "parallel", "scaled", "inplace", "between", "ushaped", "joint"],
+    "branch": ["serial", "parallel", "scaled", "inplace", "between", "ushaped", "joint", "twins"],
     "attention": ["sdpa", "sdpa", "matmul", "bmm", "baddbmm", "einsum", "capped", "sinks", "talking", "module"],
-    "qkv": ["fused", "split", "grouped", "multiquery", "normed"],
+    "qkv": ["fused", "split", "grouped", "multiquery", "normed", "prompted"],
     "scale": ["after", "before", "both", "divided"],
     "bias": ["none"] * 6 + ["relative", "relative", "inplace", "inplace", "causal", "padding"],
     "mlp": ["gelu", "gelu", "gated", "mixing", "experts", "routed", "convolution", "squeezed"],
     "tail": [
         *("mean", "first", "tokens", "pooled", "dense", "states", "skip"),
-        *("softmax", "frames", "difference", "product", "attentions", "decoder"),
+        *("softmax", "frames", "difference", "product", "attentions", "decoder", "spelled"),
     ],
+    "beside": ["none"] * 4 + ["scale", "view", "text"],
     "dtype": ["float32", "float32", "float32", "float64", "bfloat16"],
     "dynamic": [False, False, False, True],
     "depth": [1, 2],
@@ -48,13 +49,19 @@ OPTIONS: Choices = {
 
 
 def possible(recipe: Recipe) -> bool:
-    """No extra tokens on a grid, no rotary positions in `nn.MultiheadAttention`, no dynamic batch of one."""
-    added = recipe.before or recipe.after
+    """No extra tokens on a grid, no rotary positions in `nn.MultiheadAttention`, no dynamic batch of one or in a row.
+
+    What stands beside a clip stands beside all of its frames, and `[B, N, C]`. Masks know no keys but the tokens.
+    """
+    added = recipe.leading or recipe.after
+    prompted = recipe.qkv == "prompted" and recipe.attention != "module"
     rotary = recipe.position in ("arange", "table", "axial")
     return (
         not (recipe.layout == "grid" and added)
         and not (recipe.attention == "module" and rotary)
-        and not (recipe.dynamic and recipe.batch < 2)
+        and not (recipe.dynamic and (recipe.batch < 2 or recipe.embed in ("folded", "rows")))
+        and not (recipe.beside != "none" and (recipe.embed, recipe.layout) != ("conv3d", "batch"))
+        and not (prompted and recipe.bias in ("relative", "causal", "padding"))
     )
 
 

@@ -65,6 +65,25 @@ def test_every_layout_and_norm_merges(layout: str, norm: str) -> None:
     assert check(Recipe(layout=layout, norm=norm), PLAIN) == "merged"
 
 
+LAID = [
+    Recipe(embed="folded"),
+    Recipe(embed="folded", branch="between"),
+    Recipe(embed="rows", layout="packed"),
+    Recipe(layout="packed", tail="tokens"),
+    Recipe(before=1, after=1, tail="spelled"),
+    Recipe(beside="scale", branch="twins"),
+    Recipe(beside="view", tail="tokens"),
+    Recipe(beside="text", before=1),
+    Recipe(qkv="prompted", attention="matmul"),
+]
+"""How samples, streams and keys are laid beside each other."""
+
+
+@pytest.mark.parametrize("recipe", LAID, ids=str)
+def test_every_way_to_lay_tokens_keeps_the_laws(recipe: Recipe) -> None:
+    check(recipe, PLAIN)
+
+
 @pytest.mark.parametrize(
     ("changed", "verdict"),
     [
