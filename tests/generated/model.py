@@ -55,7 +55,7 @@ class Generated(nn.Module):
         keep = rest.pop(0) if recipe.bias == "padding" else None
         if keep is not None and recipe.per_frame:
             keep = keep.repeat_interleave(recipe.grid[0], 0)
-        x = self.positioned(self.embedded(clip, other), ids)
+        x = self.positioned(self.embedded(clip, other if recipe.beside == "text" else None), ids)
         if recipe.beside in ("scale", "view"):
             x = x + self.summary(other)
         if self.recipe.layout == "sequence":
@@ -89,7 +89,7 @@ class Generated(nn.Module):
         x = stem(other).flatten(2).transpose(1, 2)
         return self.aside.attended(x).mean(1, keepdim=True)
 
-    def embedded(self, clip: Tensor, other: Tensor) -> Tensor:
+    def embedded(self, clip: Tensor, words: Tensor | None = None) -> Tensor:
         if self.recipe.embed == "conv3d":
             x = self.conv3d(clip).flatten(2).transpose(1, 2)
         elif self.recipe.embed == "frames":
@@ -100,7 +100,7 @@ class Generated(nn.Module):
             x = self.linear(clip)
             x = x.unflatten(0, (-1, self.recipe.clip_tokens)) if self.recipe.embed == "rows" else x
         parts = [self.first.expand(x.shape[0], -1, -1)] if self.recipe.before else []
-        parts += [other] if self.recipe.beside == "text" else []
+        parts += [words] if words is not None else []
         parts += [x]
         parts += [self.last.expand(x.shape[0], -1, -1)] if self.recipe.after else []
         return torch.cat(parts, 1)
