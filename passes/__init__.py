@@ -81,6 +81,7 @@ def plan(captured: Captured, options: Options) -> Plan:
         options.entries,
         default=options.is_default_schedule,
         merged_outputs=options.outputs == "merged",
+        asks=options.asks,
     )
 
 

@@ -314,6 +314,8 @@ def _replace(graph: fx.Graph, match: _Match, scores: _Scores) -> None:
         mask = None
         for each in _masks(graph, scores):
             mask = each if mask is None else insert(graph, aten.add.Tensor, mask, each)
+        while mask is not None and mask.meta["val"].ndim < 2:  # the operator wants rows and columns
+            mask = insert(graph, aten.unsqueeze.default, mask, 0)
         query = scores.q
         assert query is not None
         query, key = (_narrow(each, output.args[1]) for each in (query, key))

@@ -16,7 +16,7 @@ from torch import fx
 
 from passes.axes import Axes, Axis, Size
 from passes.nodes import named, operator_name, tensors
-from passes.plan import Conversion, How, Merge, Plan, Step
+from passes.plan import Conversion, Merge, Plan, Step
 from passes.resolution import at
 from passes.schedule import Entry
 from passes.typing import TypedGraph
@@ -45,21 +45,17 @@ def operations(plan: Plan) -> float:
 
 
 def bytes_moved(plan: Plan) -> float:
-    """What conversions and merges read and write."""
+    """What bringing operands to other resolutions reads and writes; a merge and an output are no choice."""
     sizes, total = _Sizes(plan.typed), 0.0
     for node, step in plan.steps.items():
         own = plan.typed.own(node)
-        for each in step.conversions:
+        for each in step.conversions if node.op != "output" else ():
             total += _moved(own[each.operand], each, plan.typed.operands(node)[each.operand], sizes)
     for merge in plan.merges:
         axes = plan.typed.value(merge.node).axes
-        for each in (*merge.stream, _down(merge), *merge.before):
+        for each in (*merge.stream, *merge.before):
             total += _moved(axes, each, merge.node, sizes)
     return total
-
-
-def _down(merge: Merge) -> Conversion:
-    return Conversion(0, merge.target.run, merge.source, merge.target, How.MERGE)
 
 
 class _Sizes:

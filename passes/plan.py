@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch import fx
 
 from passes.axes import Atom, Axis, Size
@@ -55,12 +56,16 @@ class Weight:
 
 @dataclass(frozen=True)
 class Weighing:
-    """A sum over tokens; `counts` says that it counts tokens, and `partial` that it runs over a part of the run."""
+    """A sum over tokens; `counts` says that it counts tokens, and `partial` that it runs over a part of the run.
+
+    `dtype` is that of the result, where integers are summed that are only read as floats.
+    """
 
     use: Use
     weight: Weight
     counts: bool = False
     partial: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ x [b, n, C] -- attention, add -->  merged: [b, n1, C]  --> linear: at n1  --> re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import getitem
 
+import torch
 from torch import fx
 
 from passes import cost, shares
@@ -35,6 +36,7 @@ def make_plan(
     *,
     default: bool = False,
     merged_outputs: bool = False,
+    asks: Collection[str] = (),
 ) -> Plan:
     """Decide everything. Merges that nobody wrote down (the default schedule, one fraction) have to pay.
 
@@ -46,7 +48,7 @@ def make_plan(
     entries = bind_schedule(schedule, sites, default=default)
 
     def planned(entries: Sequence[Entry]) -> Plan:
-        walk = _Walk(typed, dict(zip(sites, entries, strict=True)), merged_outputs)
+        walk = _Walk(typed, dict(zip(sites, entries, strict=True)), merged_outputs, asks)
         merges, steps = walk.run()
         return Plan(typed, sites, misses, tuple(entries), merges, steps)
 
@@ -55,7 +57,7 @@ def make_plan(
         plan = _paying(plan, planned)
     if positive and not plan.merges:
         if plan.left_out:
-            raise NothingToMerge(_nothing_pays(plan.left_out))
+            raise NothingToMerge(_nothing_pays(sorted(plan.left_out, key=lambda site: site.index)))
         raise NothingToMerge(
             f"the schedule {list(entries)} removes no token: at every site its fraction of the tokens rounds down to "
             "0. Give larger entries, or a schedule of zeros to leave the model as it is."
@@ -76,7 +78,7 @@ def _paying(plan: Plan, planned: cost.Planned) -> Plan:
         if (price := cost.of(without)) <= best:
             plan, best = without, price
             left_out.append(site)
-    if plan.merges and doubtful and best >= cost.dense(plan):
+    if plan.merges and best >= cost.dense(plan):
         left_out += [merge.site for merge in plan.merges]
         plan = planned([0] * len(plan.sites))
     return replace(plan, left_out=tuple(left_out))
@@ -85,8 +87,8 @@ def _paying(plan: Plan, planned: cost.Planned) -> Plan:
 def _nothing_pays(sites: Sequence[Site]) -> str:
     names = ", ".join(f"{site.index} ({site.attention.node.name})" for site in sites)
     return (
-        f"no merge pays: at the sites {names} restoring the tokens again costs more than merging them saves. Give a "
-        "schedule with one entry per site to merge there all the same."
+        f"no merge pays: at the sites {names} matching tokens, and restoring them where they are needed, costs more "
+        "than it saves. Give a schedule with one entry per site to merge there all the same."
     )
 
 
@@ -131,8 +133,10 @@ def bring(
 class _Walk:
     """One pass over the graph: the `State` of every value, and the `Step` of every call."""
 
-    def __init__(self, typed: TypedGraph, entries: Mapping[Site, Entry], merged_outputs: bool) -> None:
-        self.typed, self.entries, self.merged_outputs = typed, entries, merged_outputs
+    def __init__(
+        self, typed: TypedGraph, entries: Mapping[Site, Entry], merged_outputs: bool, asks: Collection[str]
+    ) -> None:
+        self.typed, self.entries, self.merged_outputs, self.asks = typed, entries, merged_outputs, asks
         self.states: dict[fx.Node, tuple[State, ...]] = {}
         self.steps: dict[fx.Node, Step] = {}
         self.merges: list[Merge] = []
@@ -179,7 +183,9 @@ class _Walk:
         wanted = (*kept, *([source] if source else []))
         scored = self.state(site.attention.scored).held if site.attention.scored in self.states else ()
         axes = self.typed.value(node).axes
-        keys = site.attention.keys
+        keys = site.attention.keys if "keys" in self.asks else None
+        rows = "keys" in self.asks or "sharpness" in self.asks
+        before = self.state(site.stream.before).held
         self.merges.append(
             Merge(
                 site,
@@ -189,11 +195,11 @@ class _Walk:
                 target,
                 kept,
                 stream=tuple(bring(axes, state.held, wanted, How.MERGE)),
-                rows=tuple(_of_rows(scored, target, source)),
+                rows=tuple(_of_rows(scored, target, source)) if rows else (),
                 keys=tuple(bring(self.typed.value(keys).axes, self.state(keys).held, scored, How.MERGE))
                 if keys
                 else (),
-                before=tuple(bring(axes, self.state(site.stream.before).held, wanted, How.MERGE)),
+                before=tuple(bring(axes, before, wanted, How.MERGE)) if "before" in self.asks else (),
             )
         )
         weighed = tuple(w for w in state.weighed if not w.resolution.meets(target))
@@ -282,9 +288,10 @@ class _Walk:
                 continue
             if use.kind is Kind.LINEAR and (weight.held or summed != left):
                 continue
-            counts = use.kind is Kind.SUM and not (floating or self._read_as_floats(node))
+            read = None if floating or use.kind is not Kind.SUM else self._read_as(node)
+            counts = use.kind is Kind.SUM and not floating and read is None
             if not (counts and not weight.held):
-                yield Weighing(use, weight, counts, summed != left)
+                yield Weighing(use, weight, counts, summed != left, read)
 
     def _weight_of(self, states: Sequence[State], operand: int, run: Axis) -> Weight | None:
         """The weight of restored tokens: that of the operand that is summed, or of what it is multiplied with."""
@@ -296,11 +303,14 @@ class _Walk:
     def _results(self, node: fx.Node) -> tuple[Value, ...]:
         return self.typed.values[node]
 
-    def _read_as_floats(self, node: fx.Node) -> bool:
-        """Whether an integer sum has no reader but those that make floats of it."""
-        return bool(node.users) and all(
-            user in self.typed.calls and all(value.floating for value in self._results(user)) for user in node.users
-        )
+    def _read_as(self, node: fx.Node) -> torch.dtype | None:
+        """What an integer sum becomes, if it has no reader but those that make floats of it."""
+        results = [value for user in node.users for value in self.typed.values.get(user, ())]
+        floats = bool(results) and all(user in self.typed.calls for user in node.users)
+        if not floats or not all(value.floating for value in results):
+            return None
+        dtype: torch.dtype = next(iter(node.users)).meta["val"].dtype
+        return dtype
 
     def _scalings(self, operand: int, state: State, run: Axis, merged: bool = False) -> Iterator[Scaling]:
         """An operand that is a distribution over the run gets the weights of its tokens."""

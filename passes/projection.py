@@ -137,8 +137,9 @@ class Projection(fx.Interpreter):
             if use.kind in (Kind.CONTRACT, Kind.LINEAR):
                 operands[use.operand] = (operands[use.operand] * weight).to(operands[use.operand].dtype)
             else:
-                partial = any(w.partial for w in step.weighings if w.use is use)
-                result = _weighed(use.kind, operands[0], weight, use.dims, named(node), node.meta["val"].dtype, partial)
+                weighing = next(w for w in step.weighings if w.use is use)
+                dtype = weighing.dtype or node.meta["val"].dtype
+                result = _weighed(use.kind, operands[0], weight, use.dims, named(node), dtype, weighing.partial)
                 return result.nan_to_num(0.0) if node.target is aten._safe_softmax.default else result
         feed = iter(operands)
 

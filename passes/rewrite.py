@@ -15,7 +15,7 @@ output                             attend (+ log mass)  ...  up -> output
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from types import ModuleType
@@ -52,6 +52,8 @@ class Policy(Protocol):
     def pooling(self) -> str: ...
     @property
     def proportional(self) -> bool: ...
+    @property
+    def asks(self) -> Collection[str]: ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ class _Rewriter:
         operands = list(operands)
         for use, weight in self.weigher.weights(step.weighings, operands).items():
             if use.kind not in (Kind.CONTRACT, Kind.LINEAR):
-                return self.weigher.sum(node, use, operands[0], weight)
+                weighing = next(each for each in step.weighings if each.use is use)
+                return self.weigher.sum(node, weighing, operands[0], weight)
             operands[use.operand] = self.weigher.multiplied(operands[use.operand], weight)
         feed = iter(operands)
         args, kwargs = self._arguments(node, feed)
@@ -181,12 +184,7 @@ class _Rewriter:
     def _scores(self, node: fx.Node) -> bool:
         """Whether the saliency of a merge is computed at this node."""
         merge = self.plan.merge_of(node)
-        return merge is not None and (self._salient or self.policy.metric == "keys")
-
-    @property
-    def _salient(self) -> bool:
-        """Whether saliency is read off attention."""
-        return self.policy.saliency == "attention" and self.operators.REDUCTIONS[self.policy.reduction].salient
+        return merge is not None and ("sharpness" in self.policy.asks or "keys" in self.policy.asks)
 
     def _attention(self, node: fx.Node, step: Step, operands: Sequence[Laid]) -> Any:
         given = named(node)
@@ -199,9 +197,10 @@ class _Rewriter:
         grouped = given.get("enable_gqa", False)
         options: dict[str, Any] = {"scale": given.get("scale"), "mask": mask, "enable_gqa": grouped}
         dropout, causal = given.get("dropout_p", 0.0), given.get("is_causal", False)
-        if merge is None or not self._salient or dropout:
+        if merge is None or "sharpness" not in self.policy.asks or dropout:
             if merge is not None:
-                beside = self._sharpness(merge, operands, mask, given.get("scale")) if self._salient else None
+                sharp = "sharpness" in self.policy.asks
+                beside = self._sharpness(merge, operands, mask, given.get("scale")) if sharp else None
                 self._note(merge, operands[1], beside)
             return self.layout.call(
                 self.operators.attend,
@@ -275,7 +274,7 @@ class _Rewriter:
         assert attention.probabilities is not None
         laid = Laid(self.env[attention.probabilities], self.axes[attention.probabilities][0])
         sharpness = None
-        if self._salient:
+        if "sharpness" in self.policy.asks:
             axes = (*self._batch_and_heads(merge, laid.axes[:-2]), *laid.axes[-2:])
             sharpness = self.layout.call(self.operators.sharpness_of, self.layout.reshape(laid.node, laid.axes, axes))
         keys = None
@@ -316,10 +315,9 @@ class _Rewriter:
 
     def _told(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node | None:
         """What saliency is read off, `[B, N]`; None where all tokens are alike."""
-        if self._salient:
+        if "sharpness" in self.policy.asks:
             return self._laid_along_stream(merge, self.sharpness[merge.site.attention.node])
-        chosen = self.operators.REDUCTIONS[self.policy.reduction]
-        return self._shift(merge, stream, tokens) if self.policy.saliency == "shift" and chosen.salient else None
+        return self._shift(merge, stream, tokens) if "before" in self.policy.asks else None
 
     def _shift(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node:
         """How far the attention of a site moved every token of its stream, `[B, N]` float32.
@@ -343,7 +341,7 @@ class _Rewriter:
 
     def _metric(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node:
         """What matching compares, `[B, N, C]`."""
-        return self._key_metric(merge) if self.policy.metric == "keys" else self._over_tokens(merge, stream, tokens)
+        return self._key_metric(merge) if "keys" in self.policy.asks else self._over_tokens(merge, stream, tokens)
 
     def _over_tokens(self, merge: Merge, stream: Laid, tokens: Axis) -> fx.Node:
         """A value along the residual stream as rows of its clip tokens, `[B, N, C]`."""

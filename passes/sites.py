@@ -143,11 +143,13 @@ def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) 
 
 
 def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
+    """Whether the keys are the queries' tokens of the clip, and none of the clip but them; protected ones may differ."""
     value = typed.value(attention.queries)
     keys = value.axes[-1]
     if attention.probabilities is None and attention.keys is not None:
         keys = typed.value(attention.keys).axes[-2]
-    return value.axes[-2] == keys and bool(maximal_runs(value.axes[-2])) and value.clip
+    runs = maximal_runs(value.axes[-2])
+    return maximal_runs(keys) == runs and bool(runs) and value.clip
 
 
 def _site(flow: Flow, index: int, attention: Attention, protect: int) -> Site:
@@ -234,16 +236,16 @@ def _refusal(
 def _without_space(run: Axis) -> str | None:
     """Why a run that is no place in a picture is not merged: it is time alone, or the samples themselves."""
     roles = {atom.role for atom in run.atoms}
-    if Role.SAMPLE in roles:
+    if roles == {Role.SAMPLE}:
         return f"it attends along the samples of the batch, {run!r}"
-    if roles <= {Role.TIME, Role.FOLDED}:
+    if roles <= {Role.TIME, Role.FOLDED, Role.SAMPLE}:
         return f"it is temporal: it attends along {run!r} only, at one place of the picture"
     return None
 
 
 def _layout(typed: TypedGraph, tokens: Axis, stream: Stream | None) -> str:
     roles = {atom.role for atom in maximal_runs(tokens)[0].atoms}
-    time = roles & {Role.TIME, Role.FOLDED}
+    time = roles & {Role.TIME, Role.FOLDED, Role.SAMPLE}
     if time:
         return "joint space-time" if roles - time else "temporal"
     beside = stream is not None and any(

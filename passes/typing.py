@@ -103,7 +103,7 @@ class TypedGraph:
 
 
 def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> frozenset[str]:
-    """Names of the placeholders that carry the video: the floating-point inputs of the highest rank, 3 or more.
+    """Names of the placeholders that carry the video: the floating-point inputs of the highest rank, 2 or more.
 
     Raises:
         OptionError: a name in `clip` is no input of the graph.
@@ -125,7 +125,7 @@ def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> froze
     if not any(rank >= 3 for rank in ranks.values()):  # pixels as they come from a decoder
         ranks = {node.name: node.meta["val"].ndim for node in placeholders if node.meta["val"].ndim >= 4}
     highest = max(ranks.values(), default=0)
-    return frozenset(name for name, rank in ranks.items() if rank == highest and rank >= 3)
+    return frozenset(name for name, rank in ranks.items() if rank == highest and rank >= 2)
 
 
 def infer(

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from passes.attention import SDPA
 from passes.errors import OptionError, VerificationError
+from passes.independence import raised, runs
 from passes.nodes import named, operands, size
 from passes.plan import Plan
 from passes.projection import Projection, full_length
@@ -34,14 +35,16 @@ def agreement(graph: fx.Graph) -> float:
 def verify(
     plan: Plan, graph: fx.GraphModule, groupings: Mapping[int, fx.Node], policy: Policy, inputs: Sequence[Any]
 ) -> None:
-    """Compare a rewritten graph with the projection, output by output, with the same groupings.
+    """Compare a rewritten graph with the projection, output by output, with the same groupings; and see that nothing
+    depends on what it did not depend on.
 
     Raises:
-        VerificationError: an output differs, naming which and by how much.
+        VerificationError: an output differs or moves, naming which and by how much.
         OptionError: an output differs, and the model draws at random for tokens that the merged graph has not.
     """
     with torch.random.fork_rng(), torch.no_grad():  # what the model draws at random, both draw alike
         actual, found = record(graph, groupings, inputs)
+    _independent(plan, graph, inputs)
     meaning = Projection(plan, full_length(plan, found), policy)
     with torch.random.fork_rng(), torch.no_grad():
         expected = meaning.run(*inputs)
@@ -61,6 +64,15 @@ def verify(
                 f"verify=True cannot compare: {random.target} ({random.name}) draws at random for every token after a "
                 "merge, and a merged graph has other tokens. Call model.eval() first."
             ) from difference
+
+
+def _independent(plan: Plan, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Law Samples, as far as the inputs tell."""
+    dense = plan.typed.captured.graph
+    on_cpu = all(value.device.type == "cpu" for value in inputs if isinstance(value, Tensor))
+    bound = 0.0 if on_cpu else agreement(dense.graph)
+    for each in raised(plan.typed, runs(dense), runs(graph), inputs, bound):
+        raise VerificationError(f"{each}: a merge mixes what the model keeps apart; please report the model")
 
 
 def _draws_after_merge(plan: Plan) -> fx.Node | None:

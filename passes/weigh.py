@@ -28,7 +28,7 @@ from passes.rules import Kind, Use
 aten = torch.ops.aten
 
 # Sums that a constant factor of all weights does not change.
-_RELATIVE = frozenset({Kind.MEAN, Kind.SOFTMAX, Kind.KEYS})
+_RELATIVE = frozenset({Kind.MEAN, Kind.KEYS})
 
 
 class Weights(Protocol):
@@ -83,7 +83,7 @@ class Weigher:
             return self._spread(sizes, (resolution.batch, resolution.axis), axes, dims)
         laid = self._laid(weighing.weight, mass)
         weight = self._spread(laid.node, laid.axes, axes, dims)
-        if weighing.partial and use.kind not in _RELATIVE:
+        if weighing.partial and use.kind not in (*_RELATIVE, Kind.SOFTMAX):
             mean = self._layout.call(aten.mean.dim, weight, list(dims), True)
             weight = self._layout.call(aten.div.Tensor, weight, mean)
         return weight
@@ -99,10 +99,10 @@ class Weigher:
         product = self._layout.call(self.converter.operators.multiply, operand.node, weight)
         return Laid(product, operand.axes)
 
-    def sum(self, node: fx.Node, use: Use, operand: Laid, weight: fx.Node) -> fx.Node:
+    def sum(self, node: fx.Node, weighing: Weighing, operand: Laid, weight: fx.Node) -> fx.Node:
         """A mean, a sum or a softmax with weights, in the place of `node`."""
-        given, operators = named(node), self.converter.operators
-        dtype = given.get("dtype") or node.meta["val"].dtype
+        given, operators, use = named(node), self.converter.operators, weighing.use
+        dtype = weighing.dtype or given.get("dtype") or node.meta["val"].dtype
         if use.kind is Kind.SOFTMAX:
             safe = node.target is aten._safe_softmax.default
             return self._layout.call(operators.softmax, operand.node, weight, dim=given["dim"], dtype=dtype, safe=safe)

@@ -78,7 +78,10 @@ def explain(
 def assemble(program: ExportedProgram, captured: Captured, config: TokenMerging) -> MergedModule:
     """`apply` on a program of which the capture is known; one capture serves any number of configurations."""
     merged, nothing = merge(captured, config)
-    return MergedModule(program, captured, merged, Report(merged, default=config.is_default_schedule, nothing=nothing))
+    report = Report(merged, default=config.is_default_schedule, nothing=nothing)
+    for note in report.little:
+        warnings.warn(f"tldr: {note}", stacklevel=3)
+    return MergedModule(program, captured, merged, report)
 
 
 def merge(captured: Captured, config: TokenMerging) -> tuple[passes.Merged, str | None]:

@@ -105,6 +105,13 @@ class TokenMerging:
         return self.schedule if isinstance(self.schedule, float) else tuple(self.schedule)
 
     @property
+    def asks(self) -> frozenset[str]:
+        """What a merge asks of its site: the "sharpness" of its attention, its "keys", the stream "before" it."""
+        salient = REDUCTIONS[self.reduction].salient
+        told = {"attention": "sharpness", "shift": "before"}.get(self.saliency) if salient else None
+        return frozenset(each for each in (told, "keys" if self.metric == "keys" else None) if each)
+
+    @property
     def is_zero(self) -> bool:
         """Whether the schedule asks for nothing at all."""
         entries = self.entries

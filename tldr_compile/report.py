@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils.flop_counter import FlopCounterMode
 
 import passes
+from passes import cost
 from passes.axes import Axes, Axis, Size
 from passes.plan import Plan
 from passes.resolution import Resolution, at
@@ -49,8 +50,20 @@ class Report:
 
     @cached_property
     def notes(self) -> list[str]:
-        """What could not be known of this graph, and the option that tells it."""
-        return [_NO_CLASS_TOKEN] if self._merged.options.protect == "auto" and _out_of_sight(self.plan) else []
+        """What could not be known of this graph, and the option that tells it; where merging saves next to nothing."""
+        unseen = self._merged.options.protect == "auto" and _out_of_sight(self.plan)
+        return [*([_NO_CLASS_TOKEN] if unseen else []), *self.little]
+
+    @property
+    def little(self) -> Iterator[str]:
+        """A warning where less than 5 % is saved."""
+        if self.plan.merges:
+            part = cost.of(self.plan) / max(cost.dense(self.plan), 1)
+            if part > 0.95:
+                yield (
+                    f"the merged graph costs {part:.0%} of the dense one, restorations included: other sites or larger "
+                    "entries may save more; the lines above say what is restored, and for which operator"
+                )
 
     @cached_property
     def gflops(self) -> tuple[float, float]:
@@ -91,22 +104,30 @@ class Report:
             "protected": _plain(site.tokens.size - clip),
             "status": "merged" if merge else "refused" if site.reason else "left",
             "reason": site.reason
-            or ("" if merge else "the schedule gives 0" if not entry else "its fraction rounds down to 0"),
+            or ("" if merge else self._why_left(site, entry)),
             "inserted": f"saliency, matching, merge to {merge.target!r}{_capped(entry, merge.count)}" if merge else "",
         }
+
+    def _why_left(self, site: Site, entry: Entry) -> str:
+        if site in self.plan.left_out:
+            return "merging here costs more than it saves"
+        return "its fraction rounds down to 0" if entry else "the schedule gives 0"
 
     def _token_axis(self, site: Site) -> tuple[Axis, tuple[Sequence[Resolution], Sequence[Resolution]]]:
         """The token axis that a site is counted on, and the resolutions it has before and after."""
         if site.stream is None:
             held = self.plan.steps[site.attention.scored].held
             return site.tokens, (held, held)
-        merges = [merge for merge in self.plan.merges if merge.target.run == site.stream.run]
-        earlier = [merge.target for merge in merges if merge.site.index < site.index][-1:]
-        here = [merge.target for merge in merges if merge.site is site] or earlier
+        merge = next((each for each in self.plan.merges if each.site is site), None)
+        if merge is not None:
+            before: Sequence[Resolution] = (merge.source,) if merge.source else ()
+            after: Sequence[Resolution] = (merge.target,)
+        else:
+            before = after = self.plan.held(site.stream.node)
         for axis in self.plan.typed.value(site.stream.node).axes:
             if axis.atoms >= site.stream.run.atoms:
-                return axis, (earlier, here)
-        return site.stream.run, (earlier, here)
+                return axis, (before, after)
+        return site.stream.run, (before, after)
 
     def _restorations(self) -> Iterator[dict[str, Any]]:
         for each in self.plan.restored():

@@ -56,7 +56,7 @@ class Attention(nn.Module):
             cos, sin = angles(self.recipe) if self.recipe.position == "arange" else (self.cos, self.sin)
             q, k = (rotated(each, cos.to(each.dtype), sin.to(each.dtype)) for each in (q, k))
         if self.recipe.qkv == "prompted":
-            added = [each.expand(len(k), -1, -1, -1) for each in self.prompt]
+            added = [each.expand(k.shape[0], -1, -1, -1) for each in self.prompt.unbind(0)]
             k, v = (torch.cat(both, 2) for both in zip(added, (k, v), strict=True))
         y, weights = self.attend(q, k, v, self.mask(keep))
         y = y.transpose(1, 2).reshape(flat.shape)

@@ -72,8 +72,10 @@ MODELS: dict[str, Model] = {
     "convolution": (partial(Mixing, "convolution"), (frames.drawn(2, 3, 24, 24),)),
     "mixer": (partial(Mixing, "mixer"), (frames.drawn(2, 3, 24, 24),)),
 }
-SITES = dict.fromkeys(("branches that meet", "two branches", "convolution", "mixer"), (0.3, 0.3, 0.3))
-"""A fraction for each site of those that have three."""
+THREE = ("branches that meet", "two branches", "convolution", "mixer")
+SITES: dict[str, tuple[float, ...]] = dict.fromkeys(THREE, (0.3, 0.3, 0.3))
+SITES["space, time"] = (0.3, 0, 0)
+"""A fraction for each site of those that have three; attention over time alone has none."""
 
 every_model = pytest.mark.parametrize("name", MODELS)
 

@@ -181,7 +181,7 @@ VIEWS = "two views"
 @torch.no_grad()
 def apart(mutants: dict[str, Mutant]) -> float:
     """How far merging equal tokens is from changing nothing."""
-    merged = apply(test_streams.program(VIEWS), mutants, schedule=0.3, **test_streams.LAW)
+    merged = apply(test_streams.program(VIEWS), mutants, schedule=[0.3, 0.3], **test_streams.LAW)
     return test_streams.off_by(merged(*test_streams.MODELS[VIEWS][1]), test_streams.dense(VIEWS))
 
 
@@ -243,7 +243,7 @@ def accounts(merged: MergedModule | None = None) -> list[str]:
 
 
 def convolved(mutants: dict[str, Mutant] | None = None) -> MergedModule:
-    return apply(test_accounting.program(MIXED), mutants or {}, schedule=0.3)
+    return apply(test_accounting.program(MIXED), mutants or {}, schedule=[0.3, 0.3, 0.3])
 
 
 def test_accounts_hold_without_a_mutant() -> None:

@@ -16,7 +16,7 @@ import tldr_compile
 from tests.laws import frames as zoo
 from tests.laws.frames import Masked, Packed, causal, folded, joint, pairs, spatial, temporal
 from tests.laws.independence import Apart, raised
-from tests.laws.support import assert_same
+from tests.laws.support import assert_same, everywhere
 from tldr_compile.errors import NothingToMerge
 
 Model = tuple[Callable[[], nn.Module], Callable[[int], Tensor]]
@@ -81,9 +81,10 @@ def inputs(name: str, batch: int = zoo.BATCH) -> Tensor:
 
 @cache
 def merged(name: str, batch: int = zoo.BATCH) -> Callable[..., Any]:
-    """Merged by one fraction; the dense model where there is nothing to merge."""
+    """Merged at every site; the dense model where there is nothing to merge."""
+    model, x = dense(name), (inputs(name, batch),)
     try:
-        return tldr_compile.apply(dense(name), (inputs(name, batch),), schedule=0.3)
+        return tldr_compile.apply(model, x, schedule=everywhere(0.3, model, x))
     except NothingToMerge:
         return dense(name)
 
@@ -112,7 +113,7 @@ def test_nor_between_the_frames_of_one_sample() -> None:
     model, x = folded(spatial, causal, tail=zoo.of_tokens), zoo.frames(1)
     apart = Apart.of(model, (x,), dims=(0,))
     assert apart.compared == ["input 0, second half of dimension 0: 18 of 36 slices of output 0"]
-    assert apart.raised(tldr_compile.apply(model, (x,), schedule=0.3)) == []
+    assert apart.raised(tldr_compile.apply(model, (x,), schedule=[0.3])) == []
 
 
 def test_one_sample_has_nothing_to_compare() -> None:

@@ -18,7 +18,8 @@ from torch.export import ExportedProgram, export
 import tldr_compile
 from tests.laws import streams as zoo
 from tests.laws.streams import Streams, rows, text
-from tests.laws.support import assert_same, distance, tensors
+from tests.laws.support import assert_same, distance, everywhere, tensors
+from tldr_compile.errors import NothingToMerge
 
 LAW: dict[str, Any] = {"saliency": "uniform", "proportional": True, "pooling": "mass"}
 
@@ -37,7 +38,6 @@ MODELS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "two views of unlike sizes": (zoo.two_views, (rows(), rows(6, seed=2))),
     "two views crossed": (zoo.crossed_views, (rows(), rows(6, seed=2))),
     "text and clip, one residual": (zoo.one_stream, (rows(), text())),
-    "text and clip, two residuals": (zoo.two_streams, (rows(), text())),
     "two branches": (zoo.two_branches, (rows(),)),
     "branches that meet": (zoo.branches_that_meet, (rows(),)),
     "attention beside an MLP": (zoo.beside_an_mlp, (rows(),)),
@@ -60,7 +60,10 @@ def dense(name: str, inputs: tuple[Tensor, ...] | None = None) -> Any:
 
 def merge(name: str, **options: Any) -> tldr_compile.MergedModule:
     clip = {"clip": "inputs_0"} if name.startswith("text") else {}
-    return tldr_compile.apply(program(name), **{"schedule": 0.5, **clip, **options})
+    schedule = options.pop("schedule", 0.5)
+    if isinstance(schedule, float):
+        schedule = everywhere(schedule, program(name), **clip)
+    return tldr_compile.apply(program(name), schedule=schedule, **{**clip, **options})
 
 
 @torch.no_grad()
@@ -91,7 +94,7 @@ def test_merging_equal_tokens_changes_nothing(name: str) -> None:
     "name",
     [
         *("two scales by reshape: softmax", "two scales of two pictures", "two views compared"),
-        *("text and clip, two residuals", "branches that meet"),
+        "branches that meet",
     ],
 )
 def test_nor_does_merging_one_of_the_streams(name: str, schedule: list[float]) -> None:
@@ -102,6 +105,12 @@ def test_nor_does_merging_one_of_the_streams(name: str, schedule: list[float]) -
 def test_no_stream_is_refused_because_of_another(name: str) -> None:
     report = plain(name).report
     assert "refused" not in {site["status"] for site in report.sites}, str(report)
+
+
+def test_text_with_a_residual_stream_of_its_own_is_refused_in_words() -> None:
+    model = Streams(zoo.two_streams).eval()
+    with pytest.raises(NothingToMerge, match="no residual addition follows it on every path"):
+        tldr_compile.apply(model, (rows(), text()), schedule=[0.5], clip="inputs_0")
 
 
 @every_model
