@@ -213,6 +213,7 @@ class _Walk:
     def _call(self, node: fx.Node, typed: Typed) -> tuple[Step, tuple[State, ...]]:
         states = [self.state(each) for each in self.typed.operands(node)]
         runs = {r.run: None for state in states for r in (*state.held, *(w.resolution for w in state.weighed))}
+        runs.update(dict.fromkeys(each.run for each in self._masks_summed(node, typed)))
         step = Step()
         results = [_PLAIN] * len(typed.outputs)
         for run in runs:
@@ -230,6 +231,7 @@ class _Walk:
     def _over(self, node: fx.Node, typed: Typed, states: Sequence[State], run: Axis) -> tuple[Step, tuple[State, ...]]:
         """What a call does over one run, and what is known of its results then."""
         target = meet([r for state in states for r in state.held if r.run == run])
+        target = target or of_run(self._masks_summed(node, typed), run)
         barriers: list[Barrier] = []
         marked = tuple(k for k, state in enumerate(states) if state.dims(run))
         as_numbers = bool(marked) and not shares.commutes(node, self.typed, run, marked)
@@ -255,6 +257,23 @@ class _Walk:
         return step, tuple(
             self._after(node, typed, states, run, target, step, number) for number in range(len(typed.outputs))
         )
+
+    def _masks_summed(self, node: fx.Node, typed: Typed) -> tuple[Resolution, ...]:
+        """The latest resolutions of what a mask is summed over, which says how many tokens a masked mean is of.
+
+        Such a sum is done on groups, as that of the tokens which it divides. As a number of tokens it stays exact.
+        """
+        operands = self.typed.operands(node)
+        if len(operands) != 1 or not all(use.kind in (Kind.SUM, Kind.MEAN) for use in typed.uses) or not typed.uses:
+            return ()
+        value = self.typed.value(operands[0])
+        floats = all(each.floating for each in self.typed.values[node]) or self._read_as(node) is not None
+        if value.clip or not floats:
+            return ()
+        atoms = {atom for axis in value.axes for atom in axis.atoms}
+        summed = {atom for use in typed.uses for dim in use.dims for atom in value.axes[dim].atoms}
+        latest = {merge.target.run: merge.target for merge in self.merges}
+        return tuple(r for r in latest.values() if r.run.atoms <= summed and r.batch.atoms <= atoms)
 
     def _conversions(
         self, node: fx.Node, typed: Typed, states: Sequence[State], run: Axis, target: Resolution | None
