@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -106,7 +106,7 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
     if report.sites:
         say("merging it")
         try:
-            merged = _apply(program)
+            merged = _apply(program, report.sites)
         except NothingToMerge as reason:
             nothing = str(reason)
         else:
@@ -123,11 +123,13 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
     return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
 
 
-def _apply(program: ExportedProgram) -> MergedModule:
+def _apply(program: ExportedProgram, sites: Sequence[Mapping[str, Any]]) -> MergedModule:
+    """Merged at every site that can, whether it pays or not: tiny models rarely gain anything."""
+    able = [site["status"] != "refused" for site in sites]
     try:
-        return tldr_compile.apply(program, schedule=FRACTION)
+        return tldr_compile.apply(program, schedule=[FRACTION if each else 0 for each in able])
     except NothingToMerge:
-        return tldr_compile.apply(program, schedule=HALF)
+        return tldr_compile.apply(program, schedule=[HALF if each else 0 for each in able])
 
 
 def _facts(report: Mapping[str, Any]) -> Record:
@@ -200,7 +202,7 @@ def _projected(merged: MergedModule, built: Built) -> tuple[str, str]:
     if single == "kept":
         return single, ""
     model, inputs = built.model.double(), {name: _double(value) for name, value in built.inputs.items()}
-    double = _verified(_apply(torch.export.export(model, (), inputs)), inputs)
+    double = _verified(_apply(torch.export.export(model, (), inputs), merged.report.sites), inputs)
     return ("kept", single) if double == "kept" else (double, "")
 
 

@@ -143,7 +143,7 @@ def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) 
 
 
 def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
-    """Whether the keys are the queries' tokens of the clip, and none of the clip but them; protected ones may differ."""
+    """Whether the keys are the queries' tokens of the clip and no others of it; protected ones may differ."""
     value = typed.value(attention.queries)
     keys = value.axes[-1]
     if attention.probabilities is None and attention.keys is not None:
