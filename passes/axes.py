@@ -270,11 +270,16 @@ class Substitution:
             raise Conflict(f"{atom!r} would contain itself: {to!r}")
         if atom.born and not to.lone and any(other.born for other in to.atoms):
             raise Conflict(f"{atom!r} and {to!r} were born apart: that their sizes agree is a coincidence")
-        return Substitution({**self.bindings, atom: to})
+        solved = self.assign(atom, to)
+        for each in to.atoms if atom.born else ():
+            if not each.clip:  # what a dimension of the clip is told to be is of the clip
+                role = atom.role if to.lone else atom.role.part
+                solved = solved.assign(each, axis(Atom(each.size, each.label or atom.label, True, BORN, role)))
+        return solved
 
-    def split(self, atom: Atom, parts: Axis) -> Substitution:
-        """`atom` is a sum after all: whoever asks for it knows what no equation says."""
-        return Substitution({**self.bindings, atom: parts})
+    def assign(self, atom: Atom, to: Axis) -> Substitution:
+        """`atom := to`, whatever it was: whoever asks for it knows what no equation says."""
+        return Substitution({**self.bindings, atom: to})
 
     def identify(self, keep: Axis, other: Axis) -> Substitution:
         """The two axes are one. Of two lone atoms the firmer one stays, then the clip's, then the first."""

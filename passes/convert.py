@@ -120,6 +120,15 @@ class Converter:
             laid = Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
         return laid
 
+    def apart(self, laid: Laid, tokens: Axis) -> Laid:
+        """Tokens within a sum that is a factor, `b·(1 + n)`: the sum on a dimension of its own."""
+        for dim in holding(laid.axes, tokens):
+            factors = laid.axes[dim].factors
+            if len(factors) > 1 and any(isinstance(f, Axis) and tokens.atoms <= f.atoms for f in factors):
+                axes = (*laid.axes[:dim], *(product([f]) for f in factors), *laid.axes[dim + 1 :])
+                return Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
+        return laid
+
     def assign(self, resolution: Resolution) -> fx.Node:
         """The group of every token of the run at full length, `[B, N]`."""
         if resolution not in self._assigned:

@@ -347,7 +347,7 @@ class _Rewriter:
         """A value along the residual stream as rows of its clip tokens, `[B, N, C]`."""
         assert merge.site.stream is not None
         batch = merge.site.stream.batch
-        stream = self.converter.flat(stream, tokens)
+        stream = self.converter.apart(self.converter.flat(stream, tokens), tokens)
         (dim,) = holding(stream.axes, tokens)
         place = segment_of(stream.axes[dim], tokens)
         part = self.layout.segments(stream.node, stream.axes, dim, place)

@@ -189,12 +189,18 @@ def _lying_together(axes: Axes, run: Axis) -> Axis | None:
     """The run as the stream holds it: whole segments, or neighbouring factors in whatever order the stream has them."""
     if len(run.segments) > 1:
         return run if sum(find(axis, run) is not None for axis in axes) == 1 else None
-    products = [axis.factors for axis in axes] + [segment for axis in axes for segment in axis.segments]
+    products = [axis.factors for axis in axes] + [segment for axis in axes for segment in _segments(axis)]
     for factors in (*products, tuple(factor for axis in axes for factor in axis.factors)):
         own = [place for place, factor in enumerate(factors) if factor in run.atoms]
         if len(own) == len(run.factors) and own == list(range(own[0], own[0] + len(own))):
             return product(factors[own[0] : own[-1] + 1])
     return None
+
+
+def _segments(axis: Axis) -> list[Segment]:
+    """All products of an axis, those of sums inside of it too: `1 + n` and `n` of `b·(1 + n)`."""
+    inner = [each for segment in axis.segments for f in segment if isinstance(f, Axis) for each in _segments(f)]
+    return [*axis.segments, *inner]
 
 
 def _batch(axes: Axes, run: Axis) -> Axis:

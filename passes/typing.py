@@ -274,7 +274,7 @@ def _carrying(solved: Substitution, mixed: Iterable[Atom], attended: Iterable[Ax
     for each in mixed if tokens else ():
         for atom in solved.resolve(axis(each)).atoms - tokens:
             if atom.clip:
-                solved = solved.bind(atom, born(Atom(atom.size, strength=BORN, role=Role.CHANNEL)))
+                solved = solved.assign(atom, born(Atom(atom.size, strength=BORN, role=Role.CHANNEL)))
     return solved
 
 
@@ -284,7 +284,7 @@ def _protecting(solved: Substitution, tokens: Iterable[Axis], count: int) -> Sub
         for segment in solved.resolve(each).segments:
             part = subaxis([segment])
             if part.clip and part.lone and isinstance(lead, int) and lead < count:
-                solved = solved.split(part.lone, _split(part.lone, _at_most(count - lead, part.size)))
+                solved = solved.assign(part.lone, _split(part.lone, _at_most(count - lead, part.size)))
             if part.clip:
                 break
             lead = simplify(lead + part.size)

@@ -149,7 +149,7 @@ class Call:
         weight, activation = self.solved.resolve(weight), self.solved.resolve(activation)
         lone = activation.lone
         if weight.lone and lone and lone.clip and (channel or not lone.born) and weight.size == activation.size:
-            self.solved = self.solved.bind(lone, weight)
+            self.solved = self.solved.assign(lone, weight)
         else:
             if lone and lone.clip:
                 self.channels.append(lone)
