@@ -60,15 +60,20 @@ def raised(typed: TypedGraph, dense: Run, merged: Run, inputs: Sequence[Any], bo
     """
     before, short = dense(inputs), merged(inputs)
     for number, dim in _halves(typed, inputs):
-        changes = [_changed(inputs, number, dim, seed) for seed in (1, 2)]
-        others = [dense(each) for each in changes]
-        after = merged(changes[0])
-        name = _name(typed, number)
-        for output, (one, two, full) in enumerate(zip(short, after, before, strict=True)):
-            for at in _untouched(full, [each[output] for each in others], one):
-                moved = (one.select(*at) - two.select(*at)).abs().max()
-                if moved > bound * one.abs().max():
-                    yield Raised(name, dim, output, at, float(moved))
+        length = inputs[number].shape[dim]
+        first, second = (_changed(inputs, number, dim, seed) for seed in (1, 2))
+        apart = list(_apart(before, dense(first), (length // 2, length)))
+        if not apart:
+            continue
+        apart = [each for each in _apart(before, dense(second), (length // 2, length)) if each in apart]
+        after = merged(first) if apart else []
+        for output, along, index in apart:
+            one, two = short[output], after[output]
+            if one.shape[along] != before[output].shape[along]:
+                continue
+            moved = (one.select(along, index) - two.select(along, index)).abs().max()
+            if moved > bound * one.abs().max():
+                yield Raised(_name(typed, number), dim, output, (along, index), float(moved))
 
 
 def _halves(typed: TypedGraph, inputs: Sequence[Any]) -> Iterator[tuple[int, int]]:
@@ -87,16 +92,16 @@ def _changed(inputs: Sequence[Any], number: int, dim: int, seed: int) -> list[An
     return [value if k == number else each for k, each in enumerate(inputs)]
 
 
-def _untouched(before: Tensor, others: Sequence[Tensor], merged: Tensor) -> Iterator[tuple[int, int]]:
-    """Slices along leading dimensions, as long in both graphs, that no change reached; two changes rule out luck."""
-    if not before.is_floating_point():
-        return
-    for dim in range(max(1, before.ndim - 1) if before.ndim else 0):
-        if before.shape[dim] < 2 or merged.shape[dim] != before.shape[dim]:
-            continue
-        for index in range(before.shape[dim]):
-            if all(torch.equal(before.select(dim, index), each.select(dim, index)) for each in others):
-                yield dim, index
+def _apart(before: Sequence[Tensor], after: Sequence[Tensor], half: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
+    """Outputs, leading dimensions and indices along them that a change of the second half did not reach.
+
+    Of a dimension that is kept apart no entry of the first half is reached; that one of them is not may be luck.
+    """
+    for output, (one, two) in enumerate(zip(before, after, strict=True)):
+        for dim in range(max(1, one.ndim - 1) if one.is_floating_point() and one.ndim else 0):
+            first = one.shape[dim] * half[0] // half[1]
+            if first and torch.equal(one.narrow(dim, 0, first), two.narrow(dim, 0, first)):
+                yield from ((output, dim, index) for index in range(first))
 
 
 def _name(typed: TypedGraph, number: int) -> str:

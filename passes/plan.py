@@ -131,7 +131,7 @@ class Restored:
 class Plan:
     """Everything that the rewriter does and that the report prints.
 
-    `left_out` are the sites whose merge did not pay.
+    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why.
     """
 
     typed: TypedGraph
@@ -141,6 +141,7 @@ class Plan:
     merges: tuple[Merge, ...]
     steps: Mapping[fx.Node, Step]
     left_out: tuple[Site, ...] = ()
+    others: tuple[tuple[fx.Node, str], ...] = ()
 
     def held(self, node: fx.Node) -> tuple[Resolution, ...]:
         """At which resolutions a value is held, merges after it included."""

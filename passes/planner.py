@@ -21,7 +21,7 @@ from passes.plan import Barrier, Conversion, How, Merge, Plan, Scaling, Step, We
 from passes.resolution import Resolution, holds, meet, of_run, tokens_at, touches
 from passes.rules import Kind, Typed
 from passes.schedule import Entry, bind_schedule, removed
-from passes.sites import Site, why_nothing
+from passes.sites import Site, no_sites, why_nothing
 from passes.typing import TypedGraph, Value
 
 _WEIGHED = frozenset({Kind.MEAN, Kind.SUM, Kind.SOFTMAX, Kind.KEYS, Kind.CONTRACT, Kind.LINEAR})
@@ -50,8 +50,9 @@ def make_plan(
     def planned(entries: Sequence[Entry]) -> Plan:
         walk = _Walk(typed, dict(zip(sites, entries, strict=True)), merged_outputs, asks)
         merges, steps = walk.run()
-        return Plan(typed, sites, misses, tuple(entries), merges, steps)
+        return Plan(typed, sites, misses, tuple(entries), merges, steps, others=others)
 
+    others = tuple(no_sites(typed, attentions))
     plan = planned(entries)
     if default or not isinstance(schedule, Sequence):
         plan = _paying(plan, planned)

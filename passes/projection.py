@@ -190,7 +190,12 @@ class Projection(fx.Interpreter):
             return torch.ones((1,) * len(axes))
         kind, dims = weighing.use.kind, weighing.use.dims
         mass = self.policy.pooling == "mass" if kind in (Kind.MEAN, Kind.SUM) else self.policy.proportional
-        weights = self._token_weights(weighing.weight, axes, dims, mass)
+        run = weighing.weight.resolution.run
+        several = [dim for dim in dims if axes[dim].atoms & run.atoms]
+        pairs = any(sum(atom in axes[dim].atoms for dim in several) > 1 for atom in run.atoms)
+        weights = torch.ones((1,) * len(axes))
+        for each in [(dim,) for dim in several] if pairs else [dims]:  # of pairs of tokens, the weights of both
+            weights = weights * self._token_weights(weighing.weight, axes, each, mass)
         if weighing.partial and kind in (Kind.CONTRACT, Kind.LINEAR):
             weights = weights / weights.mean(dims, keepdim=True)
         return weights

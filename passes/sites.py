@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -150,6 +150,15 @@ def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
         keys = typed.value(attention.keys).axes[-2]
     runs = maximal_runs(value.axes[-2])
     return maximal_runs(keys) == runs and bool(runs) and value.clip
+
+
+def no_sites(typed: TypedGraph, attentions: Sequence[Attention]) -> Iterator[tuple[fx.Node, str]]:
+    """The attentions that are no self-attention over clip tokens, and why."""
+    for each in attentions:
+        if not _attends_to_itself(typed, each):
+            value = typed.value(each.queries)
+            tokens = maximal_runs(value.axes[-2]) if value.clip else []
+            yield each.node, f"its keys are not its queries' tokens {value.axes[-2]!r}" if tokens else "it has no clip tokens"
 
 
 def _site(flow: Flow, index: int, attention: Attention, protect: int) -> Site:

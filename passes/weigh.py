@@ -79,10 +79,10 @@ class Weigher:
             return None
         if weighing.counts:
             resolution = weighing.weight.resolution
-            sizes = self.converter.groupings[resolution.index]["size"]
-            return self._spread(sizes, (resolution.batch, resolution.axis), axes, dims)
+            sizes = Laid(self.converter.groupings[resolution.index]["size"], (resolution.batch, resolution.axis))
+            return self._over(sizes, axes, dims)
         laid = self._laid(weighing.weight, mass)
-        weight = self._spread(laid.node, laid.axes, axes, dims)
+        weight = self._over(laid, axes, dims)
         if weighing.partial and use.kind not in (*_RELATIVE, Kind.SOFTMAX):
             mean = self._layout.call(aten.mean.dim, weight, list(dims), True)
             weight = self._layout.call(aten.div.Tensor, weight, mean)
@@ -143,6 +143,18 @@ class Weigher:
                 axes = tuple(each for dim, each in enumerate(apart) if dim not in dims)
             self._tokens[key] = Laid(node, axes)
         return self._tokens[key]
+
+    def _over(self, laid: Laid, axes: Axes, dims: Sequence[int]) -> fx.Node:
+        """Weights for a sum over `dims`; of a matrix of pairs of tokens, those of both."""
+        tokens = {factor for axis in laid.axes[1:] for factor in axis.factors}
+        several = [dim for dim in dims if _shares(axes[dim], tokens)]
+        pairs = len(several) > 1 and any(sum(_shares(axes[d], {t}) for d in several) > 1 for t in tokens)
+        weight, *others = [
+            self._spread(laid.node, laid.axes, axes, each) for each in ([(d,) for d in several] if pairs else [dims])
+        ]
+        for other in others:
+            weight = self._layout.call(aten.mul.Tensor, weight, other)
+        return weight
 
     def _spread(self, weight: fx.Node, source: Axes, axes: Axes, dims: Sequence[int]) -> fx.Node:
         """Lay weights along axes, for a sum over `dims`. What stands beside the tokens on an axis weighs one."""

@@ -72,16 +72,20 @@ def explain(
     config = _config(config, options)
     captured = from_export(_export(model, args, kwargs, dynamic_shapes))
     merged, nothing = _attempt(captured, config)
-    return Report(merged, default=config.is_default_schedule, nothing=nothing)
+    return _report(merged, config, nothing)
 
 
 def assemble(program: ExportedProgram, captured: Captured, config: TokenMerging) -> MergedModule:
     """`apply` on a program of which the capture is known; one capture serves any number of configurations."""
     merged, nothing = merge(captured, config)
-    report = Report(merged, default=config.is_default_schedule, nothing=nothing)
+    report = _report(merged, config, nothing)
     for note in report.little:
         warnings.warn(f"tldr: {note}", stacklevel=3)
     return MergedModule(program, captured, merged, report)
+
+
+def _report(merged: passes.Merged, config: TokenMerging, nothing: str | None) -> Report:
+    return Report(merged, default=config.is_default_schedule, nothing=nothing, asked=config.entries)
 
 
 def merge(captured: Captured, config: TokenMerging) -> tuple[passes.Merged, str | None]:
@@ -331,6 +335,8 @@ def _config(config: TokenMerging | None, options: Mapping[str, Any]) -> TokenMer
 def _export(
     model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
 ) -> ExportedProgram:
+    if isinstance(model, MergedModule):
+        raise CaptureError("this model is merged already: apply tldr_compile to the model that it was made of")
     if isinstance(model, ExportedProgram):
         if dynamic_shapes is not None:
             raise OptionError("dynamic_shapes= belongs to torch.export.export, and this program is already exported")

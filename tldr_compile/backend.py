@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,8 @@ from tldr_compile.config import TokenMerging
 from tldr_compile.errors import NothingToMerge
 from tldr_compile.pieces import Break, Call, Piece
 from tldr_compile.report import Report
+
+log = logging.getLogger("tldr_compile")
 
 _GROUP = "torch_dynamo_backends"
 _NAME = "tldr"
@@ -105,7 +108,10 @@ def _emitted(
 ) -> fx.GraphModule:
     if merged.graph is captured.graph:
         return gm
-    for note in Report(merged).notes:
+    report = Report(merged, default=config.is_default_schedule)
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", report)
+    for note in report.notes:
         warnings.warn(f"tldr: {note}", stacklevel=2)
     if config.verify:
         with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import groupby
+from math import isnan
 from typing import Any
 
 import torch
@@ -31,8 +32,16 @@ _NO_CLASS_TOKEN = (
 class Report:
     """The facts of one merged graph. `print(report)` shows a table; `to_dict()` has the same facts for a program."""
 
-    def __init__(self, merged: passes.Merged, *, default: bool = False, nothing: str | None = None) -> None:
+    def __init__(
+        self,
+        merged: passes.Merged,
+        *,
+        default: bool = False,
+        nothing: str | None = None,
+        asked: Entry | Sequence[Entry] | None = None,
+    ) -> None:
         self._merged, self._default, self.nothing = merged, default, nothing
+        self._asked = asked if nothing else None
 
     @property
     def plan(self) -> Plan:
@@ -61,8 +70,9 @@ class Report:
             part = cost.of(self.plan) / max(cost.dense(self.plan), 1)
             if part > 0.95:
                 yield (
-                    f"the merged graph costs {part:.0%} of the dense one, restorations included: other sites or larger "
-                    "entries may save more; the lines above say what is restored, and for which operator"
+                    f"the merged graph costs {part:.0%} of the dense one, if every byte that restoring and picking tokens "
+                    f"moves counts as {cost.BYTE} operations: other sites or larger entries may save more, and "
+                    "tldr_compile.explain says what is restored, and for which operator"
                 )
 
     @cached_property
@@ -80,6 +90,7 @@ class Report:
             "not_attention": [
                 {"node": node.name, "operator": str(node.target), "reason": reason} for node, reason in self.plan.misses
             ],
+            "not_sites": [{"node": node.name, "reason": reason} for node, reason in self.plan.others],
             "nothing": self.nothing,
             "notes": self.notes,
             "gflops_before": before,
@@ -109,6 +120,8 @@ class Report:
         }
 
     def _why_left(self, site: Site, entry: Entry) -> str:
+        if self.nothing:
+            return "nothing is merged"
         if site in self.plan.left_out:
             return "merging here costs more than it saves"
         return "its fraction rounds down to 0" if entry else "the schedule gives 0"
@@ -144,7 +157,11 @@ class Report:
         default = ", the default: no schedule was given" if self._default else ""
         part = f" ({after / before:.0%})" if before else ""
         saved = f"GFLOPs in matrix products: {before:.4g} -> {after:.4g}{part}"
-        lines = [f"tldr-compile: schedule {list(self.plan.schedule)}{default}", saved]
+        if isnan(before):
+            saved = "GFLOPs in matrix products: not known, for sizes depend on the data"
+        schedule = self.plan.schedule if self._asked is None else self._asked
+        shown = list(schedule) if isinstance(schedule, tuple) else schedule
+        lines = [f"tldr-compile: schedule {shown}{default}", saved]
         if self.nothing:
             lines.append(f"nothing is merged: {self.nothing}")
         columns = ("index", "node", "tokens", "batch", "layout", "tokens_in", "tokens_out", "protected")
@@ -158,6 +175,8 @@ class Report:
         for entry in self.restorations:
             place = f"{entry['value']} [{entry['tokens']}] for {entry['operator']} ({entry['node']})"
             lines.append(f"restored: {place}: {entry['reason']}")
+        for node, reason in self.plan.others:
+            lines.append(f"not a site: {node.target} ({node.name}): {reason}")
         for node, reason in self.plan.misses:
             lines.append(f"not an attention: {node.target} ({node.name}): {reason}")
         lines += [f"note: {note}" for note in self.notes]

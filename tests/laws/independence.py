@@ -5,7 +5,8 @@
     dense(x)[i]  == dense(x')[i]    bit for bit: this slice does not see the change
     merged(x)[i] == merged(x')[i]   must follow
 
-A slice is everything at one place along the leading dimensions of an output: all but its last, the channels.
+A slice is everything at one place along the leading dimensions of an output: all but its last, the channels. What counts
+is the first half of a dimension of which no slice sees the change.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Apart:
         inputs: Call = (args, dict(kwargs or {}))
         before = outputs(dense, inputs)
         changes = [
-            Change(name, once, twice, _kept(before, outputs(dense, once)))
-            for name, once, twice in _changes(inputs, dims)
+            Change(name, once, twice, _kept(before, outputs(dense, once), half))
+            for name, once, twice, half in _changes(inputs, dims)
         ]
         return cls(dense, inputs, tuple(change for change in changes if change.kept))
 
@@ -112,8 +113,8 @@ def outputs(model: Model, inputs: Call) -> list[Tensor]:
     return [leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _changes(inputs: Call, dims: Collection[int] | None) -> Iterator[tuple[str, Call, Call]]:
-    """A name and two changed calls for each dimension that is changed."""
+def _changes(inputs: Call, dims: Collection[int] | None) -> Iterator[tuple[str, Call, Call, tuple[int, int]]]:
+    """For each dimension that is changed a name, two changed calls, and which part of it is left as it was."""
     leaves, structure = pytree.tree_flatten(inputs)
     for number, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
@@ -125,7 +126,8 @@ def _changes(inputs: Call, dims: Collection[int] | None) -> Iterator[tuple[str, 
                     pytree.tree_unflatten([*leaves[:number], each, *leaves[number + 1 :]], structure)
                     for each in changed
                 )
-                yield f"input {number}, second half of dimension {dim}", once, twice
+                left = (leaf.shape[dim] // 2, leaf.shape[dim])
+                yield f"input {number}, second half of dimension {dim}", once, twice, left
 
 
 def _changed(value: Tensor, dim: int, seed: int) -> Tensor:
@@ -137,11 +139,21 @@ def _changed(value: Tensor, dim: int, seed: int) -> Tensor:
     return torch.cat([first, value.mean() + (spread + (spread == 0)) * drawn], dim)
 
 
-def _kept(before: list[Tensor], after: list[Tensor]) -> dict[int, Tensor]:
+def _kept(before: list[Tensor], after: list[Tensor], half: tuple[int, int]) -> dict[int, Tensor]:
     """By output the slices that are as they were, where there are any."""
     pairs = zip(before, after, strict=True)
-    same = {number: _same(one, other, _leading(one)) for number, (one, other) in enumerate(pairs)}
+    same = {number: _apart(_same(one, other, _leading(one)), half) for number, (one, other) in enumerate(pairs)}
     return {number: kept for number, kept in same.items() if kept.any()}
+
+
+def _apart(same: Tensor, half: tuple[int, int]) -> Tensor:
+    """Of a dimension that is kept apart the whole first half stays; that one slice of a detector does may be luck."""
+    kept = torch.zeros_like(same)
+    for dim in range(same.ndim):
+        first = same.shape[dim] * half[0] // half[1]
+        if first and same.narrow(dim, 0, first).all():
+            kept.narrow(dim, 0, first).fill_(True)
+    return kept
 
 
 def _leading(value: Tensor) -> int:
