@@ -100,6 +100,15 @@ def pairing_groupings(asked: Asked) -> str | None:
     return None
 
 
+def pairing_on_one_axis(asked: Asked) -> str | None:
+    """Pairs of tokens `[b, n, n]` flattened to `[b, n·n]`."""
+    groups = asked.target.groups
+    for axes in asked.merged:
+        if any(segment.count(groups) > 1 for each in axes for segment in each.segments):
+            return f"it lays pairs of tokens along {asked.run!r} on one dimension: {text(axes)}"
+    return None
+
+
 def nesting_too_deeply(asked: Asked) -> str | None:
     """A run within a sum within a product within a sum."""
     for axes in asked.merged:
@@ -116,6 +125,7 @@ BARRIERS: tuple[Callable[[Asked], str | None], ...] = (
     holding_a_part,
     taking_the_batch_apart,
     pairing_groupings,
+    pairing_on_one_axis,
     nesting_too_deeply,
 )
 

@@ -37,7 +37,9 @@ def without_blocks(gm: fx.GraphModule) -> fx.GraphModule:
         fx.map_arg(blocks, lambda each: finding.update(_ancestors(each)))
         node.update_arg(_MASK, (*(None for _ in blocks), mask_mod))
     reads = {node for found in finding for node in (found, *found.users)}  # writes into what is found, and checks
-    result.graph.eliminate_dead_code(lambda node: node.is_impure() and node not in reads)
+    result.graph.eliminate_dead_code(
+        lambda node: node.op == "placeholder" or (node.is_impure() and node not in reads)
+    )
     return result
 
 

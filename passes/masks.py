@@ -19,8 +19,8 @@ from passes.resolution import touches
 from passes.rules import Kind
 from passes.typing import TypedGraph
 
-# A score so far below the largest of its row is nothing after the exponential: exp(-80) is 2e-35.
-_NOTHING = 80.0
+# A score so far below the largest of its row is nothing beside it: exp(-20) is 2e-9, below the rounding of float32.
+_NOTHING = 20.0
 _PRODUCTS = frozenset({Kind.MIX, Kind.LINEAR, Kind.CONTRACT, Kind.KEYS})
 # Operators whose result is uniform where their operands are, whatever the sizes.
 _UNIFORM = """

@@ -240,6 +240,8 @@ class _Walk:
             reason = obstacle(Asked(typed, run, target, self.typed.conflicts.get(node)))
             if reason is None and as_numbers:
                 reason = f"it reads probabilities over {run!r} as numbers"
+            if reason is None and self._counts_in_a_product(node, typed, run):
+                reason = "it counts tokens in a product"
             if reason is None and any(run in state.scaled for state in states):
                 reason = f"it holds probabilities over {run!r} at full length"
             if reason is not None:
@@ -291,7 +293,7 @@ class _Walk:
     def _weighings(
         self, node: fx.Node, typed: Typed, states: Sequence[State], run: Axis, target: Resolution | None
     ) -> Iterator[Weighing]:
-        if any(run in state.scaled for state in states):
+        if any(run in state.scaled for state in states) or self._counts_in_a_product(node, typed, run):
             return
         floating = all(value.floating for value in self._results(node))
         for use in typed.uses:
@@ -312,6 +314,14 @@ class _Walk:
             counts = use.kind is Kind.SUM and not floating and read is None
             if not (counts and not weight.held):
                 yield Weighing(use, weight, counts, summed != left, read)
+
+    def _counts_in_a_product(self, node: fx.Node, typed: Typed, run: Axis) -> bool:
+        """Whether integers are multiplied and summed over tokens: each token counts once."""
+        floating = all(value.floating for value in self.typed.values[node])
+        return not floating and any(
+            use.kind in (Kind.CONTRACT, Kind.LINEAR) and touches((typed.reads[use.operand][d] for d in use.dims), run)
+            for use in typed.uses
+        )
 
     def _weight_of(self, states: Sequence[State], operand: int, run: Axis) -> Weight | None:
         """The weight of restored tokens: that of the operand that is summed, or of what it is multiplied with."""
@@ -364,7 +374,8 @@ class _Walk:
             summed = {a for w in step.weighings for d in w.use.dims for a in typed.reads[w.use.operand][d].atoms}
             absent = run.atoms - atoms
             before = frozenset(atom for weight in known for atom in weight.gone)
-            if absent == run.atoms or not absent <= before | summed or not resolution.batch.atoms <= atoms:
+            known_batch = resolution.batch.atoms <= _told_apart(axes, run)
+            if absent == run.atoms or not absent <= before | summed or not known_batch or _twice(axes, run):
                 return _PLAIN
             found = State(weighed=(Weight(resolution, frozenset(absent)),))
         return replace(found, shares=tuple(self._shares(node, typed, states, run, step, number)))
@@ -425,6 +436,17 @@ def _of_rows(scored: Iterable[Resolution], target: Resolution, source: Resolutio
         held = None
     if held is not source:
         yield Conversion(0, target.run, held, source, How.MERGE)
+
+
+def _told_apart(axes: Axes, run: Axis) -> set[Atom]:
+    """The atoms that every token has a value of: no part of a sum of batches."""
+    segments = [s for each in axes for s in each.segments if len(each.segments) == 1 or set(s) & run.atoms]
+    return {factor for segment in segments for factor in segment if isinstance(factor, Atom)}
+
+
+def _twice(axes: Axes, run: Axis) -> bool:
+    """Whether pairs of tokens lie on one axis."""
+    return any(segment.count(atom) > 1 for each in axes for segment in each.segments for atom in run.atoms)
 
 
 def _doubled(axes: Axes, resolution: Resolution, dims: Sequence[int]) -> bool:

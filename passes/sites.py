@@ -12,7 +12,7 @@ from torch import fx
 
 from passes import masks
 from passes.attention import Attention
-from passes.axes import Atom, Axes, Axis, Role, Segment, find, product, subaxis
+from passes.axes import CONSTANT, Atom, Axes, Axis, Factor, Role, Segment, find, product, subaxis
 from passes.typing import TypedGraph
 
 aten = torch.ops.aten
@@ -143,13 +143,18 @@ def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) 
 
 
 def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
-    """Whether the keys are the queries' tokens of the clip and no others of it; protected ones may differ."""
+    """Whether the keys are the queries' tokens of the clip and no others of it, for each value of the same batch."""
     value = typed.value(attention.queries)
-    keys = value.axes[-1]
+    keys, batch = value.axes[-1], value.axes[:-2]
     if attention.probabilities is None and attention.keys is not None:
-        keys = typed.value(attention.keys).axes[-2]
+        *batch, keys, _ = typed.value(attention.keys).axes  # type: ignore[assignment]
     runs = maximal_runs(value.axes[-2])
-    return maximal_runs(keys) == runs and bool(runs) and value.clip
+    same = _clip_atoms(batch) == _clip_atoms(value.axes[:-2])
+    return maximal_runs(keys) == runs and bool(runs) and value.clip and same
+
+
+def _clip_atoms(axes: Sequence[Axis]) -> set[Atom]:
+    return {atom for axis in axes for atom in axis.atoms if atom.clip}
 
 
 def no_sites(typed: TypedGraph, attentions: Sequence[Attention]) -> Iterator[tuple[fx.Node, str]]:
@@ -158,15 +163,17 @@ def no_sites(typed: TypedGraph, attentions: Sequence[Attention]) -> Iterator[tup
         if not _attends_to_itself(typed, each):
             value = typed.value(each.queries)
             tokens = maximal_runs(value.axes[-2]) if value.clip else []
-            yield each.node, f"its keys are not its queries' tokens {value.axes[-2]!r}" if tokens else "it has no clip tokens"
+            other = f"its keys are not its queries' tokens {value.axes[-2]!r}"
+            yield each.node, other if tokens else "it has no tokens of the clip"
 
 
 def _site(flow: Flow, index: int, attention: Attention, protect: int) -> Site:
     axes = flow.typed.value(attention.queries).axes
     tokens, batch = axes[-2], product(axes[:-2])
-    heads = product(f for f in batch.factors if not product([f]).clip)
     found = _stream(flow, attention, tokens)
     stream = None if isinstance(found, str) else found
+    beside = _beside(flow.typed, stream.node, stream.run) if stream else None
+    heads = product(f for f in batch.factors if not (product([f]).clip if beside is None else f in beside))
     reason = found if isinstance(found, str) else None
     if stream is not None:
         reason = _refusal(flow.typed, attention, tokens, batch, heads, stream, protect)
@@ -191,7 +198,7 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
     run = _lying_together(axes, runs[0])
     if run is None:
         return f"its tokens {tokens!r} do not lie together in the residual stream {_text(axes)}"
-    return Stream(node, before, run, _batch(axes, run))
+    return Stream(node, before, run, product(f for f in _beside(flow.typed, node, run) if f not in run.atoms))
 
 
 def _lying_together(axes: Axes, run: Axis) -> Axis | None:
@@ -212,14 +219,27 @@ def _segments(axis: Axis) -> list[Segment]:
     return [*axis.segments, *inner]
 
 
-def _batch(axes: Axes, run: Axis) -> Axis:
-    """The clip's other atoms in the stream: those that stand beside the run in its own segment, and on other axes."""
-    found: dict[Atom, None] = {}
-    for axis in axes:
-        for segment in axis.segments:
-            if len(axis.segments) == 1 or set(segment) & run.atoms:
-                found.update(dict.fromkeys(f for f in segment if isinstance(f, Atom) and f.clip))
-    return product(atom for atom in found if atom not in run.atoms)
+def _beside(typed: TypedGraph, stream: fx.Node, run: Axis) -> tuple[Factor, ...]:
+    """The factors of a residual stream that are no channels: tokens, and what they are grouped for each value of.
+
+    What is not known to be a channel is kept apart, whether or not it can be named: samples that were stacked, frames
+    that were picked. A head is what the stream does not hold.
+    """
+    found: list[Factor] = []
+    for axis in typed.value(stream).axes:
+        if not axis.atoms & run.atoms:
+            found += axis.factors
+        for segment in _segments(axis) if axis.atoms & run.atoms else ():
+            if any(f in run.atoms or (isinstance(f, Axis) and f.atoms & run.atoms) for f in segment):
+                found += [f for f in segment if isinstance(f, Atom)]
+    return tuple(f for f in dict.fromkeys(found) if not _is_channel(typed, f))
+
+
+def _is_channel(typed: TypedGraph, factor: Factor) -> bool:
+    if isinstance(factor, Axis):
+        return bool(factor.atoms) and all(_is_channel(typed, atom) for atom in factor.atoms)
+    told = factor.strength == CONSTANT or factor in typed.mixed
+    return factor.role is Role.CHANNEL or (not factor.clip and told)
 
 
 def _refusal(
@@ -237,7 +257,7 @@ def _refusal(
         return f"its batch {batch!r} joins several clips of a sample, which could not be told apart"
     if batch.factors != (*clip_batch, *heads.factors):
         return f"its heads are laid before its batch: {batch!r}"
-    if set(clip_batch) != stream.batch.atoms:
+    if set(clip_batch) != set(stream.batch.factors):
         along = _text(typed.value(stream.node).axes)
         return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {along}"
     if (hidden := masks.refusal(typed, attention, run)) is not None:

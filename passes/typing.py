@@ -52,7 +52,7 @@ class Value:
 
 @dataclass(frozen=True)
 class TypedGraph:
-    """Types of all values of a graph and of all calls in it, by node.
+    """Types of all values of a graph and of all calls in it, by node; `mixed` are atoms along which parameters mix.
 
     A constant's own dimensions are anonymous; what they stand for in a call is told by the call (`own`).
     """
@@ -61,6 +61,7 @@ class TypedGraph:
     values: Mapping[fx.Node, tuple[Value, ...]]
     calls: Mapping[fx.Node, Typed]
     conflicts: Mapping[fx.Node, str]
+    mixed: frozenset[Atom] = frozenset()
 
     def value(self, node: fx.Node) -> Value:
         return self.values[node][0]
@@ -80,7 +81,8 @@ class TypedGraph:
             )
             for node, call in self.calls.items()
         }
-        return replace(self, values=values, calls=calls)
+        mixed = frozenset(atom for each in self.mixed for atom in solved.resolve(axis(each)).atoms)
+        return replace(self, values=values, calls=calls, mixed=mixed)
 
     def own(self, node: fx.Node) -> tuple[Axes, ...]:
         """The axes of a call's tensor operands, as they enter it; of an output's, the values' own."""
@@ -184,7 +186,8 @@ class _Walk:
                     values[node] = _results(node, call, calls[node])
                 else:
                     values[node] = tuple(self._constant(node, k, each) for k, each in enumerate(tensors(node)))
-        return TypedGraph(self.captured, values, calls, conflicts).resolved(self.solved)
+        mixed = frozenset(each for each in self.channels if not each.clip)
+        return TypedGraph(self.captured, values, calls, conflicts, mixed).resolved(self.solved)
 
     def _input(self, node: fx.Node, tensor: torch.Tensor) -> Value:
         if node.op == "get_attr" or node.name in self.captured.constants:

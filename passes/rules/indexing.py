@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passes.axes import BORN, UNIT, Axis, Role
+from passes.axes import BORN, UNIT, Axes, Axis, Role, Size
 from passes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unknown
 
 
@@ -23,8 +23,10 @@ def index(call: Call) -> Typed:
     if places != list(range(places[0], places[0] + len(places))) or not _looks_up(call, x, tensors, places[0]):
         return unknown(call)
     call.use(Kind.MIX, x, *places)
-    found = broadcast(call, [each.axes for each in tensors])
     axes = call.axes(x)
+    found = broadcast(call, [each.axes for each in tensors])
+    if not any(each.varies for each in tensors):
+        found = tuple(_chosen(call, each.size, axes[places[0] : places[-1] + 1]) for each in found)
     return call.typed((*axes[: places[0]], *found, *axes[places[-1] + 1 :]))
 
 
@@ -42,7 +44,10 @@ def index_select(call: Call) -> Typed:
     dim = call.given["dim"] % len(x.axes)
     call.use(Kind.MIX, x, dim)
     axes = call.axes(x)
-    return call.typed((*axes[:dim], *(indices.axes or (UNIT,)), *axes[dim + 1 :]))
+    found = indices.axes or (UNIT,)
+    if not indices.varies:
+        found = tuple(_chosen(call, each.size, axes[dim : dim + 1]) for each in found)
+    return call.typed((*axes[:dim], *found, *axes[dim + 1 :]))
 
 
 @rule("gather")
@@ -58,6 +63,13 @@ def gather(call: Call) -> Typed:
         )
         outputs = (*outputs[:dim], chosen, *outputs[dim + 1 :])
     return call.typed(tuple(call.solved.resolve(each) for each in outputs if each is not None))
+
+
+def _chosen(call: Call, size: Size, among: Axes) -> Axis:
+    """What a constant choice among the entries of some axes bears: samples of samples, tokens of tokens."""
+    clip = any(axis.clip for axis in among)
+    role = _role(among[0]) if len(among) == 1 else Role.TOKEN
+    return call.fresh(size, clip=clip, strength=BORN, role=role if clip else Role.UNKNOWN)
 
 
 def _role(axis: Axis) -> Role:

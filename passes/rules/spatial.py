@@ -34,6 +34,8 @@ def convolution(call: Call) -> Typed:
     spatial = len(weight.axes) - 2
     call.use(Kind.MIX, weight, *range(len(weight.axes)))
     out = call.same(weight.axes[0], *(each.axes[0] for each in bias))
+    if call.given.get("groups", 1) != 1:  # channels, or streams that are kept apart
+        out = call.fresh(weight.axes[0].size, clip=x.clip, strength=BORN)
     if _pointwise(call, weight):
         call.use(Kind.MIX, x, -spatial - 1)
         return call.typed((*call.axes(x)[: -spatial - 1], out, *call.axes(x)[-spatial:]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
 
-from passes.axes import UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Role, Size, Substitution, born
+from passes.axes import BORN, UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Role, Size, Substitution, born
 
 
 class Kind(Enum):
@@ -104,9 +104,11 @@ class Call:
         A call that is typed again bears the same atoms in the same order: `births` remembers them.
         """
         self._born += 1
+        clip = self.clip if clip is None else clip
+        strength = strength if clip else max(strength, BORN)  # no constant that it meets later gives it its name
         if self._born > len(self.births) or self.births[self._born - 1].size != size:
             del self.births[self._born - 1 :]
-            self.births.append(Atom(size, label, self.clip if clip is None else clip, strength, role))
+            self.births.append(Atom(size, label, clip, strength, role))
         return born(self.births[self._born - 1])
 
     def same(self, *axes: Axis) -> Axis:
@@ -151,8 +153,7 @@ class Call:
         if weight.lone and lone and lone.clip and (channel or not lone.born) and weight.size == activation.size:
             self.solved = self.solved.assign(lone, weight)
         else:
-            if lone and lone.clip:
-                self.channels.append(lone)
+            self.channels += [lone] if lone else [atom for atom in activation.atoms if not atom.clip]
             self.same(activation, weight)
 
     def use(self, kind: Kind, operand: Operand, *dims: int) -> None:

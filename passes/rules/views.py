@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from passes.axes import (
+    BORN,
     UNIT,
     Axes,
     Axis,
@@ -194,7 +195,7 @@ def stack(call: Call) -> Typed:
     rank = len(call.operands[0].axes)
     axes = tuple(call.same(*(o.axes[d] for o in call.operands)) for d in range(rank))
     dim = call.given.get("dim", 0) % (rank + 1)
-    outputs = (*axes[:dim], call.fresh(len(call.operands), clip=False), *axes[dim:])
+    outputs = (*axes[:dim], call.fresh(len(call.operands), strength=BORN), *axes[dim:])
     return call.typed(outputs, reads={o.index: axes for o in call.operands})
 
 
