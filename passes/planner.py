@@ -67,7 +67,10 @@ def make_plan(
 
 
 def _paying(plan: Plan, planned: cost.Planned) -> Plan:
-    """Without the merges that cost more than they save; the last are left out first, for they save least."""
+    """Without the merges that cost more to restore than they save; the last first, for they save least.
+
+    A merge that nothing restores stays: where so little follows it that matching costs more, the report warns.
+    """
     inside = [each.conversion.source for each in plan.restored() if each.node.op != "output"]
     forced = {resolution for source in inside if source for resolution in source.chain}
     doubtful = [merge.site for merge in plan.merges if merge.target in forced]
@@ -79,7 +82,7 @@ def _paying(plan: Plan, planned: cost.Planned) -> Plan:
         if (price := cost.of(without)) <= best:
             plan, best = without, price
             left_out.append(site)
-    if plan.merges and best >= cost.dense(plan):
+    if plan.merges and doubtful and best >= cost.dense(plan):
         left_out += [merge.site for merge in plan.merges]
         plan = planned([0] * len(plan.sites))
     return replace(plan, left_out=tuple(left_out))
@@ -88,8 +91,8 @@ def _paying(plan: Plan, planned: cost.Planned) -> Plan:
 def _nothing_pays(sites: Sequence[Site]) -> str:
     names = ", ".join(f"{site.index} ({site.attention.node.name})" for site in sites)
     return (
-        f"no merge pays: at the sites {names} matching tokens, and restoring them where they are needed, costs more "
-        "than it saves. Give a schedule with one entry per site to merge there all the same."
+        f"no merge pays: at the sites {names} restoring tokens where they are needed costs more than merging them saves. "
+        "Give a schedule with one entry per site to merge there all the same."
     )
 
 
