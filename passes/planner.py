@@ -91,7 +91,7 @@ def _paying(plan: Plan, planned: cost.Planned) -> Plan:
 def _nothing_pays(sites: Sequence[Site]) -> str:
     names = ", ".join(f"{site.index} ({site.attention.node.name})" for site in sites)
     return (
-        f"no merge pays: at the sites {names} restoring tokens where they are needed costs more than merging them saves. "
+        f"no merge pays: at the sites {names} restoring tokens where they are needed costs more than merging saves. "
         "Give a schedule with one entry per site to merge there all the same."
     )
 

@@ -145,7 +145,7 @@ def infer(
     first = walk.run(Substitution())
     attended = [first.value(each.queries).axes[:-1] for each in attentions]
     solved = _carrying(_sequence_first(walk.solved, walk.rows, attended), walk.channels, attended)
-    tokens = [axes[-1] for axes in attended] if protect else []
+    tokens = [axes[-1] for axes in attended if protect and not _over_time(walk.solved.resolve(axes[-1]))]
     try:
         return walk.run(_protecting(solved, tokens, protect))
     except Conflict as reason:
@@ -268,14 +268,16 @@ def _sequence_first(solved: Substitution, rows: Collection[Axis], attended: Iter
     return solved
 
 
-def _carrying(solved: Substitution, mixed: Iterable[Atom], attended: Iterable[Axes]) -> Substitution:
+def _carrying(solved: Substitution, mixed: Iterable[Atom], attended: Sequence[Axes]) -> Substitution:
     """What parameters mix along, and no attention attends along, is what tokens carry: it is no dimension of the clip.
 
-    Samples are never mixed by a parameter; so they stay, wherever they lie.
+    Samples are never mixed by a parameter; so they stay, wherever they lie. Heads are parts of what is mixed.
     """
-    tokens = {atom for axes in attended for axis in axes for atom in solved.resolve(axis).atoms if atom.clip}
+    tokens = {atom for axes in attended for atom in solved.resolve(axes[-1]).atoms if atom.clip}
+    batch = {atom for axes in attended for each in axes[:-1] for atom in solved.resolve(each).atoms if atom.clip}
     for each in mixed if tokens else ():
-        for atom in solved.resolve(axis(each)).atoms - tokens:
+        carried = solved.resolve(axis(each))
+        for atom in carried.atoms - tokens - (batch if carried.lone else set()):
             if atom.clip:
                 solved = solved.assign(atom, born(Atom(atom.size, strength=BORN, role=Role.CHANNEL)))
     return solved
@@ -292,6 +294,12 @@ def _protecting(solved: Substitution, tokens: Iterable[Axis], count: int) -> Sub
                 break
             lead = simplify(lead + part.size)
     return solved
+
+
+def _over_time(tokens: Axis) -> bool:
+    """Whether an attention runs over frames at one place, where no token leads."""
+    roles = {atom.role for atom in tokens.atoms if atom.clip}
+    return bool(roles) and roles <= {Role.TIME, Role.FOLDED}
 
 
 def _split(atom: Atom, count: int) -> Axis:

@@ -5,8 +5,8 @@
     dense(x)[i]  == dense(x')[i]    bit for bit: this slice does not see the change
     merged(x)[i] == merged(x')[i]   must follow
 
-A slice is everything at one place along the leading dimensions of an output: all but its last, the channels. What counts
-is the first half of a dimension of which no slice sees the change.
+A slice is everything at one place along the leading dimensions of an output: all but its last, the channels. What
+counts is the first half of a dimension of which no slice sees the change.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tldr_compile
-from tldr_compile.errors import OptionError
+from tldr_compile.errors import NothingToMerge
 
 WIDTH = 8
 
@@ -129,7 +129,7 @@ def test_protect_that_takes_tokens_apart_is_refused_in_words() -> None:
         x = x + s.spatial(x)
         return x + s.temporal(x)
 
-    with pytest.raises(OptionError, match="protect=1 takes tokens apart that belong together at another attention"):
+    with pytest.raises(NothingToMerge, match="protect=1 would take apart h·w, which is one block of tokens"):
         merged(forward, video(), protect=1, schedule=0.25)
 
 

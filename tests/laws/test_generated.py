@@ -27,7 +27,7 @@ FOUND: list[tuple[Recipe, dict[str, Any]]] = [
     # A stream on a grid, merged twice: what is held along two dimensions was taken for a table.
     (Recipe(layout="grid", tail="skip"), {"schedule": [0.4, 0.1], "outputs": "merged", "proportional": False}),
     # Merged per frame: scores between frames pair entries of different groupings.
-    (Recipe(embed="frames", branch="between"), {"schedule": 0.25}),
+    (Recipe(embed="frames", branch="between"), {"schedule": [2, 0, 2]}),
     # Merged over frames at every place, after every frame was merged: each grouping rests on what the other groups.
     (Recipe(embed="frames", batch=1, branch="between", depth=1), {"schedule": [2, 2], "reduction": "slice"}),
     # Merged per frame and then over the whole clip, which holds the frames' runs.

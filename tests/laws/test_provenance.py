@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tldr_compile
+from tests.laws.independence import Apart
 from tests.laws.support import assert_same, distance
 from tests.tiny import TOKENS, WIDTH, Tiny, clip
 from tldr_compile import NothingToMerge
@@ -78,6 +79,73 @@ def test_protect_says_how_many_tokens_of_a_piece_lead(lead: int) -> None:
     block = Tiny().blocks[0].eval()
     (site,) = tldr_compile.explain(block, (torch.randn(2, TOKENS, WIDTH),), schedule=[5], protect=lead).sites
     assert (site["protected"], site["tokens_in"], site["tokens_out"]) == (lead, TOKENS, TOKENS - 5)
+
+
+UNNAMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "stacked": lambda x: torch.stack(list(x.unbind(0))),
+    "picked": lambda x: x[[1, 0, 3, 2]],
+    "selected": lambda x: x.index_select(0, torch.tensor([0, 2, 1, 3])),
+    "rolled": lambda x: torch.cat([x[1:], x[:1]]).roll(1, 0),
+    "of two views": lambda x: torch.stack([x, x * 2], 1).flatten(0, 1),
+}
+"""Samples that an operator gives no name: a dimension is kept apart because the attention keeps it apart."""
+
+
+@pytest.mark.parametrize("how", UNNAMED)
+def test_samples_without_a_name_stay_apart(how: str) -> None:
+    model, x = twice(UNNAMED[how]), picture(4)
+    apart = Apart.of(model, (x,), dims=(0,))
+    assert apart.compared or how == "selected"
+    assert apart.raised(tldr_compile.apply(model, (x,), schedule=[20], verify=True)) == []
+
+
+def test_samples_joined_one_by_one_are_refused() -> None:
+    with pytest.raises(NothingToMerge, match="joins several clips"):
+        tldr_compile.apply(twice(lambda x: torch.cat(x.split(1))), (picture(4),), schedule=[20])
+
+
+def twice(lay: Callable[[Tensor], Tensor]) -> Plain:
+    """Two attentions over what `lay` makes of the tokens."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x = lay(x)
+        x = x + s.attend(x)
+        return (x + s.attend(x, 1)).mean(1)
+
+    return Plain(forward).eval()
+
+
+def test_pairs_of_tokens_weigh_as_both() -> None:
+    def scores(s: Any, x: Tensor) -> Tensor:
+        x = x + s.attend(x)
+        return x @ x.mT
+
+    whole = applied(lambda s, x: scores(s, x).mean((1, 2)), schedule=[20])(picture())
+    by_turns = applied(lambda s, x: scores(s, x).mean(1).mean(1), schedule=[20])(picture())
+    assert_same(whole, by_turns)
+    applied(lambda s, x: scores(s, x).flatten(1).mean(1), schedule=[20])
+
+
+def test_a_count_in_a_product_is_exact() -> None:
+    def forward(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + s.attend(x)
+        return torch.einsum("bnc->bc", (x > 0).long()), x
+
+    count, tokens = applied(forward, schedule=[20])(picture())
+    assert torch.equal(count, (tokens > 0).sum(1))
+
+
+def test_attentions_that_are_no_sites_are_told() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        q, k, v = (each.unsqueeze(1) for each in s.qkv[0](x).chunk(3, -1))
+        pooled = [F.avg_pool1d(each.squeeze(1).mT, 2).mT.unsqueeze(1) for each in (k, v)]
+        x = x + F.scaled_dot_product_attention(q, *pooled).squeeze(1)
+        return (x + s.attend(x, 1)).mean(1)
+
+    report = applied(forward, schedule=[20]).report
+    assert len(report.sites) == 1
+    assert "not a site" in str(report)
+    assert "its keys are not its queries' tokens" in report.to_dict()["not_sites"][0]["reason"]
 
 
 class Masked(nn.Module):

@@ -16,6 +16,7 @@ from passes.axes import (
     Atom,
     Axis,
     Conflict,
+    Role,
     Size,
     Substitution,
     axis,
@@ -185,11 +186,21 @@ def test_of_two_atoms_the_firmer_stays_then_the_clips_then_the_first(keep: Atom,
 
 
 def test_an_atom_gives_way_to_what_it_is_made_of() -> None:
-    whole, t, h = Atom(13, clip=True, strength=BORN), Atom(3), Atom(4)
+    whole, t, h = Atom(13, clip=True, strength=BORN), Atom(3, clip=True), Atom(4, clip=True)
     tokens = concat([UNIT, axis(t, h)])
     assert NOTHING.identify(axis(whole), tokens).resolve(axis(whole)) == tokens
     assert NOTHING.identify(tokens, axis(whole)).resolve(axis(whole)) == tokens
     assert repr(product([axis(Atom(2)), tokens])) == "2·(1 + 3·4)"
+
+
+def test_what_a_dimension_of_the_clip_is_told_to_be_is_of_the_clip() -> None:
+    """A batch of clips met by a mask of samples times frames."""
+    batch, samples, frames = Atom(6, "b", True, BORN, Role.SAMPLE), Atom(2), Atom(3)
+    solved = NOTHING.identify(axis(samples, frames), axis(batch)).resolve(axis(batch))
+    assert [(atom.size, atom.clip, atom.role) for atom in solved.factors if isinstance(atom, Atom)] == [
+        (2, True, Role.FOLDED),
+        (3, True, Role.FOLDED),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ FUNCTIONS = """
     logical_not logit mish nan_to_num neg ones_like reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid
     sign silu sin sinh softplus special_expit sqrt square tan tanh trunc zeros_like
 """
-OF_TWO = "atan2 copy fmax fmin hypot maximum minimum nextafter logical_and logical_or logical_xor"
+OF_TWO = "atan2 fmax fmin hypot maximum minimum nextafter logical_and logical_or logical_xor"
 OF_TENSORS = """
     add copysign div eq fmod ge gt le lt mul ne remainder rsub sub true_divide xlogy
     bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__
@@ -53,6 +53,7 @@ FAMILIES = [
 POINTWISE = [
     *carried("acosh", lambda h: aten.acosh.default(aten.add.Tensor(unit(h), 1.0))),
     *carried("bitwise_not", lambda h: aten.bitwise_not.default(positive(h))),
+    *carried("copy", lambda h: aten.copy.default(h, aten.neg.default(h))),
     *carried("clamp", lambda h: aten.clamp.default(h, -0.5, 0.5)),
     *carried("clamp_max", lambda h: aten.clamp_max.default(h, 0.5)),
     *carried("clamp_min", lambda h: aten.clamp_min.default(h, -0.5)),
