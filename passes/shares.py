@@ -12,7 +12,7 @@ from torch import fx
 
 from passes.axes import Atom, Axis, Factor, axis, product
 from passes.nodes import named, operator_name
-from passes.rules import TABLE, Kind, Typed
+from passes.rules import Kind, Typed
 from passes.typing import TypedGraph
 
 _SCALES = """
@@ -66,10 +66,6 @@ def summed(call: Typed, operand: int, dim: int) -> bool:
     rank = len(call.reads[operand])
     at = dim + rank - len(call.own[operand])
     return any(use.operand == operand and at in use.dims and use.kind in kinds for use in call.uses)
-
-
-def known(node: fx.Node) -> bool:
-    return operator_name(node) in TABLE
 
 
 def _renamed(whole: Axis, names: dict[Atom, Atom]) -> Axis:
