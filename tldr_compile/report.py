@@ -70,8 +70,8 @@ class Report:
             part = cost.of(self.plan) / max(cost.dense(self.plan), 1)
             if part > 0.95:
                 yield (
-                    f"the merged graph costs {part:.0%} of the dense one, if every byte that restoring and picking tokens "
-                    f"moves counts as {cost.BYTE} operations: other sites or larger entries may save more, and "
+                    f"the merged graph costs {part:.0%} of the dense one, if every byte that restoring and picking "
+                    f"tokens moves counts as {cost.BYTE} operations: other sites or larger entries may save more, and "
                     "tldr_compile.explain says what is restored, and for which operator"
                 )
 
