@@ -5,8 +5,8 @@ x [b, n, C] -- attention, add -->  merged: [b, n1, C]  --> linear: at n1  --> re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import getitem
 
 import torch
@@ -14,7 +14,7 @@ from torch import fx
 
 from passes import cost, shares
 from passes.attention import Attention
-from passes.axes import Atom, Axes, Axis, simplify
+from passes.axes import Atom, Axis, simplify
 from passes.barriers import Asked, obstacle
 from passes.errors import NothingToMerge
 from passes.plan import Barrier, Conversion, How, Merge, Plan, Scaling, Step, Weighing, Weight
@@ -22,6 +22,7 @@ from passes.resolution import Resolution, holds, meet, of_run, tokens_at, touche
 from passes.rules import Kind, Typed
 from passes.schedule import Entry, bind_schedule, removed
 from passes.sites import Site, no_sites, why_nothing
+from passes.states import PLAIN, State, bring, doubled, how_down, joined, of_rows, told_apart, twice
 from passes.typing import TypedGraph, Value
 
 _WEIGHED = frozenset({Kind.MEAN, Kind.SUM, Kind.SOFTMAX, Kind.KEYS, Kind.CONTRACT, Kind.LINEAR})
@@ -96,44 +97,6 @@ def _nothing_pays(sites: Sequence[Site]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class State:
-    """What is known of a value: how it is held, and what sums over it weigh.
-
-    `shares` are the dimensions along which it is a distribution, by run; along the runs in `scaled` it was one, and has
-    the weights of its tokens in it.
-    """
-
-    held: tuple[Resolution, ...] = ()
-    weighed: tuple[Weight, ...] = ()
-    shares: tuple[tuple[Axis, int], ...] = ()
-    scaled: frozenset[Axis] = frozenset()
-
-    def weight(self, run: Axis) -> Weight | None:
-        return next((each for each in self.weighed if each.resolution.run == run), None)
-
-    def dims(self, run: Axis) -> tuple[int, ...]:
-        return tuple(dim for each, dim in self.shares if each == run)
-
-
-_PLAIN = State()
-
-
-def bring(
-    axes: Axes, have: Sequence[Resolution], wanted: Sequence[Resolution], how: How, operand: int = 0
-) -> Iterator[Conversion]:
-    """From the resolutions at which a value is held to those that are wanted, of the runs that it has."""
-    for source in have:
-        aim = of_run(wanted, source.run)
-        if aim is None or source not in aim.chain:
-            yield Conversion(operand, source.run, source, None, How.RESTORE)
-    for target in wanted:
-        held = of_run(have, target.run)
-        start = held if held is not None and held in target.chain else None
-        if start is not target and (start is not None or holds(axes, target.run)):
-            yield Conversion(operand, target.run, start, target, how)
-
-
 class _Walk:
     """One pass over the graph: the `State` of every value, and the `Step` of every call."""
 
@@ -151,7 +114,7 @@ class _Walk:
         return tuple(self.merges), self.steps
 
     def state(self, node: fx.Node) -> State:
-        return self.states.get(node, (_PLAIN,))[0]
+        return self.states.get(node, (PLAIN,))[0]
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "output":
@@ -199,7 +162,7 @@ class _Walk:
                 target,
                 kept,
                 stream=tuple(bring(axes, state.held, wanted, How.MERGE)),
-                rows=tuple(_of_rows(scored, target, source)) if rows else (),
+                rows=tuple(of_rows(scored, target, source)) if rows else (),
                 keys=tuple(bring(self.typed.value(keys).axes, self.state(keys).held, scored, How.MERGE))
                 if keys
                 else (),
@@ -219,7 +182,7 @@ class _Walk:
         runs = {r.run: None for state in states for r in (*state.held, *(w.resolution for w in state.weighed))}
         runs.update(dict.fromkeys(each.run for each in self._masks_summed(node, typed)))
         step = Step()
-        results = [_PLAIN] * len(typed.outputs)
+        results = [PLAIN] * len(typed.outputs)
         for run in runs:
             one, after = self._over(node, typed, states, run)
             step = Step(
@@ -229,7 +192,7 @@ class _Walk:
                 step.scalings + one.scalings,
                 step.barriers + one.barriers,
             )
-            results = [_joined(*pair) for pair in zip(results, after, strict=True)]
+            results = [joined(*pair) for pair in zip(results, after, strict=True)]
         return step, tuple(results)
 
     def _over(self, node: fx.Node, typed: Typed, states: Sequence[State], run: Axis) -> tuple[Step, tuple[State, ...]]:
@@ -309,7 +272,7 @@ class _Walk:
             left = run.atoms - weight.gone
             summed = left & {atom for dim in use.dims for atom in axes[dim].atoms}
             here = left <= {atom for each in axes for atom in each.atoms}
-            if not summed or not here or _doubled(axes, weight.resolution, use.dims):
+            if not summed or not here or doubled(axes, weight.resolution, use.dims):
                 continue
             if use.kind is Kind.LINEAR and (weight.held or summed != left):
                 continue
@@ -366,7 +329,7 @@ class _Walk:
         atoms = {atom for each in axes for atom in each.atoms}
         if target is not None:
             if not holds(axes, run):
-                return _PLAIN
+                return PLAIN
             found = State((target,), (Weight(target, held=True),))
         else:
             known = [weight for state in states if (weight := state.weight(run)) is not None]
@@ -377,9 +340,9 @@ class _Walk:
             summed = {a for w in step.weighings for d in w.use.dims for a in typed.reads[w.use.operand][d].atoms}
             absent = run.atoms - atoms
             before = frozenset(atom for weight in known for atom in weight.gone)
-            known_batch = resolution.batch.atoms <= _told_apart(axes, run)
-            if absent == run.atoms or not absent <= before | summed or not known_batch or _twice(axes, run):
-                return _PLAIN
+            known_batch = resolution.batch.atoms <= told_apart(axes, run)
+            if absent == run.atoms or not absent <= before | summed or not known_batch or twice(axes, run):
+                return PLAIN
             found = State(weighed=(Weight(resolution, frozenset(absent)),))
         return replace(found, shares=tuple(self._shares(node, typed, states, run, step, number)))
 
@@ -415,47 +378,3 @@ class _Walk:
             for scaling in self._scalings(number, state, run, short[number])
         )
         return Step(conversions=tuple(conversions), scalings=tuple(scalings))
-
-
-def how_down(value: Value) -> How:
-    """Floats that descend from the clip's pixels are merged; everything else is picked at the representative."""
-    return How.MERGE if value.floating and value.clip else How.PICK
-
-
-def _joined(one: State, other: State) -> State:
-    return State(
-        one.held + other.held, one.weighed + other.weighed, one.shares + other.shares, one.scaled | other.scaled
-    )
-
-
-def _of_rows(scored: Iterable[Resolution], target: Resolution, source: Resolution | None) -> Iterator[Conversion]:
-    """What a site says of its tokens `[batch, tokens]`, from how its scores are held to where the merge starts."""
-    held = of_run(scored, target.run)
-    for each in scored:
-        if each.run != target.run and each.meets(target):
-            yield Conversion(0, each.run, each, None, How.RESTORE)
-    if held is not None and (source is None or held not in source.chain):
-        yield Conversion(0, held.run, held, None, How.RESTORE)
-        held = None
-    if held is not source:
-        yield Conversion(0, target.run, held, source, How.MERGE)
-
-
-def _told_apart(axes: Axes, run: Axis) -> set[Atom]:
-    """The atoms that every token has a value of: no part of a sum of batches."""
-    segments = [s for each in axes for s in each.segments if len(each.segments) == 1 or set(s) & run.atoms]
-    return {factor for segment in segments for factor in segment if isinstance(factor, Atom)}
-
-
-def _twice(axes: Axes, run: Axis) -> bool:
-    """Whether pairs of tokens lie on one axis."""
-    return any(segment.count(atom) > 1 for each in axes for segment in each.segments for atom in run.atoms)
-
-
-def _doubled(axes: Axes, resolution: Resolution, dims: Sequence[int]) -> bool:
-    """Whether a dimension that the grouping depends on lies on several axes, none of them one that is summed over.
-
-    Such entries are of pairs of samples, and no sample's tokens say what they weigh.
-    """
-    summed = {atom for dim in dims for atom in axes[dim].atoms}
-    return any(sum(atom in each.atoms for each in axes) > 1 for atom in resolution.batch.atoms - summed)
