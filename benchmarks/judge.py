@@ -186,7 +186,8 @@ def _samples(merged: MergedModule, program: ExportedProgram, built: Built) -> di
 
     A batch of one, or a model that mixes its samples, has nothing to compare.
     """
-    apart = Apart.of(program.module(), (), built.inputs, CHANGED)
+    video = any(value.ndim > 4 for value in built.inputs.values())
+    apart = Apart.of(program.module(), (), built.inputs, CHANGED if video else CHANGED[:1])
     if not apart.compared:
         return {}
     raised = apart.raised(merged)
