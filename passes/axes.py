@@ -20,7 +20,8 @@ import sympy
 Size: TypeAlias = int | sympy.Expr
 
 # How firmly an atom is anchored: when two lone atoms turn out to be one, the firmer name stays.
-UNKNOWN, CONSTANT, BORN = 0, 1, 2
+# A constant never names what varies.
+CONSTANT, UNKNOWN, BORN = 0, 1, 2
 
 
 class Role(Enum):
