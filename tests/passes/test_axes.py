@@ -193,6 +193,14 @@ def test_an_atom_gives_way_to_what_it_is_made_of() -> None:
     assert repr(product([axis(Atom(2)), tokens])) == "2·(1 + 3·4)"
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_constant_never_names_what_varies(clip: bool) -> None:
+    """Samples behind an operator without a rule meet a table that is as long as there are samples."""
+    table, samples = axis(Atom(6, strength=CONSTANT)), axis(Atom(6, clip=clip))
+    for one, other in ((table, samples), (samples, table)):
+        assert NOTHING.identify(one, other).resolve(table) == samples
+
+
 def test_what_a_dimension_of_the_clip_is_told_to_be_is_of_the_clip() -> None:
     """A batch of clips met by a mask of samples times frames."""
     batch, samples, frames = Atom(6, "b", True, BORN, Role.SAMPLE), Atom(2), Atom(3)
