@@ -44,9 +44,8 @@ def never_launch() -> list[str]:
 
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(Absent(capability))
+    triton_kernels._wrapped = lambda kernel: kernel  # what a graph would see of it compiles nothing
     compiled = never_launch()
-    for kernel in (triton_kernels._attend, triton_kernels._share):
-        kernel.configs = kernel.configs[-1:]
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -57,6 +56,8 @@ def main(capability: int) -> None:
         log_mass = None if mask_dtype is torch.bool else empty(2, 1, 1, 100, dtype=torch.float32)
         tiled.forward(q, k, v, 0.5, mask, log_mass)
         tiled.forward(q, k, v[..., :0], 0.5, mask, None)
+        tiled.attend(q, k, v, 0.5, mask, log_mass)
+        tiled.match(q[:, 0])
     print(compiled.count("cubin"))
 
 

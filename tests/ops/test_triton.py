@@ -30,8 +30,6 @@ MASKS: dict[str, Callable[[int, int, int, int], Tensor]] = {
     "all of one row hidden": lambda b, h, q, k: (torch.arange(q) != q // 2)[:, None].expand(1, 1, q, k),
     "everything hidden": lambda b, h, q, k: torch.full((1, 1, 1, k), -torch.inf),
 }
-TILES = {kernel.fn.__name__: kernel.configs for kernel in (triton_kernels._attend, triton_kernels._share)}
-
 # NumPy, in which kernels are interpreted, warns of infinities and NaN where a chip says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -39,11 +37,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles() -> Iterator[None]:
     """Tiles so small that the tests' sizes take many of them; one of each, so that nothing is timed."""
-    small = triton.Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=1, num_stages=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_kernels, "SPAN", 32)
-        for kernel in (triton_kernels._attend, triton_kernels._share):
-            patch.setattr(kernel, "configs", [small])
+        patch.setattr(triton_kernels, "MATCH_SPAN", 32)
+        for name in ("attend_tile", "share_tile", "match_tile"):
+            patch.setattr(triton_kernels, name, lambda *sizes: triton_kernels.Tile(16, 16, 1, 2))
         if DEVICE == "cpu":
             patch.setattr("triton.runtime.interpreter.InterpreterBuilder.create_dot", interpreted_dot)
         yield
@@ -172,25 +170,27 @@ def test_reads_the_parts_of_a_joint_projection_where_they_lie() -> None:
     check(q.expand(2, 2, 21, 16), k[:1].expand(2, 2, 21, 16), v)
 
 
-@pytest.mark.parametrize(("allowed", "used"), [("none", "tf32x3"), ("ieee", "tf32x3"), ("tf32", "tf32")])
-def test_float32_is_rounded_before_products_only_where_torch_may(allowed: str, used: str) -> None:
+@pytest.mark.parametrize(("allowed", "exact"), [("none", True), ("ieee", True), ("tf32", False)])
+def test_float32_is_rounded_before_products_only_where_torch_may(allowed: str, exact: bool) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = allowed
     try:
-        assert triton_kernels._precision() == used
+        assert triton_kernels._common(torch.zeros(1, 1), triton_kernels.Tile(16, 16, 1, 2))["EXACT"] == exact
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
 @triton.jit
-def write_offsets(to: tl.tensor, strides: tl.tuple) -> None:
+def write_places(to, zero, row_stride, column_stride):  # type: ignore[no-untyped-def]
     row, column = tl.arange(0, 4), tl.arange(0, 4)
-    tl.store(to + row[:, None] * 4 + column[None, :], triton_kernels._offset(strides, row, column))
+    tl.store(
+        to + row[:, None] * 4 + column[None, :], triton_kernels._places(zero, row, row_stride, column, column_stride)
+    )
 
 
 def test_offsets_beyond_32_bits() -> None:
     found = torch.zeros(4, 4, dtype=torch.int64, device=DEVICE)
-    write_offsets[(1,)](found, (0, 0, 2**31 - 1, 2**30))
+    write_places[(1,)](found, 0, 2**31 - 1, 2**30)
     place = torch.arange(4)
     assert found.cpu().equal(place[:, None] * (2**31 - 1) + place * 2**30)
 
@@ -210,18 +210,6 @@ def test_compiles_for_a_gpu_that_is_not_here(capability: str, tmp_path: Path) ->
 
 
 # --- who serves what --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kernel", TILES)
-def test_some_tile_is_worth_timing_for_every_length_and_head(kernel: str) -> None:
-    def kept(dtype: torch.dtype, channels: int, length: int) -> list[triton.Config]:
-        sizes = {"rows_class": length, "keys_class": length, "BLOCK_C": channels}
-        return triton_kernels._worth_timing(TILES[kernel], {"q": torch.empty(1, dtype=dtype)}, **sizes)
-
-    for dtype, most in tiled.MOST_CHANNELS.items():
-        assert all(kept(dtype, most, length) for length in (1, 64, 4096))
-    assert kept(torch.bfloat16, 64, 2048) == TILES[kernel]
-    assert len(kept(torch.bfloat16, 64, 32)) == 1
 
 
 REFUSED: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]] = {
@@ -268,3 +256,37 @@ def test_triton_is_not_imported_before_it_serves() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(b=st.integers(1, 2), n=st.integers(2, 90), c=st.integers(3, 40))
+def test_matches_as_the_specification(b: int, n: int, c: int) -> None:
+    metric = torch.randn(b, c, n).mT
+    similarity, destination = (result.cpu() for result in tiled.match(metric.to(DEVICE)))
+    best, place = reference.match(metric)
+    torch.testing.assert_close(similarity, best, rtol=1e-5, atol=1e-5)
+    assert destination.dtype == torch.int64
+    assert destination.equal(place)
+
+
+def test_between_equal_destinations_the_first_wins() -> None:
+    metric = torch.randn(1, 2, 5).repeat(1, 35, 1)
+    metric[:, 6] = 0
+    assert (tiled.match(metric.to(DEVICE))[1] == 0).all()
+
+
+def test_half_precision_is_matched_as_if_it_were_single() -> None:
+    metric = torch.randn(2, 71, 48).bfloat16()
+    similarity, destination = (result.cpu() for result in tiled.match(metric.to(DEVICE)))
+    best, place = reference.match(metric)
+    torch.testing.assert_close(similarity, best, rtol=1e-5, atol=1e-5)
+    assert destination.equal(place)
+
+
+def test_what_is_no_number_joins_a_token() -> None:
+    metric = torch.randn(1, 9, 5)
+    metric[:, 4] = torch.nan
+    assert (tiled.match(metric.to(DEVICE))[1] < 4).all()

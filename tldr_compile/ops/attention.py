@@ -17,8 +17,9 @@ from .reference import masked, wide
 
 Shape = Sequence[int]
 
-PROVIDERS = (tiled, native, blocked)
-"""Of attention with sharpness: the first that serves the arguments computes it. The last serves all."""
+PROVIDERS = (native, blocked)
+"""Of attention with sharpness where no kernel can be seen by a compiler: the first that serves the arguments computes
+it. The last serves all."""
 
 
 def attend(
@@ -40,9 +41,10 @@ def attend(
     """
     if log_mass is not None:
         plain = q.dim() >= 3 and not (dropout_p or is_causal or enable_gqa)
-        if plain and native.takes(q, log_mass) and not _differentiates(q, k, v, mask, log_mass):
+        if plain and _faster(q, log_mass) and not _differentiates(q, k, v, mask, log_mass):
             lead, arguments = _flat(q, k, v, scale, mask, log_mass)
-            out = torch.ops.tldr.attend(*arguments)
+            seen = torch.ops.tldr.tiled_attend if _tiles(*arguments) else torch.ops.tldr.attend
+            out = seen(*arguments)
             return out.reshape(*lead, *out.shape[1:])
         if is_causal:
             causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
@@ -69,7 +71,9 @@ def attend_and_sharpness(
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     lead, arguments = _flat(q, k, v, scale, mask, log_mass)
-    out, sharpness = torch.ops.tldr.attend_and_sharpness(*arguments)
+    tiles = _tiles(*arguments)
+    seen = torch.ops.tldr.tiled_attend_and_sharpness if tiles else torch.ops.tldr.attend_and_sharpness
+    out, sharpness = seen(*arguments)
     return out.reshape(*lead, *out.shape[1:]), sharpness.reshape(*lead, *sharpness.shape[1:])
 
 
@@ -87,6 +91,17 @@ def _biased(q: Tensor, mask: Tensor | None, log_mass: Tensor) -> Tensor:
 
 def _differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _faster(q: Tensor, log_mass: Tensor) -> bool:
+    """Whether something may be faster than fused attention under a mask that holds the masses."""
+    return q.is_cuda or native.takes(q, log_mass)
+
+
+def _tiles(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> bool:
+    return tiled.serves(q, k, v, mask, log_mass)
 
 
 def _flat(
@@ -141,6 +156,19 @@ def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return blocked.empty_results(q, v)
+
+
+@torch.library.triton_op("tldr::tiled_attend", mutates_args=())
+def _tiled_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor) -> Tensor:
+    """A compiler sees the kernels in it, and needs no Python to call them."""
+    return tiled.attend(q, k, v, scale, mask, log_mass)
+
+
+@torch.library.triton_op("tldr::tiled_attend_and_sharpness", mutates_args=())
+def _tiled_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return tiled.forward(q, k, v, scale, mask, log_mass)
 
 
 @torch.library.custom_op("tldr::attend_and_sharpness_backward", mutates_args=())
@@ -198,7 +226,9 @@ def _differentiate_output(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ..
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_tiled_forward.register_autograd(_differentiate, setup_context=_save)
 _attend.register_autograd(_differentiate_output, setup_context=_save)
+_tiled_attend.register_autograd(_differentiate_output, setup_context=_save)
 
 
 def attention_flop(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
@@ -207,7 +237,14 @@ def attention_flop(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, *
     return 2 * batch * heads * rows * k_shape[-2] * (channels + v_shape[-1])
 
 
-register_flop_formula([torch.ops.tldr.attend, torch.ops.tldr.attend_and_sharpness])(attention_flop)
+register_flop_formula(
+    [
+        torch.ops.tldr.attend,
+        torch.ops.tldr.attend_and_sharpness,
+        torch.ops.tldr.tiled_attend,
+        torch.ops.tldr.tiled_attend_and_sharpness,
+    ]
+)(attention_flop)
 
 
 @register_flop_formula(torch.ops.tldr.attend_and_sharpness_backward)

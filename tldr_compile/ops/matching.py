@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import tiled
 from .blocked import block_bytes
 from .reference import unit
 
 
 def match(metric: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.match` without gradients: `metric [B, N, C]` to similarity and destination, both `[B, ceil(N/2)]`."""
-    tokens = unit(metric.detach())
+    metric = metric.detach()
+    if tiled.matches(metric):
+        similarity, destination = torch.ops.tldr.tiled_match(metric)
+        return similarity, destination
+    tokens = unit(metric)
     similarity, destination = torch.ops.tldr.best(tokens[:, ::2], tokens[:, 1::2])
     return similarity, destination
 
@@ -32,6 +37,12 @@ def _best(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
     return products, index
 
 
+@torch.library.triton_op("tldr::tiled_match", mutates_args=())
+def _tiled_match(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """A compiler sees the kernel in it, and needs no Python to call it."""
+    return tiled.match(metric)
+
+
 @_best.register_fake
 def _best_fake(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
     return sources.new_empty(sources.shape[:2]), sources.new_empty(sources.shape[:2], dtype=torch.int64)
@@ -41,3 +52,9 @@ def _best_fake(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
 def _best_flop(sources: Sequence[int], destinations: Sequence[int], *args: Any, **kwargs: Any) -> int:
     batch, rows, channels = sources
     return 2 * batch * rows * destinations[1] * channels
+
+
+@register_flop_formula(torch.ops.tldr.tiled_match)
+def _tiled_match_flop(metric: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    batch, tokens, channels = metric
+    return 2 * batch * ((tokens + 1) // 2) * (tokens // 2) * channels

@@ -79,7 +79,7 @@ def merging(tokens: Tokens) -> Split:
     """vid-TLDR, step 5: tokens at even positions, the `r` best matched, join the best of those at odd ones."""
     similarity, destination = match(tokens.metric)
     order = similarity.argsort(dim=-1, descending=True, stable=True)
-    merged, remaining = order[:, : tokens.r].sort(-1).values, order[:, tokens.r :].sort(-1).values
+    merged, remaining = divided(order, tokens.r)
     batch, count = tokens.metric.shape[:2]
     odd = torch.arange(1, count, 2, device=tokens.metric.device).expand(batch, -1)
     kept = torch.cat((2 * remaining, odd), 1)
@@ -112,12 +112,27 @@ def losing(worth: Tensor, r: int) -> Split:
     A lost token's group is the nearest kept token, the earlier of two. Of equal tokens the earlier is lost.
     """
     order = worth.argsort(dim=-1, stable=True)
-    source, kept = order[:, :r].sort(-1).values, order[:, r:].sort(-1).values
+    source, kept = divided(order, r)
     after = torch.searchsorted(kept, source)
     before = (after - 1).clamp_min(0)
     after = after.clamp_max(kept.shape[1] - 1)
     closer = (source - kept.gather(1, before)).abs() <= (kept.gather(1, after) - source).abs()
     return Split(kept, source, torch.where(closer, before, after))
+
+
+def divided(order: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The first `r` of `order [B, N]` and the others, both ascending: by counting, since sorts are slow on a GPU."""
+    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :r], value=True)
+    return _where(chosen, r), _where(~chosen, order.shape[1] - r)
+
+
+def _where(chosen: Tensor, count: int) -> Tensor:
+    """`[B, count]`: the positions in `[B, N]` that are chosen, as many in every row."""
+    batch, length = chosen.shape
+    # Those that are not chosen fall into one place beyond the end.
+    place = torch.where(chosen, chosen.cumsum(1) - 1, count)
+    position = torch.arange(length, device=chosen.device).expand(batch, -1)
+    return position.new_zeros(batch, count + 1).scatter(1, place, position)[:, :count]
 
 
 def _positions(tokens: Tokens) -> Tensor:

@@ -35,6 +35,18 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor 
     )
 
 
+def matches(metric: Tensor) -> bool:
+    """Whether `match` takes this metric `[B, N, C]` on its device."""
+    return metric.is_cuda and _has_triton(metric.device) and metric.dtype in MOST_CHANNELS and 0 not in metric.shape
+
+
+def match(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.match`."""
+    from . import triton_kernels  # noqa: PLC0415 - Triton may be missing, and takes a while to import
+
+    return triton_kernels.match(metric)
+
+
 @cache
 def _has_triton(device: torch.device) -> bool:
     """Triton is there, and the device has the matrix units and asynchronous copies that the kernels are written for."""
@@ -42,10 +54,19 @@ def _has_triton(device: torch.device) -> bool:
     return cuda and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> Tensor:
+    """The output of `forward` alone."""
+    from . import triton_kernels  # noqa: PLC0415 - as above
+
+    return triton_kernels.attend(q, k, v, scale, mask, log_mass)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention_with_sharpness` for `q [B, H, Nq, d]`, `k [B, H, Nk, d]`, `v [B, H, Nk, c]`, if served."""
-    from . import triton_kernels  # noqa: PLC0415 - Triton may be missing, and takes a while to import
+    from . import triton_kernels  # noqa: PLC0415 - as above
 
-    return triton_kernels.forward(q, k, v, scale, mask, log_mass)
+    return triton_kernels.attend_and_sharpness(q, k, v, scale, mask, log_mass)

@@ -1,87 +1,264 @@
-"""Attention and its sharpness in two Triton kernels that keep the scores on the chip.
+"""Attention with masses, and with its sharpness, in Triton kernels that keep the scores on the chip.
 
-The first kernel attends, and leaves of each row its highest score and the sum of exponentials that belongs to it, both
-without masses. With these the second makes the attention of every head anew, a tile of pairs through all heads before
-the next tile, and sums up the sharpness of their mean. (One number per row, `log sum exp`, would lose the sum where
-scores are large, as under a mask that hides every key with the lowest finite number.)
+`_attend` attends. Where the sharpness is asked for it leaves of each row its highest score and the inverse of the sum
+of exponentials that belongs to it, both without masses. With these `_share` makes the attention of every head anew, a
+tile of pairs through all heads before the next tile, and sums up the sharpness of their mean. (One number per row,
+`log sum exp`, would lose the sum where scores are large, as under a mask that hides every key with the lowest finite
+number.)
 
-Scores and masks are in units of `log 2`: the chip's exponential is that of 2, and the factor hides in `scale`.
+Scores, masks and masses are in units of `log 2`: the chip's exponential is that of 2, and the factor hides in `scale`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .blocked import empty_results
+from torch.library import wrap_triton
+from triton.language.extra import libdevice
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-INFINITY = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+# Where the masses are: nowhere; in the scores, as channels of the keys; or in the values, and once more beside them.
+NO_MASS, IN_SCORES, IN_VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+# The least that a product of tiles takes.
+COLUMNS = tl.constexpr(16)
+
+# Of scores, so that masses in their unit are no infinities in half precision.
+SMALLEST_SCALE = 2.0**-10
 
 # Keys whose share of the sharpness one program sums up: so few that the rows of a single clip still fill a GPU.
 SPAN = 128
 
+# Destinations among which one program looks for the best; for the same reason.
+MATCH_SPAN = 256
 
-def forward(
+Strides = tuple[int, int, int, int]
+
+
+class Tile(NamedTuple):
+    """Rows and keys that a program holds at a time, its warps, and how many loads of keys are under way."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def attend_tile(channels: int, size: int) -> Tile:
+    """For heads of `channels` (padded) in numbers of `size` bytes: what `benchmarks.gpu` found fastest on a Hopper.
+
+    A table, since timing at the first call costs seconds, differs from run to run and cannot be done while a graph is
+    captured.
+    """
+    if size > 2 or channels > 128:
+        return Tile(64, 32, 4, 2)
+    return Tile(128, 64, 8, 3) if channels > 64 else Tile(64, 64, 4, 3)
+
+
+def share_tile(channels: int, size: int) -> Tile:
+    """As `attend_tile`."""
+    return Tile(64, 32, 4, 2) if size > 2 or channels > 128 else Tile(64, 64, 4, 3)
+
+
+def match_tile(size: int) -> Tile:
+    """As `attend_tile`, of sources and destinations."""
+    return Tile(64, 64, 4, 3) if size > 2 else Tile(128, 128, 8, 3)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None) -> Tensor:
+    """The output of `reference.attention_with_sharpness` alone; every input is read where it lies."""
+    q, scale = _upright(q, scale)
+    if log_mass is None:
+        return _launch_attend(q, k, v, None, NO_MASS, scale, mask)
+    relative = _relative(log_mass, q, k)
+    if scale < SMALLEST_SCALE:
+        return _launch_attend(q, k, *_weighed(v, relative), IN_VALUES, scale, mask)
+    return _launch_attend(q, k, v, _channels(relative / scale, q.dtype), IN_SCORES, scale, mask)
+
+
+def attend_and_sharpness(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`reference.attention_with_sharpness` of what `tiled.fits`; every input is read where it lies."""
-    out, sharpness = empty_results(q, v)
+    q, scale = _upright(q, scale)
+    highest = q.new_empty(q.shape[:3], dtype=torch.float32)
+    inverse = None if mask is None else torch.empty_like(highest)
+    columns, kind = None, NO_MASS
+    if log_mass is not None:
+        v, columns = _weighed(v, _relative(log_mass, q, k))
+        kind = IN_VALUES
+    out = _launch_attend(q, k, v, columns, kind, scale, mask, highest, inverse)
+    return out, _launch_share(q, k, scale, mask, highest, inverse)
+
+
+def _relative(log_mass: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """`[B, H or 1, Nk]`, float32: masses up to one factor per head, which cancels, so that none overflows."""
+    log_mass = log_mass.to(torch.float32).expand(q.shape[0], -1, 1, k.shape[2]).squeeze(2)
+    return log_mass - log_mass.amax(-1, keepdim=True).clamp_min(LOWEST.value)
+
+
+def _channels(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """`bias [..., N]` as columns `[..., N, 16]` of `dtype` whose sum is as exact as float32."""
+    columns = []
+    for _ in range(3):
+        columns.append(bias.to(dtype))
+        bias = torch.where(bias.isinf(), 0, bias - columns[-1].to(bias.dtype))
+    return F.pad(torch.stack(columns, -1), (0, COLUMNS.value - 3))
+
+
+def _weighed(v: Tensor, relative: Tensor) -> tuple[Tensor, Tensor]:
+    """Values times their mass, and the masses as a column of the values' dtype beside zeros: `[..., N, 16]`."""
+    mass = relative.exp().to(v.dtype).unsqueeze(-1)
+    return v * mass, F.pad(mass, (0, COLUMNS.value - 1))
+
+
+def _launch_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor | None,
+    mass: tl.constexpr,
+    scale: float,
+    mask: Tensor | None,
+    highest: Tensor | None = None,
+    inverse: Tensor | None = None,
+) -> Tensor:
+    """The output; `highest` and `inverse` are filled, if they are there."""
     batch, heads, rows, channels = q.shape
     keys, values = v.shape[2:]
-    if mask is not None:
-        mask = mask.expand(batch, heads, rows, keys)
-    if log_mass is not None:
-        log_mass = log_mass.expand(batch, heads, 1, keys)
-    highest, inverse = q.new_empty(2, batch, heads, rows, dtype=torch.float32)
-    shares = q.new_empty(batch, triton.cdiv(keys, SPAN), rows, dtype=torch.float32)
-    common: dict[str, Any] = {
-        "scale": scale * LOG2_E.value,
-        "heads": heads,
-        "rows": rows,
-        "keys": keys,
-        "rows_class": triton.next_power_of_2(rows),
-        "keys_class": triton.next_power_of_2(keys),
-        "CHANNELS": channels,
-        "BLOCK_C": _padded(channels),
-        "enable_fp_fusion": True,
-        "PRECISION": _precision(),
+    # Heads lie next to channels in memory, as the fused operator leaves them: models join the two next.
+    out = q.new_empty(batch, rows, heads, values)
+    tile = attend_tile(max(_padded(channels), _padded(values)), q.element_size())
+    masked, mask_strides, kind = _mask(mask, q, k)
+    column_strides = (0, 0)
+    if columns is not None:
+        column_strides = (columns.stride(0), columns.stride(1) if columns.shape[1] == heads else 0)
+    _wrapped(_attend)[(triton.cdiv(rows, tile.rows) * heads * batch,)](
+        q,
+        k,
+        v,
+        masked,
+        q if columns is None else columns,
+        out,
+        out if highest is None else highest,
+        out if inverse is None else inverse,
+        *q.stride(),
+        *k.stride(),
+        *v.stride(),
+        *mask_strides,
+        *column_strides,
+        scale * LOG2_E.value,
+        heads,
+        rows,
+        keys,
+        MASK=kind,
+        MASS=mass.value,
+        TOTALS=highest is not None,
+        CHANNELS=channels,
+        VALUES=values,
+        BLOCK_V=_padded(values),
+        **_common(q, tile),
+    )
+    return out.transpose(1, 2)
+
+
+def _launch_share(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, highest: Tensor, inverse: Tensor | None
+) -> Tensor:
+    """`[B, Nq]` of attention whose rows have this highest score and this inverse of their sum (1 if None)."""
+    batch, heads, rows, channels = q.shape
+    keys = k.shape[2]
+    tile = share_tile(_padded(channels), q.element_size())
+    spans = triton.cdiv(keys, SPAN)
+    shares = q.new_empty(batch, spans, rows, dtype=torch.float32)
+    masked, mask_strides, kind = _mask(mask, q, k)
+    _wrapped(_share)[(triton.cdiv(rows, tile.rows) * spans * batch,)](
+        q,
+        k,
+        masked,
+        highest,
+        highest if inverse is None else inverse,
+        shares,
+        *q.stride(),
+        *k.stride(),
+        *mask_strides,
+        scale * LOG2_E.value,
+        math.log2(heads),
+        heads,
+        rows,
+        keys,
+        MASK=kind,
+        CHANNELS=channels,
+        SPAN=SPAN,
+        **_common(q, tile),
+    )
+    return shares.sum(1)
+
+
+def match(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.match` of a metric in float32 or less; lengths divide the products, so that nothing is laid anew."""
+    batch, tokens, channels = metric.shape
+    inverse_norm = 1 / metric.float().norm(dim=-1).clamp_min(TINY.value)
+    sources, spans = (tokens + 1) // 2, triton.cdiv(tokens // 2, MATCH_SPAN)
+    tile = match_tile(metric.element_size())
+    products = metric.new_empty(batch, spans, sources, dtype=torch.float32)
+    places = metric.new_empty(batch, spans, sources, dtype=torch.int32)
+    _wrapped(_match)[(triton.cdiv(sources, tile.rows) * spans * batch,)](
+        metric,
+        inverse_norm,
+        products,
+        places,
+        *metric.stride(),
+        tokens,
+        channels,
+        SPAN=MATCH_SPAN,
+        **{**_common(metric, tile), "BLOCK_C": 64 if metric.element_size() == 2 else 32},
+    )
+    best = products.amax(1)
+    # Between equals the first wins; what is no number is equal to nothing, and joins a token all the same.
+    place = places.masked_fill(products != best.unsqueeze(1), tokens // 2 - 1).amin(1)
+    return best * inverse_norm[:, ::2], place.to(torch.int64)
+
+
+def _wrapped(kernel: Any) -> Any:
+    """What a compiled graph sees of a kernel; the interpreter, which no graph holds, takes it as it is."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+def _common(q: Tensor, tile: Tile) -> dict[str, Any]:
+    return {
+        "BLOCK_C": _padded(q.shape[-1]),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
+        "EXACT": torch.backends.cuda.matmul.fp32_precision != "tf32",
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
     }
-    pairs = *_placed(q), *_placed(k), *_placed(mask)
-    with torch.cuda.device_of(q):
-        _attend[lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * heads * batch,)](
-            *pairs,
-            *_placed(log_mass),
-            *_placed(v),
-            *_placed(out),
-            highest,
-            inverse,
-            VALUES=values,
-            BLOCK_V=_padded(values),
-            **common,
-        )
-        _share[lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * shares.shape[1] * batch,)](
-            *pairs, highest, inverse, shares, SPAN=SPAN, **common
-        )
-    torch.sum(shares, 1, out=sharpness)
-    return out, sharpness
 
 
-def _placed(tensor: Tensor | None) -> tuple[Tensor | None, tuple[int, ...]]:
-    """A tensor `[B, H, N, d]` and its strides, as the kernels take them."""
-    return (None, (0, 0, 0, 0)) if tensor is None else (tensor, tensor.stride())
+def _upright(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a scale that is not negative: the highest product is then the highest score."""
+    return (-q, -scale) if scale < 0 else (q, scale)
 
 
-def _precision() -> str:
-    """How float32 is multiplied: as the user lets torch do it, or in three parts that together are as exact."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+def _mask(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Strides, int]:
+    """The mask laid like the scores `[B, H, Nq, Nk]`, its strides, and its kind."""
+    if mask is None:
+        return q, (0, 0, 0, 0), NO_MASK.value
+    mask = mask.expand(*q.shape[:3], k.shape[2])
+    batch, head, row, key = mask.stride()
+    return mask, (batch, head, row, key), BOOL_MASK.value if mask.dtype == torch.bool else ADDITIVE_MASK.value
 
 
 def _padded(channels: int) -> int:
@@ -89,246 +266,359 @@ def _padded(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-class _Tile(NamedTuple):
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
-    """The most that a thread may use, where fewer let a second program run beside the first."""
+if triton.knobs.runtime.interpret:
 
+    @triton.jit
+    def _log2(x):
+        return tl.log2(x)
 
-def _tuned(*tiles: _Tile) -> Any:
-    """Times the tiles and keeps the fastest, once for all lengths up to the next power of two."""
-    configs = [
-        triton.Config(
-            {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys},
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            maxnreg=tile.registers,
-        )
-        for tile in tiles
-    ]
-    return triton.autotune(
-        configs,
-        key=["rows_class", "keys_class", "CHANNELS"],
-        prune_configs_by={"early_config_prune": _worth_timing},
-        cache_results=True,
-    )
+else:
 
-
-def _worth_timing(configs: list[Any], arguments: Mapping[str, Any], **constants: Any) -> list[Any]:
-    """Tiles not much longer than the tokens, whose operands leave room on the chip for what they are multiplied to."""
-    size = arguments["q"].element_size()
-    most_rows = min(max(64, constants["rows_class"]), 32768 // (constants["BLOCK_C"] * size))
-    most_keys = min(max(32, constants["keys_class"]), 256 // size)
-    return [c for c in configs if c.kwargs["BLOCK_M"] <= most_rows and c.kwargs["BLOCK_N"] <= most_keys]
-
-
-# Lengths change from call to call: code is not compiled anew for those that are multiples of 16.
-_kernel = triton.jit(do_not_specialize=["heads", "rows", "keys", "rows_class", "keys_class"])
+    @triton.jit
+    def _log2(x):
+        """The chip's own, exact to 22 bits behind the point: Triton's is some twenty operations."""
+        return libdevice.fast_log2f(x)
 
 
 @triton.jit
-def _plane(tensor: tl.tensor, strides: tl.tuple, batch: tl.tensor, head: tl.tensor) -> tl.tensor:
+def _plane(tensor, batch_stride, head_stride, batch, head):
     """Where the matrix of one head of one sample begins; in 64 bits, as all offsets: a mask can be large."""
-    return tensor + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+    return tensor + tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride
 
 
 @triton.jit
-def _offset(strides: tl.tuple, row: tl.tensor, column: tl.tensor) -> tl.tensor:
-    return row.to(tl.int64)[:, None] * strides[2] + column.to(tl.int64)[None, :] * strides[3]
+def _places(plane, row, row_stride, column, column_stride):
+    """Where the entries of a matrix at `row [M]` and `column [N]` lie."""
+    return plane + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
 
 
 @triton.jit
-def _inside(row: tl.tensor, column: tl.tensor, rows: tl.tensor, columns: tl.tensor) -> tl.tensor:
-    return (row < rows)[:, None] & (column < columns)[None, :]
-
-
-@triton.jit
-def _tile(
-    plane: tl.tensor, strides: tl.tuple, row: tl.tensor, column: tl.tensor, rows: tl.tensor, columns: tl.tensor
-) -> tl.tensor:
-    """The entries of a matrix at `row [M]` and `column [N]`, 0 beyond its ends."""
-    return tl.load(plane + _offset(strides, row, column), mask=_inside(row, column, rows, columns), other=0)
-
-
-@triton.jit
-def _scores(
-    queries: tl.tensor,
-    some_keys: tl.tensor,
-    scale: tl.tensor,
-    mask: tl.tensor,
-    mask_strides: tl.tuple,
-    batch: tl.tensor,
-    head: tl.tensor,
-    row: tl.tensor,
-    key: tl.tensor,
-    rows: tl.tensor,
-    keys: tl.tensor,
-    PRECISION: tl.constexpr,
-) -> tl.tensor:
-    scores = tl.dot(queries, tl.trans(some_keys), input_precision=PRECISION) * scale
-    if mask is not None:
-        bias = _tile(_plane(mask, mask_strides, batch, head), mask_strides, row, key, rows, keys)
-        if bias.dtype == tl.int1:
-            scores = tl.where(bias, scores, -INFINITY)
+def _load(places, row, rows, column, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """Entries of a matrix, 0 beyond its ends, which only a `TAIL` of rows and a padded block of columns reach."""
+    if TAIL:
+        if COLUMNS == BLOCK:
+            return tl.load(places, mask=(row < rows)[:, None], other=0)
         else:
-            natural = bias.to(tl.float32)
-            binary = natural * LOG2_E
-            # The lowest finite number hides nothing from a row that sees nothing else: it must not become -inf.
-            scores += tl.where((binary == -INFINITY) & (natural != -INFINITY), LOWEST, binary)
-    return scores
+            return tl.load(places, mask=(row < rows)[:, None] & (column < COLUMNS)[None, :], other=0)
+    else:
+        if COLUMNS == BLOCK:
+            return tl.load(places)
+        else:
+            return tl.load(places, mask=(column < COLUMNS)[None, :], other=0)
 
 
 @triton.jit
-def _finite(highest: tl.tensor) -> tl.tensor:
+def _product(a, b, total, EXACT: tl.constexpr):
+    """float32 is multiplied as the user lets torch do it, or in three parts that together are as exact."""
+    if EXACT:
+        return tl.dot(a, b, total, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, total, input_precision="tf32")
+
+
+@triton.jit
+def _biased(scores, places, row, rows, key, keys, MASK: tl.constexpr):
+    bias = tl.load(places, mask=(row < rows)[:, None] & (key < keys)[None, :], other=0)
+    if MASK == BOOL_MASK:
+        return tl.where(bias != 0, scores, -float("inf"))
+    else:
+        natural = bias.to(tl.float32)
+        binary = natural * LOG2_E
+        # The lowest finite number hides nothing from a row that sees nothing else: it must not become -inf.
+        return scores + tl.where((binary == -float("inf")) & (natural != -float("inf")), LOWEST, binary)
+
+
+@triton.jit
+def _finite(highest):
     """What to subtract before an exponential: nothing where there is nothing but -inf."""
-    return tl.where(highest == -INFINITY, 0.0, highest)
+    return tl.where(highest == -float("inf"), 0.0, highest)
 
 
 @triton.jit
-def _inverse(total: tl.tensor) -> tl.tensor:
+def _inverse(total):
     """What makes weights sum to 1, and leaves those of a row without any at zero."""
     return 1.0 / tl.where(total == 0, 1.0, total)
 
 
-@_tuned(
-    *(_Tile(128, 128, 8, 2), _Tile(128, 128, 8, 3), _Tile(128, 64, 8, 3)),
-    *(_Tile(128, 64, 4, 3), _Tile(64, 64, 4, 3), _Tile(64, 32, 4, 2)),
-)
-@_kernel
-def _attend(
-    q: tl.tensor,
-    q_strides: tl.tuple,
-    k: tl.tensor,
-    k_strides: tl.tuple,
-    mask: tl.tensor,
-    mask_strides: tl.tuple,
-    log_mass: tl.tensor,
-    log_mass_strides: tl.tuple,
-    v: tl.tensor,
-    v_strides: tl.tuple,
-    out: tl.tensor,
-    out_strides: tl.tuple,
-    highest_scores: tl.tensor,
-    inverse_totals: tl.tensor,
-    scale: tl.tensor,
-    heads: tl.tensor,
-    rows: tl.tensor,
-    keys: tl.tensor,
-    rows_class: tl.tensor,
-    keys_class: tl.tensor,
+@triton.jit
+def _step(
+    state,
+    first,
+    queries,
+    k_places,
+    v_places,
+    mask_places,
+    column_places,
+    k_stride,
+    v_stride,
+    mask_stride,
+    scale,
+    row,
+    rows,
+    keys,
+    MASK: tl.constexpr,
+    MASS: tl.constexpr,
+    TOTALS: tl.constexpr,
     CHANNELS: tl.constexpr,
     VALUES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-) -> None:
-    """A block of rows of one head, key block by key block, relative to the highest score and largest mass so far."""
+    TAIL: tl.constexpr,
+):
+    """A block of keys for a block of rows, relative to the highest score so far."""
+    highest, total, mixed, weighed = state
+    key = first + tl.arange(0, BLOCK_N)
+    channel, value, column = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V), tl.arange(0, COLUMNS)
+    offset = tl.cast(first, tl.int64)
+    some_keys = _load(k_places + offset * k_stride, key, keys, channel, CHANNELS, BLOCK_C, TAIL)
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if MASS != NO_MASS:
+        columns = _load(column_places + offset * COLUMNS, key, keys, column, COLUMNS, COLUMNS, TAIL)
+    if MASS == IN_SCORES:
+        ones = tl.full((BLOCK_M, COLUMNS), 1.0, queries.dtype)
+        products = _product(ones, tl.trans(columns), products, EXACT)
+    products = _product(queries, tl.trans(some_keys), products, EXACT)
+    if MASK == NO_MASK and not TAIL:
+        # One operation per score, a product and a difference, where a mask needs two.
+        higher = tl.maximum(highest, tl.max(products, 1) * scale)
+        weights = tl.exp2(products * scale - _finite(higher)[:, None])
+    else:
+        scores = products * scale
+        if MASK != NO_MASK:
+            scores = _biased(scores, mask_places + offset * mask_stride, row, rows, key, keys, MASK)
+        if TAIL:
+            scores = tl.where((key < keys)[None, :], scores, -float("inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - _finite(higher)[:, None])
+    decay = tl.exp2(highest - _finite(higher))
+    if TOTALS or MASS != IN_VALUES:
+        total = total * decay + tl.sum(weights, 1)
+    if VALUES > 0:
+        some_values = _load(v_places + offset * v_stride, key, keys, value, VALUES, BLOCK_V, TAIL)
+        weights = weights.to(some_values.dtype)
+        mixed = _product(weights, some_values, mixed * decay[:, None], EXACT)
+        if MASS == IN_VALUES:
+            weighed = _product(weights, columns, weighed * decay[:, None], EXACT)
+    return higher, total, mixed, weighed
+
+
+@triton.jit
+def _attend(
+    q,
+    k,
+    v,
+    mask,
+    columns,
+    out,
+    highest_scores,
+    inverse_totals,
+    q_batch,
+    q_head,
+    q_row,
+    q_channel,
+    k_batch,
+    k_head,
+    k_row,
+    k_channel,
+    v_batch,
+    v_head,
+    v_row,
+    v_channel,
+    mask_batch,
+    mask_head,
+    mask_row,
+    mask_key,
+    columns_batch,
+    columns_head,
+    scale,
+    heads,
+    rows,
+    keys,
+    MASK: tl.constexpr,
+    MASS: tl.constexpr,
+    TOTALS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    VALUES: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A block of rows of one head, key block by key block."""
+    scale = tl.cast(scale, tl.float32)  # a compiled graph hands numbers over in double precision
     row_blocks = tl.cdiv(rows, BLOCK_M)
     row = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     plane = tl.program_id(0) // row_blocks
     batch, head = plane // heads, plane % heads
-    channel, value = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V)
-    k = _plane(k, k_strides, batch, head)
-    v = _plane(v, v_strides, batch, head)
-    if log_mass is not None:
-        log_mass = _plane(log_mass, log_mass_strides, batch, head)
-    queries = _tile(_plane(q, q_strides, batch, head), q_strides, row, channel, rows, CHANNELS)
+    channel, value, key = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_N)
+    q_places = _places(_plane(q, q_batch, q_head, batch, head), row, q_row, channel, q_channel)
+    k_places = _places(_plane(k, k_batch, k_head, batch, head), key, k_row, channel, k_channel)
+    v_places = _places(_plane(v, v_batch, v_head, batch, head), key, v_row, value, v_channel)
+    mask_places = _places(_plane(mask, mask_batch, mask_head, batch, head), row, mask_row, key, mask_key)
+    column_places = _places(
+        _plane(columns, columns_batch, columns_head, batch, head), key, COLUMNS, tl.arange(0, COLUMNS), 1
+    )
+    queries = _load(q_places, row, rows, channel, CHANNELS, BLOCK_C, True)
 
-    highest = tl.full((BLOCK_M,), -INFINITY, tl.float32)
-    heaviest = tl.full((1,), -INFINITY, tl.float32)
+    highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    weighed = tl.zeros((BLOCK_M,), tl.float32)
     mixed = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    for first in range(0, keys, BLOCK_N):
-        key = first + tl.arange(0, BLOCK_N)
-        some_keys = _tile(k, k_strides, key, channel, keys, CHANNELS)
-        scores = _scores(queries, some_keys, scale, mask, mask_strides, batch, head, row, key, rows, keys, PRECISION)
-        scores = tl.where((key < keys)[None, :], scores, -INFINITY)
-        higher = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - _finite(higher)[:, None])
-        decay = tl.exp2(highest - _finite(higher))
-        total = total * decay + tl.sum(weights, 1)
-        highest = higher
-        if VALUES > 0:
-            if log_mass is not None:
-                masses = tl.load(log_mass + key.to(tl.int64) * log_mass_strides[3], mask=key < keys, other=-INFINITY)
-                masses = masses.to(tl.float32) * LOG2_E
-                heavier = tl.maximum(heaviest, tl.max(masses, 0))
-                weights *= tl.exp2(masses - _finite(heavier))[None, :]
-                decay *= tl.exp2(heaviest - _finite(heavier))
-                weighed = weighed * decay + tl.sum(weights, 1)
-                heaviest = heavier
-            some_values = _tile(v, v_strides, key, value, keys, VALUES)
-            mixed = tl.dot(
-                weights.to(v.dtype.element_ty), some_values, mixed * decay[:, None], input_precision=PRECISION
-            )
+    weighed = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    whole = keys // BLOCK_N * BLOCK_N
+    for first in range(0, whole, BLOCK_N):
+        highest, total, mixed, weighed = _step(
+            (highest, total, mixed, weighed), first, queries, k_places, v_places, mask_places, column_places,
+            k_row, v_row, mask_key, scale, row, rows, keys,
+            MASK, MASS, TOTALS, CHANNELS, VALUES, EXACT, BLOCK_C, BLOCK_V, BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
+    if whole < keys:
+        highest, total, mixed, weighed = _step(
+            (highest, total, mixed, weighed), whole, queries, k_places, v_places, mask_places, column_places,
+            k_row, v_row, mask_key, scale, row, rows, keys,
+            MASK, MASS, TOTALS, CHANNELS, VALUES, EXACT, BLOCK_C, BLOCK_V, BLOCK_M, BLOCK_N, True,
+        )  # fmt: skip
 
-    place = plane.to(tl.int64) * rows + row
-    tl.store(highest_scores + place, _finite(highest), mask=row < rows)
-    tl.store(inverse_totals + place, _inverse(total), mask=row < rows)
+    if TOTALS:
+        place = plane.to(tl.int64) * rows + row
+        if MASK == NO_MASK:
+            tl.store(highest_scores + place, _finite(highest) + _log2(total), mask=row < rows)
+        else:
+            tl.store(highest_scores + place, _finite(highest), mask=row < rows)
+            tl.store(inverse_totals + place, _inverse(total), mask=row < rows)
     if VALUES > 0:
-        if log_mass is None:
-            weighed = total
-        mixed *= _inverse(weighed)[:, None]
-        to = _plane(out, out_strides, batch, head) + _offset(out_strides, row, value)
-        tl.store(to, mixed.to(out.dtype.element_ty), mask=_inside(row, value, rows, VALUES))
+        if MASS == IN_VALUES:
+            total = tl.sum(weighed, 1)
+        mixed *= _inverse(total)[:, None]
+        to = _places(out + plane // heads * tl.cast(heads, tl.int64) * rows * VALUES + head * VALUES, row, heads * VALUES, value, 1)
+        tl.store(to, mixed.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (value < VALUES)[None, :])
 
 
-@_tuned(
-    *(_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 2, 128), _Tile(128, 64, 8, 3, 128)),
-    *(_Tile(64, 64, 4, 3, 128), _Tile(64, 64, 4, 2), _Tile(64, 32, 4, 2)),
-)
-@_kernel
+@triton.jit
 def _share(
-    q: tl.tensor,
-    q_strides: tl.tuple,
-    k: tl.tensor,
-    k_strides: tl.tuple,
-    mask: tl.tensor,
-    mask_strides: tl.tuple,
-    highest_scores: tl.tensor,
-    inverse_totals: tl.tensor,
-    shares: tl.tensor,
-    scale: tl.tensor,
-    heads: tl.tensor,
-    rows: tl.tensor,
-    keys: tl.tensor,
-    rows_class: tl.tensor,
-    keys_class: tl.tensor,
+    q,
+    k,
+    mask,
+    highest_scores,
+    inverse_totals,
+    shares,
+    q_batch,
+    q_head,
+    q_row,
+    q_channel,
+    k_batch,
+    k_head,
+    k_row,
+    k_channel,
+    mask_batch,
+    mask_head,
+    mask_row,
+    mask_key,
+    scale,
+    log_heads,
+    heads,
+    rows,
+    keys,
+    MASK: tl.constexpr,
     CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-) -> None:
+):
     """What one span of keys adds to the sharpness of a block of rows."""
+    scale, log_heads = tl.cast(scale, tl.float32), tl.cast(log_heads, tl.float32)  # as above
     row_blocks = tl.cdiv(rows, BLOCK_M)
     row = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     plane = tl.program_id(0) // row_blocks
     spans = tl.cdiv(keys, SPAN)
     batch, span = plane // spans, plane % spans
     channel = tl.arange(0, BLOCK_C)
+    # Beyond the ends the last row and key are read again, and their results dropped.
+    near = tl.minimum(row, rows - 1)
+    q_places = _places(_plane(q, q_batch, q_head, batch, 0), near, q_row, channel, q_channel)
+    mask = _plane(mask, mask_batch, mask_head, batch, 0)
+    totals = tl.cast(batch, tl.int64) * heads * rows + near
 
+    # With `summed` the sum of the heads, `mean log mean = summed (log summed - log heads) / heads`.
     share = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(span * SPAN, tl.minimum(span * SPAN + SPAN, keys), BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        mean = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        within = tl.minimum(key, keys - 1)
+        k_places = _places(_plane(k, k_batch, k_head, batch, 0), within, k_row, channel, k_channel)
+        mask_places = _places(mask, near, mask_row, within, mask_key)
+        summed = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        highest = tl.load(highest_scores + totals)
         for head in range(heads):
-            queries = _tile(_plane(q, q_strides, batch, head), q_strides, row, channel, rows, CHANNELS)
-            some_keys = _tile(_plane(k, k_strides, batch, head), k_strides, key, channel, keys, CHANNELS)
-            scores = _scores(
-                queries, some_keys, scale, mask, mask_strides, batch, head, row, key, rows, keys, PRECISION
-            )
-            place = (tl.cast(batch, tl.int64) * heads + head) * rows + row
-            highest = tl.load(highest_scores + place, mask=row < rows, other=0.0)
-            inverse = tl.load(inverse_totals + place, mask=row < rows, other=0.0)
-            mean += tl.exp2(scores - highest[:, None]) * inverse[:, None]
-        mean = tl.where((key < keys)[None, :], mean / heads, 0.0)
-        share += tl.sum(mean * tl.log(tl.maximum(mean, TINY)), 1)
-    tl.store(shares + plane.to(tl.int64) * rows + row, share, mask=row < rows)
+            offset = tl.cast(head, tl.int64)
+            # Read before it is needed: this load does not wait in the queue of the others.
+            next_highest = tl.load(highest_scores + totals + tl.minimum(offset + 1, heads - 1) * rows)
+            queries = _load(q_places + offset * q_head, near, rows, channel, CHANNELS, BLOCK_C, False)
+            some_keys = _load(k_places + offset * k_head, within, keys, channel, CHANNELS, BLOCK_C, False)
+            scores = _product(queries, tl.trans(some_keys), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), EXACT) * scale
+            if MASK == NO_MASK:
+                summed += tl.exp2(scores - highest[:, None])
+            else:
+                scores = _biased(scores, mask_places + offset * mask_head, row, rows, key, keys, MASK)
+                inverse = tl.load(inverse_totals + totals + offset * rows)
+                summed += tl.exp2(scores - highest[:, None]) * inverse[:, None]
+            highest = next_highest
+        summed = tl.where((key < keys)[None, :], summed, 0.0)
+        share += tl.sum(summed * (_log2(tl.maximum(summed, TINY)) - log_heads), 1)
+    tl.store(shares + plane.to(tl.int64) * rows + row, share / (heads * LOG2_E), mask=row < rows)
+
+
+@triton.jit
+def _match(
+    metric,
+    inverse_norm,
+    best_products,
+    best_places,
+    metric_batch,
+    metric_row,
+    metric_channel,
+    tokens,
+    channels,
+    EXACT: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The best of one span of destinations for a block of sources; what is half precision is multiplied exactly."""
+    sources, destinations = (tokens + 1) // 2, tokens // 2
+    row_blocks = tl.cdiv(sources, BLOCK_M)
+    row = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    plane = tl.program_id(0) // row_blocks
+    spans = tl.cdiv(destinations, SPAN)
+    batch, span = plane // spans, plane % spans
+    channel = tl.arange(0, BLOCK_C)
+    metric = _plane(metric, metric_batch, 0, batch, 0)
+    inverse_norm = inverse_norm + tl.cast(batch, tl.int64) * tokens
+    source_places = _places(metric, 2 * tl.minimum(row, sources - 1), metric_row, channel, metric_channel)
+
+    best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    place = tl.zeros((BLOCK_M,), tl.int32)
+    for first in range(span * SPAN, tl.minimum(span * SPAN + SPAN, destinations), BLOCK_N):
+        destination = first + tl.arange(0, BLOCK_N)
+        odd = 2 * tl.minimum(destination, destinations - 1) + 1
+        odd_places = _places(metric, odd, metric_row, channel, metric_channel)
+        products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for some in range(0, channels, BLOCK_C):
+            offset = tl.cast(some, tl.int64) * metric_channel
+            inside = (channel < channels - some)[None, :]
+            left = tl.load(source_places + offset, mask=inside, other=0)
+            right = tl.load(odd_places + offset, mask=inside, other=0)
+            products = _product(left, tl.trans(right), products, EXACT)
+        products *= tl.load(inverse_norm + odd)[None, :]
+        products = tl.where((destination < destinations)[None, :], products, -float("inf"))
+        highest, which = tl.max(products, 1, return_indices=True)
+        place = tl.where(highest > best, first + which, place)
+        best = tl.maximum(best, highest)
+    to = plane.to(tl.int64) * sources + row
+    tl.store(best_products + to, best, mask=row < sources)
+    tl.store(best_places + to, place, mask=row < sources)
