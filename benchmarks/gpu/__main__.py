@@ -1,7 +1,7 @@
 """Every number that needs a GPU, the most important first, in a time that is told.
 
     python -m benchmarks.gpu [--minutes 8] [--parts correct models kernels merging] [--out benchmarks/results]
-    python -m benchmarks.gpu --dry
+    TRITON_INTERPRET=1 python -m benchmarks.gpu --dry --out /tmp/dry
 
 While the first part checks results, other processes compile the models of the second. `gpu.json` is written anew after
 every row, so a run that is cut keeps what it has. `--dry` runs the whole of it on a CPU with the smallest sizes.
@@ -44,7 +44,10 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=timing.RESULTS, help="folder of gpu.json")
     parser.add_argument("--dry", action="store_true")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    if chosen.dry and chosen.out == timing.RESULTS:
+        parser.error("--dry measures nothing that is worth keeping there: name another folder with --out")
+    return chosen
 
 
 def processes() -> int:

@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 
 import tldr_compile
 from benchmarks.gpu.driver import Jobs, Row, Setup
+from benchmarks.gpu.load import SPECS, TINY
 from benchmarks.speed import difference
-from benchmarks.umt import UMT, UMTConfig
 from tests.umt import ENCODERS, golden_encoder
 from tldr_compile import ops
 from tldr_compile.ops import reference
@@ -170,14 +170,13 @@ def _worst(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def _models(device: torch.device) -> Jobs:
-    graphs = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
-    schedule = {"options": {"schedule": [24, 12]}}
+    cuda = device.type == "cuda"
+    schedule = {"options": {"schedule": list(SPECS[TINY].schedule)}}
     yield "compiled, float32", partial(twins, device, FP32, **schedule)
-    yield "compiled, bfloat16", partial(twins, device, BF16, **schedule)
-    yield (
-        "compiled with CUDA graphs" if graphs else "compiled, default schedule",
-        partial(twins, device, FP32, **graphs),
-    )
+    if cuda:
+        yield "compiled, bfloat16", partial(twins, device, BF16, **schedule)
+    graphs = {"mode": "reduce-overhead"}  # a mode goes with the default schedule
+    yield "compiled with CUDA graphs", partial(twins, device, FP32, **(graphs if cuda else schedule))
 
 
 @torch.inference_mode()
@@ -185,9 +184,10 @@ def twins(device: torch.device, dtype: torch.dtype, **options: Any) -> Row:
     """The backend against `apply` on inputs that change; calls after the first two may not wait for the device."""
     torch._dynamo.reset()
     counters.clear()
+    spec = SPECS[TINY]
     with device:
-        model = UMT(UMTConfig(image=32, frames=4, patch=8, dim=64, depth=2, heads=2, classes=5)).eval().to(dtype)
-        videos = [torch.randn(2, 3, 4, 32, 32).to(dtype) for _ in range(4)]
+        model = spec.build().to(dtype)
+    videos = [torch.randn(2, *spec.shape, device=device, dtype=dtype) for _ in range(4)]
     with exact_products():
         compiled = torch.compile(model, backend="tldr", **options)
         merged = tldr_compile.apply(model, (videos[0],), **options.get("options", {}))

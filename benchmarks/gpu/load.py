@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -30,9 +30,9 @@ SPECS: dict[str, Spec] = {
     **MODELS,
     TINY: Spec(
         "UMT, tiny",
-        lambda: UMT(UMTConfig(image=32, frames=4, patch=8, dim=32, depth=2, heads=2, classes=3)),
+        lambda: UMT(UMTConfig(image=32, frames=4, patch=8, dim=64, depth=2, heads=2, classes=3)),
         (3, 4, 32, 32),
-        (16,),
+        (16, 8),
     ),
 }
 NAMES = ("umt-b", "videomae-l", "vjepa2-l", "umt-l")
@@ -72,10 +72,19 @@ class Load:
         spec = SPECS[self.model]
         with device:
             model = spec.build().to(dtype_on(device))
+        move_tables(model, device)
         return Setting(model, spec.schedule, {"triton.cudagraphs": True} if self.graphs else {})
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         return tuple(value.to(device, dtype_on(device)) for value in SPECS[self.model].inputs(self.batch))
+
+
+def move_tables(model: nn.Module, device: torch.device) -> None:
+    """Tensors that are neither parameters nor buffers: left on the CPU, each call would wait for their copies."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                setattr(module, name, value.to(device))
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

@@ -16,22 +16,20 @@ from benchmarks.gpu.load import Load, call_of
 from benchmarks.speed import OURS, Setting, difference, leading
 from benchmarks.timing import Spread
 
-LEAST = 25.0  # seconds that a load takes at least, with all its code in the caches
+WARM, COLD = 25.0, 120.0  # seconds that a load needs, with its code in the caches and without
 ROUNDS = 7
 
 
 def models(setup: Setup) -> Jobs:
     """The loads whose code is in the caches, then the others."""
-    loads: Sequence[Load] = setup.loads
-    if setup.warm is not None:
-        warm = setup.warm
-        yield "compiling ahead", lambda: {"first_call_seconds": warm.wait()}
-        loads = sorted(loads, key=lambda load: not warm.has(load))
-    for load in loads:
-        if setup.left() < LEAST and not setup.dry:
-            break
-        free(setup.device)
-        yield from _load(load, setup)
+    warm = setup.warm
+    if warm is None:
+        raise ValueError("the part needs processes that compile ahead")
+    yield "compiling ahead", lambda: {"first_call_seconds": warm.wait()}
+    for load in sorted(setup.loads, key=lambda load: not warm.has(load)):
+        if setup.dry or setup.left() > (WARM if warm.has(load) else COLD):
+            free(setup.device)
+            yield from _load(load, setup)
     free(setup.device)
 
 
@@ -39,8 +37,8 @@ def _load(load: Load, setup: Setup) -> Jobs:
     """A job for the first call of every row, and one that times those that ran."""
     run = Alternation(load, setup.device)
     for row in load.rows:
-        if setup.left() < LEAST / 2 and not setup.dry:
-            break
+        if not setup.dry and setup.left() < WARM / 2:
+            break  # what is compiled can still be timed
         yield f"{load.name}: first call of {row}", partial(run.first, row)
     if run.calls:
         yield load.name, partial(run.time, rounds=2 if setup.dry else ROUNDS)
@@ -52,7 +50,7 @@ class Alternation:
     def __init__(self, load: Load, device: torch.device) -> None:
         self.load, self.device = load, device
         self.calls: dict[str, timing.Call] = {}
-        self.peaks: dict[str, int] = {}
+        self.facts: dict[str, Row] = {}
         self.outputs: dict[str, torch.Tensor] = {}
 
     @cached_property
@@ -70,9 +68,10 @@ class Alternation:
             seconds = timing.seconds(call, self.device)
             attention = attention_calls(call)
             self.outputs[row] = leading(call()).clone()
-            self.peaks[row] = timing.peak_bytes(call, self.device)
+            peak = timing.peak_bytes(call, self.device)
         self.calls[row] = call
-        return {"first_call": seconds, "peak_bytes": self.peaks[row], "attention": attention}
+        self.facts[row] = {"first_call": seconds, "peak_bytes": peak, "attention": attention}
+        return self.facts[row]
 
     def time(self, rounds: int) -> Row:
         with self.load.running():
@@ -87,9 +86,9 @@ class Alternation:
             "rows": [
                 {
                     "row": row,
+                    **self.facts[row],
                     "latency": Spread.of(seconds),
                     "clips_per_second": self.load.batch / Spread.of(seconds).median,
-                    "peak_bytes": self.peaks[row],
                     "ours_over_this": timing.ratio(taken[OURS], seconds) if OURS in taken else None,
                     "this_over_ours": timing.ratio(seconds, taken[OURS]) if OURS in taken else None,
                     "difference_to_first_row": difference(self.outputs[row], first_row),
