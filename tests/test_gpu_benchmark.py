@@ -82,10 +82,24 @@ def test_the_deadline_stops_it_and_what_was_done_is_kept(tmp_path: Path) -> None
         time.sleep(0.2)
         return {"found": len(kept(tmp_path)["rows"])}
 
-    rows = driver.run({"a": part({"first": dict, "slow": slow, "never": dict})}, setup(0.15), tmp_path)
-    assert [row["name"] for row in rows] == ["first", "slow"]
+    jobs = {"first": dict, "slow": slow, "late": pytest.fail, "later": pytest.fail}
+    rows = driver.run({"a": part(jobs)}, setup(0.15), tmp_path)
+    assert [row["name"] for row in rows] == ["first", "slow", "late"]
     assert rows[1]["found"] == 1  # on disk before the next one began
+    assert "no time" in rows[2][driver.LEFT_OUT]
+    assert not driver.failed(rows[2])
     assert kept(tmp_path)["rows"] == rows
+
+
+def test_a_part_makes_room_for_the_next(tmp_path: Path) -> None:
+    left: list[float] = []
+
+    def noting(setup: Setup) -> Jobs:
+        left.append(setup.left())
+        yield from ()
+
+    driver.run({"a": noting, "b": noting}, setup(100), tmp_path, {"a": 0.25, "b": 0.5})
+    assert left == pytest.approx([25, 100], abs=1)
 
 
 @pytest.mark.parametrize(("row", "status"), [({"ok": True}, 0), ({"ok": False}, 1), ({"error": "E"}, 1)])

@@ -35,12 +35,14 @@ PARTS: Mapping[str, Part] = {
 }
 TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {"models": models.table, "merging": merging.table}
 
+# Fractions of the time: when a part ends at the latest, if others follow.
+UNTIL = {"correct": 0.4, "models": 0.75, "kernels": 0.9}
 AHEAD = 0.35  # of the time may pass before what is not yet compiled is compiled where it is measured
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which nothing new begins")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which no row begins")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=timing.RESULTS, help="folder of gpu.json")
     parser.add_argument("--dry", action="store_true")
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warm = Warm(found, device, processes=processes(), until=until, fresh=not chosen.dry)
             stack.callback(warm.stop)
         setup = Setup(device, chosen.dry, begin + 60 * chosen.minutes, found, warm)
-        rows = run(parts, setup, chosen.out)
+        rows = run(parts, setup, chosen.out, UNTIL)
     print(summary(rows))
     return int(any(map(failed, rows)))
 

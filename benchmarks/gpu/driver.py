@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ Row: TypeAlias = dict[str, Any]
 Jobs: TypeAlias = "Iterator[tuple[str, Callable[[], Row]]]"
 """The name of a row, and what measures it. What a job raises is the row's error, and the next job runs."""
 
+LEFT_OUT = "left_out"
 TEXT = 500  # characters of an error, and of what is shown of a row
 
 
@@ -41,17 +42,24 @@ class Setup:
 Part: TypeAlias = Callable[[Setup], Jobs]
 
 
-def run(parts: Mapping[str, Part], setup: Setup, folder: Path) -> list[Row]:
-    """All rows of all parts, as far as the time goes; `gpu.json` in the folder holds those that are done."""
+def run(parts: Mapping[str, Part], setup: Setup, folder: Path, until: Mapping[str, float] | None = None) -> list[Row]:
+    """All rows of all parts, as far as the time goes; `gpu.json` in the folder holds those that are done.
+
+    `until` tells after which fraction of the time a part makes room for the next ones, if it is not the last.
+    """
     record: dict[str, Any] = {"machine": timing.machine(setup.device), "versions": versions(), "dry": setup.dry}
     rows: list[Row] = []
-    begin = time.monotonic()
+    begin, all_time = time.monotonic(), setup.left()
+    fractions = {**dict.fromkeys(parts, 1.0), **(until or {}), list(parts)[-1]: 1.0}
     for part, jobs_of in parts.items():
-        jobs = jobs_of(setup)
-        while setup.left() > 0 and (row := _next(jobs)) is not None:
+        own = replace(setup, deadline=setup.deadline - (1 - fractions[part]) * all_time)
+        jobs = jobs_of(own)
+        while (row := _next(jobs, own)) is not None:
             rows.append({"part": part, **row, "at": round(time.monotonic() - begin, 1)})
             timing.write("gpu", {**record, "rows": rows}, folder)
             print(line(rows[-1]), flush=True)
+            if LEFT_OUT in row:
+                break
     return rows
 
 
@@ -73,12 +81,15 @@ def versions() -> dict[str, str]:
     return found if cudnn is None else {**found, "cudnn": str(cudnn)}
 
 
-def _next(jobs: Jobs) -> Row | None:
-    """The next row; None after the last. A part that itself raises ends with a row that says so."""
+def _next(jobs: Jobs, setup: Setup) -> Row | None:
+    """The next row, or that there is no time for it; None after the last. What raises is told in its row."""
     name = "the part itself"
     try:
         name, measure = next(jobs)
-        return {"name": name, **measure()}
+        return {
+            "name": name,
+            **(measure() if setup.left() > 0 else {LEFT_OUT: "no time is left for this and what follows"}),
+        }
     except StopIteration:
         return None
     except Exception as error:  # noqa: BLE001 - one row that cannot be had must not cost the others
