@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tldr_compile.cli.measure import Spread, alternate, peak_bytes, ratio, seconds
+from tldr_compile.cli.measure import Call, Spread, alternate, peak_bytes, ratio, seconds
 
-__all__ = ["RESULTS", "Spread", "alternate", "machine", "peak_bytes", "ratio", "seconds", "write"]
+__all__ = [
+    "RESULTS",
+    "Call",
+    "Spread",
+    "alternate",
+    "device_seconds",
+    "machine",
+    "paired",
+    "peak_bytes",
+    "ratio",
+    "seconds",
+    "write",
+]
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler reports every start and stop on stderr
 RESULTS = Path(__file__).parent / "results"
@@ -36,12 +50,45 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def device_seconds(call: Call, device: torch.device) -> float:
+    """Seconds from the first to the last work of one call on its device; on a CPU, wall-clock."""
+    if device.type != "cuda":
+        return seconds(call, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def paired(
+    calls: Mapping[str, Call], device: torch.device, *, rounds: int, least: float = 0.02
+) -> dict[str, list[float]]:
+    """Seconds per call on the device in each of `rounds`, all calls in alternation, after one call of each.
+
+    A round repeats a short call until it fills `least` seconds, so that the launch of the first kernel hardly counts.
+    """
+    for call in calls.values():
+        call()
+    counts = {name: math.ceil(least / device_seconds(call, device)) for name, call in calls.items()}
+    repeats = {name: partial(_repeat, call, counts[name]) for name, call in calls.items()}
+    taken = alternate(repeats, device, rounds=rounds, tick=lambda: None, clock=device_seconds)
+    return {name: [value / counts[name] for value in values] for name, values in taken.items()}
+
+
 def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     """Keep a record as `name.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def _repeat(call: Call, count: int) -> None:
+    for _ in range(count):
+        call()
 
 
 def _cpu_name() -> str:

@@ -49,9 +49,14 @@ def seconds(call: Call, device: torch.device) -> float:
 
 
 def alternate(
-    calls: Mapping[str, Call], device: torch.device, *, rounds: int, tick: Callable[[], object]
+    calls: Mapping[str, Call],
+    device: torch.device,
+    *,
+    rounds: int,
+    tick: Callable[[], object],
+    clock: Callable[[Call, torch.device], float] = seconds,
 ) -> dict[str, list[float]]:
-    """Seconds of every call in each of `rounds`; `tick` is called after each measurement.
+    """Seconds of every call in each of `rounds`, by `clock`; `tick` is called after each measurement.
 
     All calls take their turn within one round, so that a machine that slows down slows all of them, and every other
     round runs backwards, so that no call always follows the same one.
@@ -60,7 +65,7 @@ def alternate(
     order = list(calls)
     for _ in range(rounds):
         for name in order:
-            taken[name].append(seconds(calls[name], device))
+            taken[name].append(clock(calls[name], device))
             tick()
         order.reverse()
     return taken

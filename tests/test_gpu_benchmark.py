@@ -1,0 +1,145 @@
+"""The one command for GPUs, as far as it goes without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import driver, merging, models
+from benchmarks.gpu.__main__ import PARTS, main, options
+from benchmarks.gpu.correct import FORWARD, relative
+from benchmarks.gpu.driver import Jobs, Row, Setup
+from benchmarks.gpu.load import SPECS, TINY, Load, attention_shape
+from benchmarks.timing import RESULTS
+
+CPU = torch.device("cpu")
+
+
+def setup(seconds: float = 60) -> Setup:
+    return Setup(CPU, dry=True, deadline=time.monotonic() + seconds)
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_all_of_it_runs_dry(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = kept(tmp_path)
+    assert record["machine"]["date"]
+    assert record["machine"]["device"]
+    assert record["versions"]["torch"] == torch.__version__
+    assert [row for row in record["rows"] if driver.failed(row)] == []
+    with_rows = {row["part"] for row in record["rows"]}
+    assert with_rows == PARTS.keys() - {"kernels"}  # which has none yet
+    named = {row["name"]: row for row in record["rows"]}
+    assert all(f"{TINY} b2, {row}" in named["compiling ahead"]["first_call_seconds"] for row in Load(TINY, 2).rows)
+    timed = named[f"{TINY} b2"]["rows"]
+    assert [row["row"] for row in timed] == list(Load(TINY, 2).rows)
+    assert all(0 < row["latency"][0] <= row["latency"][2] for row in timed)
+    assert timed[1]["difference_to_first_row"] > 0 == timed[0]["difference_to_first_row"]
+    assert named[f"{TINY} b2: ours"]["groups"]["sharpness"] > 0
+    assert "sharpness" not in named[f"{TINY} b2: floor by hand"]["groups"]
+
+
+def part(jobs: dict[str, Any]) -> driver.Part:
+    return lambda setup: iter(jobs.items())
+
+
+def test_a_row_that_raises_costs_no_other(tmp_path: Path) -> None:
+    def broken() -> Row:
+        raise ValueError("x" * 1000)
+
+    jobs = {"before": lambda: {"value": 1}, "broken": broken, "after": lambda: {"value": 2}}
+    rows = driver.run({"a": part(jobs)}, setup(), tmp_path)
+    assert [row["name"] for row in rows] == ["before", "broken", "after"]
+    assert rows[1]["error"] == "ValueError: " + "x" * (driver.TEXT - len("ValueError: "))
+    assert [driver.failed(row) for row in rows] == [False, True, False]
+    assert kept(tmp_path)["rows"] == rows
+
+
+def test_a_part_that_raises_ends_with_a_row_and_the_next_one_runs(tmp_path: Path) -> None:
+    def broken(setup: Setup) -> Jobs:
+        yield "first", dict
+        raise RuntimeError("no more")
+
+    rows = driver.run({"a": broken, "b": part({"second": dict})}, setup(), tmp_path)
+    assert [(row["part"], row["name"]) for row in rows] == [("a", "first"), ("a", "the part itself"), ("b", "second")]
+    assert rows[1]["error"] == "RuntimeError: no more"
+
+
+def test_the_deadline_stops_it_and_what_was_done_is_kept(tmp_path: Path) -> None:
+    def slow() -> Row:
+        time.sleep(0.2)
+        return {"found": len(kept(tmp_path)["rows"])}
+
+    jobs = {"first": dict, "slow": slow, "late": pytest.fail, "later": pytest.fail}
+    rows = driver.run({"a": part(jobs)}, setup(0.15), tmp_path)
+    assert [row["name"] for row in rows] == ["first", "slow", "late"]
+    assert rows[1]["found"] == 1  # on disk before the next one began
+    assert "no time" in rows[2][driver.LEFT_OUT]
+    assert not driver.failed(rows[2])
+    assert kept(tmp_path)["rows"] == rows
+
+
+def test_a_part_makes_room_for_the_next(tmp_path: Path) -> None:
+    left: list[float] = []
+
+    def noting(setup: Setup) -> Jobs:
+        left.append(setup.left())
+        yield from ()
+
+    driver.run({"a": noting, "b": noting}, setup(100), tmp_path, {"a": 0.25, "b": 0.5})
+    assert left == pytest.approx([25, 100], abs=1)
+
+
+@pytest.mark.parametrize(("row", "status"), [({"ok": True}, 0), ({"ok": False}, 1), ({"error": "E"}, 1)])
+def test_the_exit_status_tells_of_failures(
+    row: Row, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.__main__.PARTS", {"correct": part({"it": lambda: row})})
+    assert main(["--dry", "--parts", "correct", "--out", str(tmp_path)]) == status
+    assert f"1 rows, {status} failed" in capsys.readouterr().out
+
+
+def test_a_dry_run_does_not_overwrite_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options(["--dry"])
+    assert "name another folder" in capsys.readouterr().err
+
+
+def test_attention_of_full_size_models() -> None:
+    assert attention_shape(SPECS["umt-b"]) == (12, 2352, 64)
+    assert attention_shape(SPECS["videomae-l"]) == (16, 1568, 64)
+
+
+def test_what_is_no_number_is_no_small_error() -> None:
+    case = FORWARD[0]
+    (q, _, _), _, log_mass = case.inputs(CPU)
+    assert q.shape == (2, 3, case.tokens, case.channels)
+    assert log_mass is not None
+    assert not relative(q * torch.nan, q) <= 1
+
+
+def test_tables_show_every_row() -> None:
+    spread = [0.001, 0.002, 0.003]
+    timed = {"row": "ours", "latency": spread, "clips_per_second": 4.0, "this_over_ours": [1, 1, 1], "peak_bytes": 5e6}
+    load = {"name": "m b8", "rows": [timed], "fused_attention_alone": {"FLASH_ATTENTION": 0.1}}
+    assert "m b8" in models.table([{"name": "compiling ahead"}, load])
+    assert "1.00 / 2.00 / 3.00" in models.table([load])
+    profile = {
+        "name": "m b8: ours",
+        "groups": {"sharpness": 2e-6},
+        "top": [{"kernel": "k", "per_call": 3, "seconds": 1e-6}],
+    }
+    assert "sharpness 2 us" in merging.table([profile])
+    assert "3.0 x k" in merging.table([profile])
