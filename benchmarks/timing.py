@@ -27,6 +27,7 @@ __all__ = [
     "paired",
     "peak_bytes",
     "ratio",
+    "repeat",
     "seconds",
     "write",
 ]
@@ -73,7 +74,7 @@ def paired(
     for call in calls.values():
         call()
     counts = {name: math.ceil(least / device_seconds(call, device)) for name, call in calls.items()}
-    repeats = {name: partial(_repeat, call, counts[name]) for name, call in calls.items()}
+    repeats = {name: partial(repeat, call, counts[name]) for name, call in calls.items()}
     taken = alternate(repeats, device, rounds=rounds, tick=lambda: None, clock=device_seconds)
     return {name: [value / counts[name] for value in values] for name, values in taken.items()}
 
@@ -86,7 +87,8 @@ def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     return path
 
 
-def _repeat(call: Call, count: int) -> None:
+def repeat(call: Call, count: int) -> None:
+    """Call so often."""
     for _ in range(count):
         call()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.gpu.load import Load
-from benchmarks.gpu.warm import Warm
+from benchmarks.gpu.workers import Workers
 
 Row: TypeAlias = dict[str, Any]
 Jobs: TypeAlias = "Iterator[tuple[str, Callable[[], Row]]]"
@@ -32,7 +32,7 @@ class Setup:
     dry: bool
     deadline: float  # of `time.monotonic`
     loads: tuple[Load, ...] = ()
-    warm: Warm | None = None
+    workers: Workers = field(default_factory=lambda: Workers(torch.device("cpu")))
 
     def left(self) -> float:
         """Seconds until the deadline."""

@@ -54,6 +54,15 @@ class Load:
         return f"{self.model} b{self.batch}{' graphs' if self.graphs else ''}"
 
     @property
+    def setting_name(self) -> str:
+        """What loads that compile together have in common."""
+        return f"batch {self.batch}{' with CUDA graphs' if self.graphs else ''}"
+
+    @property
+    def inductor(self) -> dict[str, Any]:
+        return {"triton.cudagraphs": True} if self.graphs else {}
+
+    @property
     def rows(self) -> tuple[str, ...]:
         """Dense, ours and the floor lead."""
         if self.model == TINY:
@@ -73,7 +82,7 @@ class Load:
         with device:
             model = spec.build().to(dtype_on(device))
         move_tables(model, device)
-        return Setting(model, spec.schedule, {"triton.cudagraphs": True} if self.graphs else {})
+        return Setting(model, spec.schedule, self.inductor)
 
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         return tuple(value.to(device, dtype_on(device)) for value in SPECS[self.model].inputs(self.batch))
@@ -99,7 +108,7 @@ def call_of(setting: Setting, inputs: tuple[Tensor, ...], row: str) -> timing.Ca
 def loads(device: torch.device, *, dry: bool) -> tuple[Load, ...]:
     """All that is measured, the most important first, each with the attention that is fastest for it."""
     if dry:
-        plain = [Load(TINY, 2)]
+        plain = [Load(TINY, 2), Load(TINY, 1)]
     else:
         plain = [Load(name, batch) for batch in BATCHES for name in NAMES]
         plain += [Load(name, 1, graphs=True) for name in NAMES]

@@ -2,119 +2,110 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any
 
-import torch
-from torch.profiler import ProfilerActivity, profile
+from benchmarks.gpu.driver import LEFT_OUT, Jobs, Setup
+from benchmarks.gpu.load import Load
+from benchmarks.gpu.workers import Row, WorkerError, Workers, difference
+from benchmarks.speed import OURS
+from benchmarks.timing import Spread, ratio
 
-from benchmarks import timing
-from benchmarks.gpu.driver import Jobs, Row, Setup
-from benchmarks.gpu.load import Load, call_of
-from benchmarks.speed import OURS, Setting, difference, leading
-from benchmarks.timing import Spread
-
-WARM, COLD = 25.0, 120.0  # seconds that a load needs, with its code in the caches and without
 ROUNDS = 7
+LEAST = 0.02  # seconds of a round
+
+
+def phases(loads: Sequence[Load]) -> Iterator[list[Load]]:
+    """What compiles at the same time; then nothing does, and each is timed."""
+    for _, together in groupby(loads, key=lambda load: (load.batch, load.graphs)):
+        yield list(together)
+
+
+def begin(setup: Setup) -> None:
+    """Let the first phase compile."""
+    for load in next(phases(setup.loads)):
+        setup.workers.begin(load)
 
 
 def models(setup: Setup) -> Jobs:
-    """The loads whose code is in the caches, then the others."""
-    warm = setup.warm
-    if warm is None:
-        raise ValueError("the part needs processes that compile ahead")
-    yield "compiling ahead", lambda: {"first_call_seconds": warm.wait()}
-    for load in sorted(setup.loads, key=lambda load: not warm.has(load)):
-        if setup.dry or setup.left() > (WARM if warm.has(load) else COLD):
-            free(setup.device)
-            yield from _load(load, setup)
-    free(setup.device)
+    """The first batch of every model."""
+    yield from _measured(list(phases(setup.loads))[:1], setup)
 
 
-def _load(load: Load, setup: Setup) -> Jobs:
-    """A job for the first call of every row, and one that times those that ran."""
-    run = Alternation(load, setup.device)
-    for row in load.rows:
-        if not setup.dry and setup.left() < WARM / 2:
-            break  # what is compiled can still be timed
-        yield f"{load.name}: first call of {row}", partial(run.first, row)
-    if run.calls:
-        yield load.name, partial(run.time, rounds=2 if setup.dry else ROUNDS)
+def batches(setup: Setup) -> Jobs:
+    """The other ones."""
+    yield from _measured(list(phases(setup.loads))[1:], setup)
 
 
-class Alternation:
-    """The rows of one load: compiled one by one, timed together."""
-
-    def __init__(self, load: Load, device: torch.device) -> None:
-        self.load, self.device = load, device
-        self.calls: dict[str, timing.Call] = {}
-        self.facts: dict[str, Row] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
-
-    @cached_property
-    def setting(self) -> Setting:
-        return self.load.setting(self.device)
-
-    @cached_property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        return self.load.inputs(self.device)
-
-    def first(self, row: str) -> Row:
-        """What the first call takes, what a later one holds, and which operators attend."""
-        with self.load.running():
-            call = call_of(self.setting, self.inputs, row)
-            seconds = timing.seconds(call, self.device)
-            attention = attention_calls(call)
-            self.outputs[row] = leading(call()).clone()
-            peak = timing.peak_bytes(call, self.device)
-        self.calls[row] = call
-        self.facts[row] = {"first_call": seconds, "peak_bytes": peak, "attention": attention}
-        return self.facts[row]
-
-    def time(self, rounds: int) -> Row:
-        with self.load.running():
-            taken = timing.paired(self.calls, self.device, rounds=rounds)
-        weights = sum(value.nbytes for value in self.setting.model.parameters())
-        first_row = next(iter(self.outputs.values()))
-        return {
-            "schedule": self.setting.schedule,
-            "inductor": self.setting.inductor,
-            "fused_attention_alone": dict(self.load.attention),
-            "weight_bytes": weights,
-            "rows": [
-                {
-                    "row": row,
-                    **self.facts[row],
-                    "latency": Spread.of(seconds),
-                    "clips_per_second": self.load.batch / Spread.of(seconds).median,
-                    "ours_over_this": timing.ratio(taken[OURS], seconds) if OURS in taken else None,
-                    "this_over_ours": timing.ratio(seconds, taken[OURS]) if OURS in taken else None,
-                    "difference_to_first_row": difference(self.outputs[row], first_row),
-                }
-                for row, seconds in taken.items()
-            ],
-        }
+def _measured(found: Sequence[list[Load]], setup: Setup) -> Jobs:
+    for phase in found:
+        for load in phase:
+            setup.workers.begin(load)
+        yield f"{phase[0].setting_name}: first calls", partial(first_calls, phase, setup)
+        for load in phase:
+            yield load.name, partial(timed, load, setup, rounds=2 if setup.dry else ROUNDS)
 
 
-def free(device: torch.device) -> None:
-    """Give the memory of what is no longer referred to back, for the next load."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def first_calls(phase: Sequence[Load], setup: Setup) -> dict[str, Any]:
+    """Seconds of every row's first call, or why it has none; what is not ready at the deadline is left out."""
+    told: dict[str, Any] = {}
+    for load in phase:
+        for row in load.rows:
+            try:
+                told[f"{load.name}, {row}"] = setup.workers.of(load, row).compiled(load, setup.left())["first_call"]
+            except WorkerError as error:
+                told[f"{load.name}, {row}"] = str(error)
+            except TimeoutError:
+                return {"first_call_seconds": told, LEFT_OUT: f"{load.name}, {row} does not compile in the time left"}
+    return {"first_call_seconds": told}
 
 
-def attention_calls(call: timing.Call) -> dict[str, int]:
-    """How often one call asks each operator for attention; none in the replay of a CUDA graph."""
-    with profile(activities=[ProfilerActivity.CPU]) as run:
-        call()
+def timed(load: Load, setup: Setup, rounds: int) -> dict[str, Any]:
+    """Every row in its turn, every other round backwards."""
+    facts, errors = _facts(load, setup.workers)
+    workers = {row: setup.workers.of(load, row) for row in facts}
+    taken: dict[str, list[float]] = {row: [] for row in facts}
+    once = {row: worker.ask(Row.seconds, load, 1, wait=60) for row, worker in workers.items()}
+    order = list(facts)
+    for _ in range(rounds):
+        for row in order:
+            count = math.ceil(LEAST / once[row])
+            taken[row].append(workers[row].ask(Row.seconds, load, count, wait=60))
+        order.reverse()
+    outputs = {row: fact.pop("output") for row, fact in facts.items()}
+    first = next(iter(outputs.values()))
     return {
-        event.key: event.count
-        for event in run.key_averages()
-        if event.key.startswith(("tldr::attend", "aten::_scaled_dot_product"))
+        "batch": load.batch,
+        "graphs": load.graphs,
+        "fused_attention_alone": dict(load.attention),
+        "weight_bytes": workers[order[0]].ask(Row.weight_bytes, wait=60),
+        **({"error": f"{'; '.join(errors)}"} if errors else {}),
+        "rows": [
+            {
+                "row": row,
+                **facts[row],
+                "latency": Spread.of(seconds),
+                "clips_per_second": load.batch / Spread.of(seconds).median,
+                "ours_over_this": ratio(taken[OURS], seconds) if OURS in taken else None,
+                "this_over_ours": ratio(seconds, taken[OURS]) if OURS in taken else None,
+                "difference_to_first_row": difference(outputs[row], first),
+            }
+            for row, seconds in taken.items()
+        ],
     }
+
+
+def _facts(load: Load, workers: Workers) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    facts, errors = {}, []
+    for row in load.rows:
+        try:
+            facts[row] = dict(workers.of(load, row).compiled(load, 0))
+        except WorkerError as error:
+            errors.append(f"{row}: {error}")
+    return facts, errors
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -125,10 +116,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             continue
         fused = next(iter(load["fused_attention_alone"]))
         for row in load["rows"]:
-            ratio = row["this_over_ours"]
+            over = row["this_over_ours"]
             lines.append(
                 f"{load['name']:<20} {row['row']:<18} {_spread(row['latency'], 1000, 2):>24} "
-                f"{row['clips_per_second']:>8.1f} {_spread(ratio, 1, 3) if ratio else '-':>21} "
+                f"{row['clips_per_second']:>8.1f} {_spread(over, 1, 3) if over else '-':>21} "
                 f"{row['peak_bytes'] / 1e6:>7.0f} {fused}"
             )
     return "\n".join(lines)

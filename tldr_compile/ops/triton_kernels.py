@@ -99,7 +99,7 @@ def attend_and_sharpness(
         v, columns = _weighed(v, _relative(log_mass, q, k))
         kind = IN_VALUES
     out = _launch_attend(q, k, v, columns, kind, scale, mask, highest, inverse)
-    return out, _launch_share(q, k, scale, mask, highest, inverse)
+    return out, share(q, k, scale, mask, highest, inverse)
 
 
 def _relative(log_mass: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def _launch_attend(
     return out.transpose(1, 2)
 
 
-def _launch_share(
+def share(
     q: Tensor, k: Tensor, scale: float, mask: Tensor | None, highest: Tensor, inverse: Tensor | None
 ) -> Tensor:
     """`[B, Nq]` of attention whose rows have this highest score and this inverse of their sum (1 if None)."""
