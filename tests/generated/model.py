@@ -247,7 +247,7 @@ class Mlp(nn.Module):
             weight, chosen = self.router(x).softmax(-1).topk(2, -1)
             share = torch.zeros_like(self.router(x)).scatter(-1, chosen, weight)
             return sum(expert(x) * share[..., i : i + 1] for i, expert in enumerate(self.experts))  # type: ignore[return-value]
-        if kind == "convolution" and plain and not (self.recipe.before or self.recipe.after):
+        if kind == "convolution" and plain and not (self.recipe.leading or self.recipe.after):
             rows = x.transpose(1, 2).reshape(x.shape[0], WIDTH, -1, self.recipe.grid[2])
             return self.depthwise(rows).flatten(2).transpose(1, 2)
         if kind == "squeezed" and plain:
