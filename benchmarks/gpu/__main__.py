@@ -1,6 +1,6 @@
 """Every number that needs a GPU, the most important first, in a time that is told.
 
-    python -m benchmarks.gpu [--minutes 8] [--parts correct models merging kernels batches] [--out benchmarks/results]
+    python -m benchmarks.gpu [--minutes 8] [--parts correct models ...] [--out benchmarks/results]
     TRITON_INTERPRET=1 python -m benchmarks.gpu --dry --out /tmp/dry
 
 While the first part checks results, the models of the second compile, every row in a process of its own. `gpu.json` is
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import timing
-from benchmarks.gpu import kernels, merging, models
+from benchmarks.gpu import kernels, merging, models, tiles
 from benchmarks.gpu.correct import correct
 from benchmarks.gpu.driver import Part, Row, Setup, failed, line, run
 from benchmarks.gpu.load import loads
@@ -31,16 +31,18 @@ PARTS: Mapping[str, Part] = {
     "merging": merging.merging,
     "kernels": kernels.kernels,
     "batches": models.batches,
+    "tiles": tiles.tiles,
 }
 TABLES: Mapping[str, Callable[[Sequence[Row]], str]] = {
     "merging": merging.table,
     "kernels": kernels.table,
     "models": models.table,
     "batches": models.table,
+    "tiles": tiles.table,
 }
 
 # Fractions of the time: when a part ends at the latest, if others follow.
-UNTIL = {"correct": 0.35, "models": 0.6, "merging": 0.65, "kernels": 0.8}
+UNTIL = {"correct": 0.35, "models": 0.6, "merging": 0.65, "kernels": 0.75, "batches": 0.9}
 
 
 def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -90,16 +90,19 @@ class Worker:
         there.close()
         self._compiled: dict[Load, dict[str, Any]] = {}
         self._asked: list[Load] = []
+        self._stopped = False
 
     def begin(self, load: Load) -> None:
         """Have the load compiled, if nobody has asked for it before."""
-        if load not in self._asked:
+        if load not in self._asked and not self._stopped:
             self._asked.append(load)
             self._connection.send(("compile", (load,)))
 
     def compiled(self, load: Load, wait: float) -> dict[str, Any]:
         """What `Row.compile` tells. Raises TimeoutError after `wait` seconds, and `WorkerError`."""
         self.begin(load)
+        if self._stopped:
+            raise TimeoutError("its process was stopped")
         if load not in self._compiled:
             self._compiled[load] = self._answer(wait)
         return self._compiled[load]
@@ -111,6 +114,8 @@ class Worker:
         return answer
 
     def stop(self) -> None:
+        """End the process in whatever it does."""
+        self._stopped = True
         self._process.kill()
         self._process.join()
 

@@ -206,7 +206,20 @@ def test_compiles_for_a_gpu_that_is_not_here(capability: str, tmp_path: Path) ->
         text=True,
         check=True,
     )
-    assert done.stdout.split() == ["12"]
+    assert done.stdout.split() == ["18"]
+
+
+def test_inductor_compiles_the_kernels_of_a_graph_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    """It takes less of Triton than a call does."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ops.inductor_triton"],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["_attend", "_attend", "_attend", "_match", "_share", "_share"]
 
 
 # --- who serves what --------------------------------------------------------------------------------------------------
@@ -238,7 +251,7 @@ def test_the_operator_asks_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(2, 2, 21, 37)
     asked: list[str] = []
     forward = blocked.forward
-    for provider in attention.PROVIDERS:
+    for provider in (tiled, *attention.PROVIDERS):
         monkeypatch.setattr(
             provider, "forward", lambda *args, name=provider.__name__, f=forward: asked.append(name) or f(*args)
         )
@@ -247,6 +260,37 @@ def test_the_operator_asks_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     ops.attend_and_sharpness(q, k, v)
     ops.attend_and_sharpness(q.double(), k.double(), v.double())
     assert asked == [native.__name__, tiled.__name__, blocked.__name__]
+
+
+def test_masses_and_matching_go_to_the_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(2, 2, 21, 37)
+    log_mass, metric = log_masses(2, 37), torch.randn(2, 9, 5)
+    expected = ops.attend(q, k, v, log_mass=log_mass), *ops.match(metric)
+    called: list[str] = []
+    for name in ("attend", "match"):
+        kernel = getattr(triton_kernels, name)
+        monkeypatch.setattr(triton_kernels, name, lambda *args, n=name, f=kernel: called.append(n) or f(*args))
+    monkeypatch.setattr(tiled, "serves", tiled.fits)
+    monkeypatch.setattr(tiled, "matches", lambda metric: True)
+    found = ops.attend(q, k, v, log_mass=log_mass), *ops.match(metric)
+    assert called == ["attend", "match"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_mass", [False, True])
+def test_fused_attention_never_sees_a_mask_of_another_dtype(with_mass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN would read its bits as if they were of the queries' dtype."""
+    q, k, v = (each.bfloat16().requires_grad_() for each in qkv(1, 2, 21, 21, 8, 8))
+    seen: list[torch.Tensor] = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(mask)
+        return fused(q, k, v, mask, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    ops.attend(q, k, v, mask=torch.randn(21, 21), log_mass=log_masses(1, 21) if with_mass else None)
+    assert [mask.dtype for mask in seen] == [torch.bfloat16]
 
 
 def test_triton_is_not_imported_before_it_serves() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from .reference import masked, wide
 
 Shape = Sequence[int]
 
+Arguments = tuple[Tensor, Tensor, Tensor, float, "Tensor | None", "Tensor | None"]
+"""Of the registered operators: q, k, v, scale, mask and log_mass."""
+
 PROVIDERS = (native, blocked)
-"""Of attention with sharpness where no kernel can be seen by a compiler: the first that serves the arguments computes
-it. The last serves all."""
+"""Of attention with sharpness where `tiled` does not serve: the first that serves the arguments computes it. The last
+serves all. No compiler sees into them; it does see into `tiled`."""
 
 
 def attend(
@@ -41,15 +44,17 @@ def attend(
     """
     if log_mass is not None:
         plain = q.dim() >= 3 and not (dropout_p or is_causal or enable_gqa)
-        if plain and _faster(q, log_mass) and not _differentiates(q, k, v, mask, log_mass):
+        if plain and (q.is_cuda or native.takes(q, log_mass)) and not _differentiates(q, k, v, mask, log_mass):
             lead, arguments = _flat(q, k, v, scale, mask, log_mass)
-            seen = torch.ops.tldr.tiled_attend if _tiles(*arguments) else torch.ops.tldr.attend
-            out = seen(*arguments)
-            return out.reshape(*lead, *out.shape[1:])
+            if (operator := _faster(arguments)) is not None:
+                out = operator(*arguments)
+                return out.reshape(*lead, *out.shape[1:])
         if is_causal:
             causal = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
             log_mass, is_causal = masked(torch.atleast_2d(log_mass), causal), False
         mask = _biased(q, mask, log_mass)
+    elif mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)  # cuDNN reads a mask of any dtype as one of this (pytorch #191612)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -71,9 +76,10 @@ def attend_and_sharpness(
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     lead, arguments = _flat(q, k, v, scale, mask, log_mass)
-    tiles = _tiles(*arguments)
-    seen = torch.ops.tldr.tiled_attend_and_sharpness if tiles else torch.ops.tldr.attend_and_sharpness
-    out, sharpness = seen(*arguments)
+    q, k, v, _, mask, log_mass = arguments
+    tiles = tiled.serves(q, k, v, mask, log_mass)
+    operator = torch.ops.tldr.tiled_attend_and_sharpness if tiles else torch.ops.tldr.attend_and_sharpness
+    out, sharpness = operator(*arguments)
     return out.reshape(*lead, *out.shape[1:]), sharpness.reshape(*lead, *sharpness.shape[1:])
 
 
@@ -93,20 +99,17 @@ def _differentiates(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _faster(q: Tensor, log_mass: Tensor) -> bool:
-    """Whether something may be faster than fused attention under a mask that holds the masses."""
-    return q.is_cuda or native.takes(q, log_mass)
-
-
-def _tiles(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
-) -> bool:
-    return tiled.serves(q, k, v, mask, log_mass)
+def _faster(arguments: Arguments) -> Callable[..., Tensor] | None:
+    """The registered operator that is faster than fused attention under a mask that holds the masses, if one is."""
+    q, k, v, _, mask, log_mass = arguments
+    if tiled.serves(q, k, v, mask, log_mass):
+        return torch.ops.tldr.tiled_attend
+    return torch.ops.tldr.attend if native.takes(q, log_mass) else None
 
 
 def _flat(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, log_mass: Tensor | None
-) -> tuple[Shape, tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]]:
+) -> tuple[Shape, Arguments]:
     """The leading dimensions, and what the registered operators take: those as one, heads alike, the scale told."""
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v, mask, log_mass)):
         raise NotImplementedError(
@@ -160,7 +163,7 @@ def _forward_fake(
 
 @torch.library.triton_op("tldr::tiled_attend", mutates_args=())
 def _tiled_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor) -> Tensor:
-    """A compiler sees the kernels in it, and needs no Python to call them."""
+    """A compiler sees the kernels in it, and code that it makes needs no Python to call them."""
     return tiled.attend(q, k, v, scale, mask, log_mass)
 
 

@@ -1,4 +1,4 @@
-"""The provider for GPUs: two Triton kernels that read every input where it lies and keep the scores on the chip.
+"""The provider for GPUs: Triton kernels that read every input where it lies and keep the scores on the chip.
 
 Nothing here needs Triton until the first call that it serves.
 """
@@ -6,10 +6,13 @@ Nothing here needs Triton until the first call that it serves.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from functools import cache
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("tldr_compile")
 
 # A row of one head is one operand of a product of tiles; float32 is multiplied in three parts, which take their room.
 MOST_CHANNELS = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 64}
@@ -49,14 +52,18 @@ def match(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _has_triton(device: torch.device) -> bool:
-    """Triton is there, and the device has the matrix units and asynchronous copies that the kernels are written for."""
+    """Triton is there, and the device has the matrix units and asynchronous copies that the kernels are written for.
+
+    Of the ways to attend with masses this one was the fastest on a Hopper GPU; docs/gpu.md has the others.
+    """
     cuda = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-    return cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    serves = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    chosen = "kernels in Triton" if serves else "fused attention under an additive mask, and blocks of scores"
+    log.info("attention with masses, attention with saliency and matching on %s: %s", device, chosen)
+    return serves
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None) -> Tensor:
     """The output of `forward` alone."""
     from . import triton_kernels  # noqa: PLC0415 - as above
 

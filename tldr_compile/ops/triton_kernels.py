@@ -9,6 +9,9 @@ number.)
 Scores, masks and masses are in units of `log 2`: the chip's exponential is that of 2, and the factor hides in `scale`.
 """
 
+# mypy: disable-error-code=no-untyped-def
+# Kernels are written in Triton's language: what they take is said where they are launched.
+
 from __future__ import annotations
 
 import math
@@ -173,9 +176,7 @@ def _launch_attend(
     return out.transpose(1, 2)
 
 
-def share(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, highest: Tensor, inverse: Tensor | None
-) -> Tensor:
+def share(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, highest: Tensor, inverse: Tensor | None) -> Tensor:
     """`[B, Nq]` of attention whose rows have this highest score and this inverse of their sum (1 if None)."""
     batch, heads, rows, channels = q.shape
     keys = k.shape[2]
@@ -228,7 +229,7 @@ def match(metric: Tensor) -> tuple[Tensor, Tensor]:
     best = products.amax(1)
     # Between equals the first wins; what is no number is equal to nothing, and joins a token all the same.
     place = places.masked_fill(products != best.unsqueeze(1), tokens // 2 - 1).amin(1)
-    return best * inverse_norm[:, ::2], place.to(torch.int64)
+    return best, place.to(torch.int64)
 
 
 def _wrapped(kernel: Any) -> Any:
@@ -298,13 +299,10 @@ def _load(places, row, rows, column, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     if TAIL:
         if COLUMNS == BLOCK:
             return tl.load(places, mask=(row < rows)[:, None], other=0)
-        else:
-            return tl.load(places, mask=(row < rows)[:, None] & (column < COLUMNS)[None, :], other=0)
-    else:
-        if COLUMNS == BLOCK:
-            return tl.load(places)
-        else:
-            return tl.load(places, mask=(column < COLUMNS)[None, :], other=0)
+        return tl.load(places, mask=(row < rows)[:, None] & (column < COLUMNS)[None, :], other=0)
+    if COLUMNS == BLOCK:
+        return tl.load(places)
+    return tl.load(places, mask=(column < COLUMNS)[None, :], other=0)
 
 
 @triton.jit
@@ -312,8 +310,7 @@ def _product(a, b, total, EXACT: tl.constexpr):
     """float32 is multiplied as the user lets torch do it, or in three parts that together are as exact."""
     if EXACT:
         return tl.dot(a, b, total, input_precision="tf32x3")
-    else:
-        return tl.dot(a, b, total, input_precision="tf32")
+    return tl.dot(a, b, total, input_precision="tf32")
 
 
 @triton.jit
@@ -321,11 +318,10 @@ def _biased(scores, places, row, rows, key, keys, MASK: tl.constexpr):
     bias = tl.load(places, mask=(row < rows)[:, None] & (key < keys)[None, :], other=0)
     if MASK == BOOL_MASK:
         return tl.where(bias != 0, scores, -float("inf"))
-    else:
-        natural = bias.to(tl.float32)
-        binary = natural * LOG2_E
-        # The lowest finite number hides nothing from a row that sees nothing else: it must not become -inf.
-        return scores + tl.where((binary == -float("inf")) & (natural != -float("inf")), LOWEST, binary)
+    natural = bias.to(tl.float32)
+    binary = natural * LOG2_E
+    # The lowest finite number hides nothing from a row that sees nothing else: it must not become -inf.
+    return scores + tl.where((binary == -float("inf")) & (natural != -float("inf")), LOWEST, binary)
 
 
 @triton.jit
@@ -493,7 +489,13 @@ def _attend(
         if MASS == IN_VALUES:
             total = tl.sum(weighed, 1)
         mixed *= _inverse(total)[:, None]
-        to = _places(out + plane // heads * tl.cast(heads, tl.int64) * rows * VALUES + head * VALUES, row, heads * VALUES, value, 1)
+        to = _places(
+            out + plane // heads * tl.cast(heads, tl.int64) * rows * VALUES + head * VALUES,
+            row,
+            heads * VALUES,
+            value,
+            1,
+        )
         tl.store(to, mixed.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (value < VALUES)[None, :])
 
 
@@ -599,7 +601,8 @@ def _match(
     channel = tl.arange(0, BLOCK_C)
     metric = _plane(metric, metric_batch, 0, batch, 0)
     inverse_norm = inverse_norm + tl.cast(batch, tl.int64) * tokens
-    source_places = _places(metric, 2 * tl.minimum(row, sources - 1), metric_row, channel, metric_channel)
+    even = 2 * tl.minimum(row, sources - 1)
+    source_places = _places(metric, even, metric_row, channel, metric_channel)
 
     best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     place = tl.zeros((BLOCK_M,), tl.int32)
@@ -620,5 +623,5 @@ def _match(
         place = tl.where(highest > best, first + which, place)
         best = tl.maximum(best, highest)
     to = plane.to(tl.int64) * sources + row
-    tl.store(best_products + to, best, mask=row < sources)
+    tl.store(best_products + to, best * tl.load(inverse_norm + even), mask=row < sources)
     tl.store(best_places + to, place, mask=row < sources)
