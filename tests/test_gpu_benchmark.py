@@ -17,6 +17,7 @@ from benchmarks.gpu.__main__ import PARTS, main, options
 from benchmarks.gpu.correct import FORWARD, relative
 from benchmarks.gpu.driver import Jobs, Row, Setup
 from benchmarks.gpu.load import SPECS, TINY, Load, attention_shape
+from benchmarks.gpu.page import NOT_MEASURED, page
 from benchmarks.timing import RESULTS
 
 CPU = torch.device("cpu")
@@ -128,6 +129,21 @@ def test_what_is_no_number_is_no_small_error() -> None:
     assert q.shape == (2, 3, case.tokens, case.channels)
     assert log_mass is not None
     assert not relative(q * torch.nan, q) <= 1
+
+
+def test_the_page_shows_what_is_kept_and_names_what_is_not() -> None:
+    machine = {"device": "a card", "date": "2026-01-02T03", "python": "3.12"}
+    check = {"part": "correct", "name": "c", "off": 1e-6, "bound": 1e-5, "ok": True}
+    way = {"way": "w", "latency": [0.001, 0.002, 0.003], "over_best_dense": [1.0, 1.5, 2.0]}
+    rows = [check, {**check, "off": float("nan")}, {"part": "kernels", "name": "8 tokens", "ways": [way]}]
+    text = page({"machine": machine, "versions": {"torch": "2.11"}, "rows": rows})
+    assert "a card, 2026-01-02; torch 2.11; Python 3.12." in text
+    assert f"## Whole models\n\n{NOT_MEASURED}" in text
+    assert "| w | 2 (1.50) |" in text
+    assert [line.split("|")[-2].strip() for line in text.splitlines() if line.startswith("| c ")] == [
+        "within",
+        "beyond it",
+    ]
 
 
 def test_tables_show_every_row() -> None:

@@ -10,18 +10,19 @@ from benchmarks.gpu.driver import Jobs, Setup
 from benchmarks.gpu.load import SPECS, Load
 from benchmarks.gpu.profiles import Profile
 from benchmarks.gpu.workers import Row
-from benchmarks.speed import FLOOR, OURS
+from benchmarks.speed import DENSE, FLOOR, OURS
 
 CALLS = 5
+ROWS = (DENSE, OURS, FLOOR)
 
 
 def merging(setup: Setup) -> Jobs:
-    """On the first load: the profile of ours, of the floor, and what is between them."""
+    """On the first load: the profile of dense, of ours and of the floor, and what is between the last two."""
     load = setup.loads[0]
     profiles: dict[str, Profile] = {}
-    for row in (OURS, FLOOR):
+    for row in ROWS:
         setup.workers.of(load, row).begin(load)
-    for row in (OURS, FLOOR):
+    for row in ROWS:
         yield f"{load.name}: {row}", partial(_profiled, load, row, setup, profiles)
     yield f"{load.name}: a merge", lambda: per_merge(profiles[OURS], profiles[FLOOR], len(SPECS[load.model].schedule))
 
