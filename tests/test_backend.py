@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 import tldr_compile
+from tests.laws import frames
 from tests.tiny import Tiny, clip
 from tldr_compile import backend as module
 from tldr_compile.config import TokenMerging
@@ -221,3 +222,16 @@ def test_importing_the_package_is_enough() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "function" in result.stdout
+
+
+@pytest.mark.parametrize("along", [(frames.joint,), (frames.pairs, frames.joint), (frames.spatial, frames.joint)])
+@pytest.mark.usefixtures("eager")
+def test_frames_folded_into_a_batch_of_any_size(along: Any, eager: list[tuple[fx.GraphModule, Any]]) -> None:
+    """A second number of samples makes the batch symbolic; it merges what it merges at the first."""
+    model, schedule = frames.folded(*along), [0.25] * len(along)
+    merging = compiled(model, schedule=schedule)
+    for batch in (2, 3, 5):
+        video = frames.frames(batch)
+        with torch.no_grad():
+            torch.testing.assert_close(merging(video), tldr_compile.apply(model, (video,), schedule=schedule)(video))
+    assert len(eager) == 2
