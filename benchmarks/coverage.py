@@ -127,7 +127,7 @@ def line(record: Record) -> str:
     if record.get("trace", "kept") != "kept":
         notes.append(f"its trace is not the eager model, bit for bit: {record['trace']}")
     if record.get("rounding"):
-        notes.append("Projection is told in float64: float32 rounds too much")
+        notes.append(record["rounding"])
     cells = (
         record["name"],
         record["verdict"],
@@ -195,7 +195,7 @@ def arguments() -> argparse.Namespace:
         "--only", nargs="+", default=[""], metavar="TEXT", help="models whose name contains one of these"
     )
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1)")
-    parser.add_argument("--limit-s", type=float, default=120.0, help="seconds a model may take (default 120)")
+    parser.add_argument("--limit-s", type=float, default=600.0, help="seconds a model may take (default 600)")
     parser.add_argument("--write", type=Path, nargs="+", default=[], help="files to bring up to date")
     parser.add_argument(
         "--out", type=Path, default=timing.RESULTS, help="folder for coverage.json (default %(default)s)"

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import tldr_compile
 from benchmarks.encoders import Built, Encoder, Unbuildable, build
+from passes.verify import agreement
 from tests.laws.independence import Apart
 from tldr_compile.api import MergedModule
 from tldr_compile.errors import NothingToMerge, VerificationError
@@ -116,7 +117,8 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
             say("looking for what samples know of each other")
             samples = _samples(merged, program, built)
             say("comparing it with its meaning")  # last: it may turn the parameters, which all share, to float64
-            laws["Projection"], rounding = _projected(merged, built)
+            projection, rounding = _projected(merged, built)
+            laws |= {"Projection": projection} if projection else {}
             laws |= samples
     facts = _facts(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(dense, traced)}
     facts |= {"softmax": any(_attention(program)), "rounding": rounding}
@@ -195,16 +197,31 @@ def _samples(merged: MergedModule, program: ExportedProgram, built: Built) -> di
 
 
 def _projected(merged: MergedModule, built: Built) -> tuple[str, str]:
-    """Whether Projection is kept, and how far float32 was from it where only float64 can tell.
+    """Whether Projection is kept ("" where no number can tell), and what rounding has to do with it.
 
-    The activations of random weights can grow so large that float32 cannot tell rounding from a wrong rule.
+    The activations of random weights can grow so large that float32 cannot tell rounding from a wrong rule. Weights of
+    groups are float32 at best: where the dense model makes much of so little, float64 cannot either.
     """
     single = _verified(merged, built.inputs)
     if single == "kept":
         return single, ""
     model, inputs = built.model.double(), {name: _double(value) for name, value in built.inputs.items()}
-    double = _verified(_apply(torch.export.export(model, (), inputs), merged.report.sites), inputs)
-    return ("kept", single) if double == "kept" else (double, "")
+    program = torch.export.export(model, (), inputs)
+    double = _verified(_apply(program, merged.report.sites), inputs)
+    if double == "kept":
+        return double, "Projection is told in float64: float32 rounds too much"
+    moved = _moved(model, inputs)
+    if moved > agreement(program.graph):
+        return "", f"Projection cannot be told: rounding the inputs moves the dense model by {moved:.0e} of its size"
+    return double, ""
+
+
+def _moved(model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> float:
+    """How far a step of float32's rounding in all inputs moves an output, as a part of its largest magnitude."""
+    step = 1 + torch.finfo(torch.float32).eps
+    moved = {name: value * step if value.is_floating_point() else value for name, value in inputs.items()}
+    pairs = zip(_tensors(_run(model, inputs)), _tensors(_run(model, moved)), strict=True)
+    return max(float((one - other).abs().max() / one.abs().max()) for one, other in pairs if one.is_floating_point())
 
 
 def _verified(merged: MergedModule, inputs: dict[str, Tensor]) -> str:
