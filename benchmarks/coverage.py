@@ -1,6 +1,6 @@
 """What the pass makes of every image and video encoder of `transformers`: one verdict per model.
 
-    python benchmarks/coverage.py [--write docs/coverage.md README.md]
+    python benchmarks/coverage.py [--write docs/coverage.md]
     python benchmarks/coverage.py --shard 2/4            a quarter of them
     python benchmarks/coverage.py --only Siglip CLIP     those whose name contains one of these
     python benchmarks/coverage.py --join FILE ...        no walk: the tables of walks that were kept, such as shards

@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 import tldr_compile
 from benchmarks.encoders import Built, Encoder, Unbuildable, build
-from passes.verify import agreement
 from tests.laws.independence import Apart
 from tldr_compile.api import MergedModule
 from tldr_compile.errors import NothingToMerge, VerificationError
+from tldr_compile.passes.verify import agreement
 
 MERGED, PARTLY, REFUSED = "merged", "partly merged", "refused"
 WRONG, CRASHED, NOT_BUILT = "wrong", "crashed", "not built"

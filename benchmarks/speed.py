@@ -1,6 +1,6 @@
 """Latency and memory of a merged model beside what it competes with, all in one alternating run.
 
-    python benchmarks/speed.py --model umt-b [--write README.md]
+    python benchmarks/speed.py --model umt-b [--write docs/speed.md]
     python benchmarks/speed.py --model umt-b --device cuda --dtype bfloat16 --batch 8
 
 Rows: the dense model (SDPA, compiled: what a user would pick instead; and eager), `ours` through the backend, the

@@ -1,6 +1,6 @@
 """All measurements that `speed.py` has kept, as one table.
 
-    python benchmarks/speeds.py [--write README.md]
+    python benchmarks/speeds.py [--write docs/speed.md]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where the pass finds full-size models to be mergeable, as a Markdown table; nothing is run, only traced.
 
-    python benchmarks/table.py [--write README.md] [--models umt-b clip-b]
+    python benchmarks/table.py [--write docs/models.md] [--models umt-b clip-b]
 
 `--write` replaces what stands between two lines `<!-- models -->`, and keeps the reports.
 """
@@ -76,7 +76,7 @@ def collect(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="file with two markers, for example README.md")
+    parser.add_argument("--write", type=Path, help="file with two markers, for example docs/models.md")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=SHOWN)
     chosen = parser.parse_args()
     reports = collect(chosen.models)

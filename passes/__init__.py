@@ -17,18 +17,18 @@ from typing import Any, Protocol
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from passes.attention import fuse
-from passes.canonicalize import Captured, from_dynamo, from_export
-from passes.errors import CaptureError
-from passes.nodes import tensors
-from passes.plan import Plan
-from passes.planner import make_plan
-from passes.rewrite import Policy, rewrite
-from passes.schedule import Entry
-from passes.sites import sites
-from passes.typing import infer
-from passes.verify import check_shapes
-from passes.verify import verify as _verify
+from tldr_compile.passes.attention import fuse
+from tldr_compile.passes.canonicalize import Captured, from_dynamo, from_export
+from tldr_compile.passes.errors import CaptureError
+from tldr_compile.passes.nodes import tensors
+from tldr_compile.passes.plan import Plan
+from tldr_compile.passes.planner import make_plan
+from tldr_compile.passes.rewrite import Policy, rewrite
+from tldr_compile.passes.schedule import Entry
+from tldr_compile.passes.sites import sites
+from tldr_compile.passes.typing import infer
+from tldr_compile.passes.verify import check_shapes
+from tldr_compile.passes.verify import verify as _verify
 
 __all__ = ["Captured", "Merged", "Options", "Plan", "from_dynamo", "from_export", "merge", "plan", "verify"]
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.canonicalize import Captured
-from passes.decompose import decompose, insert
-from passes.heads import CUT, DROPOUT, PRODUCT, Read, onward
-from passes.nodes import named, operands, operator_name
+from tldr_compile.passes.canonicalize import Captured
+from tldr_compile.passes.decompose import decompose, insert
+from tldr_compile.passes.heads import CUT, DROPOUT, PRODUCT, Read, onward
+from tldr_compile.passes.nodes import named, operands, operator_name
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default

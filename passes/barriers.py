@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from passes.axes import Atom, Axes, Axis, spread
-from passes.resolution import Resolution, at, holds, touches
-from passes.rules import Kind, Typed
+from tldr_compile.passes.axes import Atom, Axes, Axis, spread
+from tldr_compile.passes.resolution import Resolution, at, holds, touches
+from tldr_compile.passes.rules import Kind, Typed
 
 
 @dataclass(frozen=True)

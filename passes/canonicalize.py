@@ -28,11 +28,20 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-import passes.composites  # noqa: F401 - spells out what it names
-from passes.errors import CaptureError
-from passes.flex import without_blocks
-from passes.names import export_paths, is_of_module, shortest_names, source_path
-from passes.retrace import FAILURES, Retracer, graphs, leave_vmap, refuse_higher_order, refuse_nested, said, where
+from tldr_compile.passes import composites  # noqa: F401 - spells out what it names
+from tldr_compile.passes.errors import CaptureError
+from tldr_compile.passes.flex import without_blocks
+from tldr_compile.passes.names import export_paths, is_of_module, shortest_names, source_path
+from tldr_compile.passes.retrace import (
+    FAILURES,
+    Retracer,
+    graphs,
+    leave_vmap,
+    refuse_higher_order,
+    refuse_nested,
+    said,
+    where,
+)
 
 _CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 _MUTATION_KINDS = frozenset({OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION})

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from passes.errors import CaptureError
-from passes.spellings import spelling
+from tldr_compile.passes.errors import CaptureError
+from tldr_compile.passes.spellings import spelling
 
 # What the dimensions of a mask are, by the number that the operators give its kind.
 _QUERIES_KEYS, _SAMPLES_KEYS, _ALL = 0, 1, 2

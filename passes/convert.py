@@ -12,11 +12,11 @@ from types import ModuleType
 import torch
 from torch import fx
 
-from passes.axes import UNIT, Atom, Axes, Axis, product, replace, spread
-from passes.axes import axis as atom_axis
-from passes.layout import Layout
-from passes.plan import Conversion, How
-from passes.resolution import Resolution, at, tokens_at
+from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, product, replace, spread
+from tldr_compile.passes.axes import axis as atom_axis
+from tldr_compile.passes.layout import Layout
+from tldr_compile.passes.plan import Conversion, How
+from tldr_compile.passes.resolution import Resolution, at, tokens_at
 
 aten = torch.ops.aten
 

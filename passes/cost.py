@@ -14,12 +14,12 @@ import sympy
 import torch
 from torch import fx
 
-from passes.axes import Axes, Axis, Size
-from passes.nodes import named, operator_name, tensors
-from passes.plan import Conversion, Merge, Plan, Step
-from passes.resolution import at
-from passes.schedule import Entry
-from passes.typing import TypedGraph
+from tldr_compile.passes.axes import Axes, Axis, Size
+from tldr_compile.passes.nodes import named, operator_name, tensors
+from tldr_compile.passes.plan import Conversion, Merge, Plan, Step
+from tldr_compile.passes.resolution import at
+from tldr_compile.passes.schedule import Entry
+from tldr_compile.passes.typing import TypedGraph
 
 Planned: TypeAlias = Callable[[Sequence[Entry]], Plan]
 

@@ -21,8 +21,8 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from passes.axes import Size
-from passes.nodes import named, operands, operator_name, size
+from tldr_compile.passes.axes import Size
+from tldr_compile.passes.nodes import named, operands, operator_name, size
 
 aten = torch.ops.aten
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.flex_attention import flex_attention
 
-from passes.errors import CaptureError
-from passes.spellings import spelling
+from tldr_compile.passes.errors import CaptureError
+from tldr_compile.passes.spellings import spelling
 
 _MASK = 4  # the argument that holds lists of blocks, and last the graph they were made from
 

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from passes.nodes import named, operands, tensors
+from tldr_compile.passes.nodes import named, operands, tensors
 
 aten = torch.ops.aten
 

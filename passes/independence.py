@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from passes.typing import TypedGraph
+from tldr_compile.passes.typing import TypedGraph
 
 Run: TypeAlias = Callable[[Sequence[Any]], list[Tensor]]
 

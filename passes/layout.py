@@ -12,8 +12,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from passes.axes import UNIT, Axes, Axis, Factor, Size, find, product, simplify, subaxis
-from passes.nodes import size
+from tldr_compile.passes.axes import UNIT, Axes, Axis, Factor, Size, find, product, simplify, subaxis
+from tldr_compile.passes.nodes import size
 
 aten = torch.ops.aten
 Length: TypeAlias = "int | fx.Node"

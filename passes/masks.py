@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from passes.attention import Attention
-from passes.axes import Axes, Axis
-from passes.resolution import touches
-from passes.rules import Kind
-from passes.typing import TypedGraph
+from tldr_compile.passes.attention import Attention
+from tldr_compile.passes.axes import Axes, Axis
+from tldr_compile.passes.resolution import touches
+from tldr_compile.passes.rules import Kind
+from tldr_compile.passes.typing import TypedGraph
 
 # A score so far below the largest of its row is nothing beside it: exp(-20) is 2e-9, below the rounding of float32.
 _NOTHING = 20.0

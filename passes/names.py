@@ -11,7 +11,7 @@ from torch._guards import ChainedSource, Source
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from passes.errors import CaptureError
+from tldr_compile.passes.errors import CaptureError
 
 Path: TypeAlias = tuple[str | int, ...]
 

@@ -13,7 +13,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-from passes.axes import Size, simplify
+from tldr_compile.passes.axes import Size, simplify
 
 
 def operands(node: fx.Node) -> Iterator[fx.Node]:

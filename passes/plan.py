@@ -15,12 +15,12 @@ from enum import Enum
 import torch
 from torch import fx
 
-from passes.axes import Atom, Axis, Size
-from passes.resolution import Resolution, holds
-from passes.rules import Use
-from passes.schedule import Entry
-from passes.sites import Site
-from passes.typing import TypedGraph
+from tldr_compile.passes.axes import Atom, Axis, Size
+from tldr_compile.passes.resolution import Resolution, holds
+from tldr_compile.passes.rules import Use
+from tldr_compile.passes.schedule import Entry
+from tldr_compile.passes.sites import Site
+from tldr_compile.passes.typing import TypedGraph
 
 
 class How(Enum):

@@ -12,18 +12,18 @@ from operator import getitem
 import torch
 from torch import fx
 
-from passes import cost, shares
-from passes.attention import Attention
-from passes.axes import Atom, Axis, simplify
-from passes.barriers import Asked, obstacle
-from passes.errors import NothingToMerge
-from passes.plan import Barrier, Conversion, How, Merge, Plan, Scaling, Step, Weighing, Weight
-from passes.resolution import Resolution, holds, meet, of_run, tokens_at, touches
-from passes.rules import Kind, Typed
-from passes.schedule import Entry, bind_schedule, removed
-from passes.sites import Site, no_sites, why_nothing
-from passes.states import PLAIN, State, bring, doubled, how_down, joined, of_rows, told_apart, twice
-from passes.typing import TypedGraph, Value
+from tldr_compile.passes import cost, shares
+from tldr_compile.passes.attention import Attention
+from tldr_compile.passes.axes import Atom, Axis, simplify
+from tldr_compile.passes.barriers import Asked, obstacle
+from tldr_compile.passes.errors import NothingToMerge
+from tldr_compile.passes.plan import Barrier, Conversion, How, Merge, Plan, Scaling, Step, Weighing, Weight
+from tldr_compile.passes.resolution import Resolution, holds, meet, of_run, tokens_at, touches
+from tldr_compile.passes.rules import Kind, Typed
+from tldr_compile.passes.schedule import Entry, bind_schedule, removed
+from tldr_compile.passes.sites import Site, no_sites, why_nothing
+from tldr_compile.passes.states import PLAIN, State, bring, doubled, how_down, joined, of_rows, told_apart, twice
+from tldr_compile.passes.typing import TypedGraph, Value
 
 _WEIGHED = frozenset({Kind.MEAN, Kind.SUM, Kind.SOFTMAX, Kind.KEYS, Kind.CONTRACT, Kind.LINEAR})
 

@@ -21,14 +21,14 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from passes.attention import SDPA
-from passes.axes import Atom, Axes, Axis, Factor, Size, product, replace, spread
-from passes.layout import one_symbol
-from passes.nodes import named, size
-from passes.plan import How, Plan, Step, Weighing, Weight
-from passes.resolution import Resolution
-from passes.rewrite import Policy
-from passes.rules import Kind, Use
+from tldr_compile.passes.attention import SDPA
+from tldr_compile.passes.axes import Atom, Axes, Axis, Factor, Size, product, replace, spread
+from tldr_compile.passes.layout import one_symbol
+from tldr_compile.passes.nodes import named, size
+from tldr_compile.passes.plan import How, Plan, Step, Weighing, Weight
+from tldr_compile.passes.resolution import Resolution
+from tldr_compile.passes.rewrite import Policy
+from tldr_compile.passes.rules import Kind, Use
 
 aten = torch.ops.aten
 

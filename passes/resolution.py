@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from passes.axes import UNIT, Atom, Axes, Axis, axis, product, replace, spread
+from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, axis, product, replace, spread
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,9 +23,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PropagateUnbackedSymInts
 from torch.utils.checkpoint import CheckpointPolicy
 
-from passes.errors import CaptureError
-from passes.nodes import operator_name
-from passes.spellings import spelled
+from tldr_compile.passes.errors import CaptureError
+from tldr_compile.passes.nodes import operator_name
+from tldr_compile.passes.spellings import spelled
 
 # Their bodies are traced in place, with the mode that they stand for.
 _ENTERED = frozenset(

@@ -24,17 +24,17 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from passes.attention import SDPA
-from passes.axes import Axes, Axis, find, product, subaxis
-from passes.convert import Converter, Laid, holding
-from passes.errors import OptionError
-from passes.layout import Layout, segment_of
-from passes.nodes import named, operator_name, size
-from passes.plan import Conversion, How, Merge, Plan, Step
-from passes.resolution import Resolution, at, of_run, tokens_at
-from passes.rules import RESIZE, Held, Kind
-from passes.sites import maximal_runs
-from passes.weigh import Weigher
+from tldr_compile.passes.attention import SDPA
+from tldr_compile.passes.axes import Axes, Axis, find, product, subaxis
+from tldr_compile.passes.convert import Converter, Laid, holding
+from tldr_compile.passes.errors import OptionError
+from tldr_compile.passes.layout import Layout, segment_of
+from tldr_compile.passes.nodes import named, operator_name, size
+from tldr_compile.passes.plan import Conversion, How, Merge, Plan, Step
+from tldr_compile.passes.resolution import Resolution, at, of_run, tokens_at
+from tldr_compile.passes.rules import RESIZE, Held, Kind
+from tldr_compile.passes.sites import maximal_runs
+from tldr_compile.passes.weigh import Weigher
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ from typing import TypeAlias
 import sympy
 from torch.utils._sympy.functions import FloorDiv
 
-from passes.axes import Size, simplify
-from passes.errors import ScheduleError
-from passes.sites import Site
+from tldr_compile.passes.axes import Size, simplify
+from tldr_compile.passes.errors import ScheduleError
+from tldr_compile.passes.sites import Site
 
 Entry: TypeAlias = int | float
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from passes.axes import Atom, Axis, Factor, axis, product
-from passes.nodes import named, operator_name
-from passes.rules import Kind, Typed
-from passes.typing import TypedGraph
+from tldr_compile.passes.axes import Atom, Axis, Factor, axis, product
+from tldr_compile.passes.nodes import named, operator_name
+from tldr_compile.passes.rules import Kind, Typed
+from tldr_compile.passes.typing import TypedGraph
 
 _SCALES = """
     clone detach alias _to_copy contiguous native_dropout relu abs neg nan_to_num view _unsafe_view reshape squeeze

@@ -10,10 +10,10 @@ import networkx as nx
 import torch
 from torch import fx
 
-from passes import masks
-from passes.attention import Attention
-from passes.axes import CONSTANT, Atom, Axes, Axis, Factor, Role, Segment, find, product, subaxis
-from passes.typing import TypedGraph
+from tldr_compile.passes import masks
+from tldr_compile.passes.attention import Attention
+from tldr_compile.passes.axes import CONSTANT, Atom, Axes, Axis, Factor, Role, Segment, find, product, subaxis
+from tldr_compile.passes.typing import TypedGraph
 
 aten = torch.ops.aten
 

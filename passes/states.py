@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from passes.axes import Atom, Axes, Axis
-from passes.plan import Conversion, How, Weight
-from passes.resolution import Resolution, holds, of_run
-from passes.typing import Value
+from tldr_compile.passes.axes import Atom, Axes, Axis
+from tldr_compile.passes.plan import Conversion, How, Weight
+from tldr_compile.passes.resolution import Resolution, holds, of_run
+from tldr_compile.passes.typing import Value
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.attention import Attention
-from passes.axes import (
+from tldr_compile.passes.attention import Attention
+from tldr_compile.passes.axes import (
     BORN,
     CONSTANT,
     Atom,
@@ -34,10 +34,10 @@ from passes.axes import (
     simplify,
     subaxis,
 )
-from passes.canonicalize import Captured
-from passes.errors import OptionError
-from passes.nodes import named, operands, operator_name, size, tensors
-from passes.rules import TABLE, Call, Operand, Typed, unknown
+from tldr_compile.passes.canonicalize import Captured
+from tldr_compile.passes.errors import OptionError
+from tldr_compile.passes.nodes import named, operands, operator_name, size, tensors
+from tldr_compile.passes.rules import TABLE, Call, Operand, Typed, unknown
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from passes.attention import SDPA
-from passes.errors import OptionError, VerificationError
-from passes.independence import raised, runs
-from passes.nodes import named, operands, size
-from passes.plan import Plan
-from passes.projection import Projection, full_length
-from passes.rewrite import Policy
+from tldr_compile.passes.attention import SDPA
+from tldr_compile.passes.errors import OptionError, VerificationError
+from tldr_compile.passes.independence import raised, runs
+from tldr_compile.passes.nodes import named, operands, size
+from tldr_compile.passes.plan import Plan
+from tldr_compile.passes.projection import Projection, full_length
+from tldr_compile.passes.rewrite import Policy
 
 
 def agreement(graph: fx.Graph) -> float:

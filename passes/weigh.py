@@ -17,13 +17,13 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from passes.axes import UNIT, Atom, Axes, Axis, Factor, product
-from passes.convert import Converter, Laid
-from passes.layout import Layout
-from passes.nodes import named
-from passes.plan import Scaling, Weighing, Weight
-from passes.resolution import Resolution
-from passes.rules import Kind, Use
+from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, Factor, product
+from tldr_compile.passes.convert import Converter, Laid
+from tldr_compile.passes.layout import Layout
+from tldr_compile.passes.nodes import named
+from tldr_compile.passes.plan import Scaling, Weighing, Weight
+from tldr_compile.passes.resolution import Resolution
+from tldr_compile.passes.rules import Kind, Use
 
 aten = torch.ops.aten
 

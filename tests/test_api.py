@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,3 +298,13 @@ def test_verification(monkeypatch: pytest.MonkeyPatch) -> None:
         merged._merged.graph.recompile()
     with pytest.raises(tldr_compile.VerificationError):
         merged.verify((video,))
+
+
+def test_a_folder_of_the_user_that_is_named_passes_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "passes").mkdir()
+    (tmp_path / "passes" / "__init__.py").write_text("raise RuntimeError('imported in place of ours')")
+    program = "import tldr_compile, sys; print('passes' in sys.modules, tldr_compile.passes.__name__)"
+    root = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **root}, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "tldr_compile.passes"], done.stderr

@@ -6,12 +6,14 @@ import json
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import speeds, sweep, timing
+from benchmarks.gpu import page as gpu_page
 from benchmarks.models import MODELS
 from benchmarks.quality import saliency, tell
 from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting, difference, markdown, measure
@@ -149,12 +151,16 @@ def test_line_of_one_measurement() -> None:
     assert "| 1.07 |" in speeds.line(both)
 
 
-def test_the_readme_shows_what_was_measured() -> None:
-    readme = (timing.RESULTS.parents[1] / "README.md").read_text()
-    for text, marker in (
-        (table(json.loads((timing.RESULTS / "models.json").read_text())), "<!-- models -->"),
-        (speeds.table(speeds.kept()), speeds.MARKER),
-        (tell.short(json.loads((timing.RESULTS / "quality.json").read_text())), tell.MARKER),
-        (saliency.markdown(json.loads((timing.RESULTS / "saliency.json").read_text())["layers"]), saliency.MARKER),
+def test_the_pages_show_what_was_measured() -> None:
+    def kept(name: str) -> Any:
+        return json.loads((timing.RESULTS / f"{name}.json").read_text())
+
+    for page, text, marker in (
+        ("models", table(kept("models")), "<!-- models -->"),
+        ("speed", speeds.table(speeds.kept()), speeds.MARKER),
+        ("quality", tell.short(kept("quality")), tell.MARKER),
+        ("quality", saliency.markdown(kept("saliency")["layers"]), saliency.MARKER),
+        ("gpu", gpu_page.page(kept("gpu")), gpu_page.MARKER),
     ):
-        assert replaced(readme, text, marker) == readme
+        shown = (timing.RESULTS.parents[1] / "docs" / f"{page}.md").read_text()
+        assert replaced(shown, text, marker) == shown

@@ -16,12 +16,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-import passes
-from passes.canonicalize import Captured, from_export, inherit, with_writes
-from passes.retrace import raised_at
-from tldr_compile import ops
+from tldr_compile import ops, passes
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import CaptureError, NothingToMerge, OptionError, ShapeError
+from tldr_compile.passes.canonicalize import Captured, from_export, inherit, with_writes
+from tldr_compile.passes.retrace import raised_at
 from tldr_compile.report import Report
 
 log = logging.getLogger("tldr_compile")

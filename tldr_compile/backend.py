@@ -13,12 +13,11 @@ import torch
 from torch import fx
 from torch._dynamo import list_backends, register_backend
 
-import passes
-from passes.canonicalize import Captured, from_dynamo, inherit, with_writes
-from tldr_compile import pieces
+from tldr_compile import passes, pieces
 from tldr_compile.api import merge, nothing_of
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import NothingToMerge
+from tldr_compile.passes.canonicalize import Captured, from_dynamo, inherit, with_writes
 from tldr_compile.pieces import Break, Call, Piece
 from tldr_compile.report import Report
 

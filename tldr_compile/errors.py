@@ -1,6 +1,6 @@
 """The exceptions that users catch; they are born in `passes.errors`."""
 
-from passes.errors import (
+from tldr_compile.passes.errors import (
     CaptureError,
     GraphBreakError,
     NothingToMerge,

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.axes import Atom
-from passes.projection import full_length
-from passes.verify import record
 from tldr_compile.api import MergedModule
+from tldr_compile.passes.axes import Atom
+from tldr_compile.passes.projection import full_length
+from tldr_compile.passes.verify import record
 
 
 @dataclass(frozen=True)

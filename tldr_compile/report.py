@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils.flop_counter import FlopCounterMode
 
-import passes
-from passes import cost
-from passes.axes import Axes, Axis, Size
-from passes.plan import Plan
-from passes.resolution import Resolution, at
-from passes.schedule import Entry
-from passes.sites import Site, maximal_runs
+from tldr_compile import passes
 from tldr_compile.ops.attention import attention_flop
+from tldr_compile.passes import cost
+from tldr_compile.passes.axes import Axes, Axis, Size
+from tldr_compile.passes.plan import Plan
+from tldr_compile.passes.resolution import Resolution, at
+from tldr_compile.passes.schedule import Entry
+from tldr_compile.passes.sites import Site, maximal_runs
 
 _NO_CLASS_TOKEN = (
     "the clip comes as tokens, so that no class token could be seen: protect= says how many tokens lead that are never "

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import tldr_compile
 from benchmarks.quality.methods import Method, schedule
-from passes.canonicalize import from_export
 from tldr_compile import MergedModule, TokenMerging
 from tldr_compile.api import assemble
 from tldr_compile.errors import TldrError
+from tldr_compile.passes.canonicalize import from_export
 
 MOST = 0.5  # no site loses more
 NEAR, MET = 0.005, 0.02  # where the search stops, and what counts as met; parts of the budget

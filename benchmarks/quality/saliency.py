@@ -1,6 +1,6 @@
 """Does saliency see? Where the saliency of each layer lies, on made clips whose digit is known to the pixel.
 
-    python -m benchmarks.quality.saliency [--write README.md]
+    python -m benchmarks.quality.saliency [--write docs/quality.md]
 
 A token is the digit's if the digit covers a quarter of its patch in either of its frames. Per layer: the share of
 saliency on the digit's tokens, and the ROC AUC of saliency as a detector of them, both averaged over clips; beside them
@@ -143,7 +143,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clips", type=positive, default=800, help="test clips, a multiple of 80 (default: 800)")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default: benchmarks/results, or one for --model")
     parser.add_argument("--picture", type=Path, help="PNG; default: docs/saliency.png, or beside the JSON of --model")
-    parser.add_argument("--write", type=Path, help=f"file with two lines {MARKER}, for example README.md")
+    parser.add_argument("--write", type=Path, help=f"file with two lines {MARKER}, for example docs/quality.md")
     return placed(parser.parse_args(argv), "saliency", PICTURES / "saliency.png")
 
 

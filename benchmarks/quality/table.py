@@ -1,6 +1,6 @@
 """What merging does to accuracy, beside what else makes a video model cheaper, at equal GFLOPs.
 
-    python -m benchmarks.quality.table [--write README.md]                     # the model that is trained here
+    python -m benchmarks.quality.table [--write docs/quality.md]                     # the model that is trained here
     python -m benchmarks.quality.table --model HUB_ID_OR_FOLDER --data FOLDER  # real weights on real videos
 
 FOLDER is laid out as Kinetics (FOLDER/class name/clip.mp4) or as Something-Something (FOLDER/videos/id.webm,
@@ -75,7 +75,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default: benchmarks/results, or one for --model")
     parser.add_argument("--picture", type=Path, help="PNG; default: docs/quality.png, or beside the JSON of --model")
-    parser.add_argument("--write", type=Path, help=f"file with two lines {tell.MARKER}, for example README.md")
+    parser.add_argument("--write", type=Path, help=f"file with two lines {tell.MARKER}, for example docs/quality.md")
     return placed(parser.parse_args(argv), "quality", PICTURES / "quality.png")
 
 

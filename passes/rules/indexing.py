@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from passes.axes import BORN, UNIT, Axes, Axis, Role, Size
-from passes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unknown
+from tldr_compile.passes.axes import BORN, UNIT, Axes, Axis, Role, Size
+from tldr_compile.passes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unknown
 
 
 @rule("embedding")

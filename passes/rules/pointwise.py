@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passes.rules.table import Call, Typed, broadcast, rule
+from tldr_compile.passes.rules.table import Call, Typed, broadcast, rule
 
 UNARY = """
     abs acos acosh alias angle asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clone

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from passes.axes import UNIT, Axes, Axis
-from passes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unknown
+from tldr_compile.passes.axes import UNIT, Axes, Axis
+from tldr_compile.passes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unknown
 
 
 @rule("linear")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from passes.axes import UNIT, Axes
-from passes.rules.pointwise import pointwise
-from passes.rules.table import Call, Kind, Operand, Rule, Typed, rule
+from tldr_compile.passes.axes import UNIT, Axes
+from tldr_compile.passes.rules.pointwise import pointwise
+from tldr_compile.passes.rules.table import Call, Kind, Operand, Rule, Typed, rule
 
 
 def _reduce(kind: Kind) -> Rule:

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from passes.axes import Axes, Size, border, segment_size, simplify
-from passes.rules.table import Typed
+from tldr_compile.passes.axes import Axes, Size, border, segment_size, simplify
+from tldr_compile.passes.rules.table import Typed
 
 aten = torch.ops.aten
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from passes.axes import BORN, Axes, Role
-from passes.rules.table import Call, Kind, Operand, Typed, rule
+from tldr_compile.passes.axes import BORN, Axes, Role
+from tldr_compile.passes.rules.table import Call, Kind, Operand, Typed, rule
 
 PLACES = (("t", Role.TIME), ("h", Role.HEIGHT), ("w", Role.WIDTH))
 MAPS = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
 
-from passes.axes import BORN, UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Role, Size, Substitution, born
+from tldr_compile.passes.axes import BORN, UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Role, Size, Substitution, born
 
 
 class Kind(Enum):

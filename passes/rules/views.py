@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from passes.axes import (
+from tldr_compile.passes.axes import (
     BORN,
     UNIT,
     Axes,
@@ -21,7 +21,7 @@ from passes.axes import (
     simplify,
     subaxis,
 )
-from passes.rules.table import Call, Kind, Operand, Span, Typed, rule, unknown
+from tldr_compile.passes.rules.table import Call, Kind, Operand, Span, Typed, rule, unknown
 
 
 @rule("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")

@@ -12,14 +12,13 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
 
-import passes
-from passes.canonicalize import Captured, from_dynamo, from_export
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
 from tests.laws.independence import Apart
-from tldr_compile import MergedModule, TokenMerging, ops
+from tldr_compile import MergedModule, TokenMerging, ops, passes
 from tldr_compile.api import assemble, nothing_of
 from tldr_compile.errors import NothingToMerge, OptionError, ScheduleError
+from tldr_compile.passes.canonicalize import Captured, from_dynamo, from_export
 
 BOUND = 2e-5  # of the largest magnitude, for two graphs that sum in another order
 

@@ -15,10 +15,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-import passes
 import tldr_compile
 from tests.zoo import CASES, FAMILIES, Case, case
-from tldr_compile import TokenMerging, ops
+from tldr_compile import TokenMerging, ops, passes
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_family = pytest.mark.parametrize("case", [case(name, each.attns[0]) for name, each in FAMILIES.items()], ids=str)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import tldr_compile
-from passes.planner import _Walk
 from tests.laws.support import assert_same, compiled, distance, graphs_for_inductor, tensors
 from tests.zoo import CASES, Case
 from tldr_compile import MergedModule
 from tldr_compile.inspection import Decision, inspect
+from tldr_compile.passes.planner import _Walk
 
 PATCH = 8
 KINDS = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0, 1], [1, 1, 0, 0, 1, 1, 0, 1, 0]])

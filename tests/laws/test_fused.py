@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from passes.attention import SDPA, fuse
 from tests.laws.support import assert_same, captured, every_case, flat_inputs
 from tests.zoo import Case
+from tldr_compile.passes.attention import SDPA, fuse
 
 SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 

@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-import passes
 import tldr_compile
-from passes.convert import Converter, Laid
-from passes.plan import How, Weighing, Weight
-from passes.rewrite import _Rewriter
-from passes.weigh import Weigher
 from tests.laws.support import but, check, every_case, flat_inputs, merge, program
 from tests.tiny import clip
 from tests.zoo import FAMILIES, Attn, Case, case
-from tldr_compile import VerificationError, ops
+from tldr_compile import VerificationError, ops, passes
+from tldr_compile.passes.convert import Converter, Laid
+from tldr_compile.passes.plan import How, Weighing, Weight
+from tldr_compile.passes.rewrite import _Rewriter
+from tldr_compile.passes.weigh import Weigher
 
 SITES = {"umt": 3, "videomae": 3, "videomae-tokens": 3, "vivit": 3, "clip": 3, "vjepa2": 4, "timesformer": 6}
 OPTIONS: list[dict[str, Any]] = [

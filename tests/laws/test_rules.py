@@ -15,19 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-import passes
-from passes.attention import fuse
-from passes.canonicalize import from_dynamo
-from passes.decompose import DECOMPOSITIONS
-from passes.nodes import operator_name, size, tensors
-from passes.plan import Plan
-from passes.rules import TABLE
-from passes.typing import infer
-from passes.verify import record
 from tests.laws.samples import SAMPLES, Sample
 from tests.laws.samples.sample import B, C, N, T, W, merged_stream
 from tests.tracing import captured, named, number
-from tldr_compile import TokenMerging, ops
+from tldr_compile import TokenMerging, ops, passes
+from tldr_compile.passes.attention import fuse
+from tldr_compile.passes.canonicalize import from_dynamo
+from tldr_compile.passes.decompose import DECOMPOSITIONS
+from tldr_compile.passes.nodes import operator_name, size, tensors
+from tldr_compile.passes.plan import Plan
+from tldr_compile.passes.rules import TABLE
+from tldr_compile.passes.typing import infer
+from tldr_compile.passes.verify import record
 
 OPTIONS = TokenMerging(schedule=(2,))
 CLIP = number(B, T, N, W)

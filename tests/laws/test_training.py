@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import passes
 import tldr_compile
-from passes.projection import Projection, full_length
-from passes.verify import record
 from tests.laws.support import compiled, every_family, flat_inputs, merge, tensors
 from tests.zoo import Case, case
+from tldr_compile import passes
+from tldr_compile.passes.projection import Projection, full_length
+from tldr_compile.passes.verify import record
 
 OPTIONS: list[dict[str, Any]] = [{}, {"saliency": "uniform"}, {"metric": "keys"}, {"reduction": "drop"}]
 

@@ -9,7 +9,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from passes.axes import (
+from tldr_compile.passes.axes import (
     BORN,
     CONSTANT,
     UNIT,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import tldr_compile
-from passes.canonicalize import from_export
-from passes.composites import encoder_layer, multi_head_attention
-from passes.errors import CaptureError
 from tests.test_canonicalize import capture, operators
 from tldr_compile.backend import merged_graph
+from tldr_compile.passes.canonicalize import from_export
+from tldr_compile.passes.composites import encoder_layer, multi_head_attention
+from tldr_compile.passes.errors import CaptureError
 
 B, N, C, H, HIDDEN = 2, 6, 8, 2, 12
 COMPOSITES = {"aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default"}

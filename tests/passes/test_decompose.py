@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from passes.attention import SDPA, fuse
-from passes.canonicalize import Captured, from_export
-from passes.decompose import DECOMPOSITIONS
-from passes.nodes import operator_name, size
 from tests.tracing import canonical, named, number
+from tldr_compile.passes.attention import SDPA, fuse
+from tldr_compile.passes.canonicalize import Captured, from_export
+from tldr_compile.passes.decompose import DECOMPOSITIONS
+from tldr_compile.passes.nodes import operator_name, size
 
 aten = torch.ops.aten
 Function = Callable[[Tensor], Any]

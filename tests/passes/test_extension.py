@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import tldr_compile
-from passes.rules import TABLE, Call, Kind, Typed, rule
-from passes.spellings import SPELLINGS, spelling
 from tests.generated.attention import WIDTH
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
 from tldr_compile import ops
+from tldr_compile.passes.rules import TABLE, Call, Kind, Typed, rule
+from tldr_compile.passes.spellings import SPELLINGS, spelling
 
 
 @torch.library.custom_op("tldr_tests::smooth", mutates_args=())

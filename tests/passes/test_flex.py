@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import tldr_compile
-from passes.attention import SDPA
 from tests.laws.support import compiled
 from tldr_compile.errors import CaptureError, NothingToMerge
+from tldr_compile.passes.attention import SDPA
 
 B, N, C, HEADS = 2, 18, 16, 4
 

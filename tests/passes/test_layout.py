@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from passes.axes import UNIT, Atom, Axes, Axis, Factor, axis, concat, product
-from passes.layout import Layout
 from tests.tracing import captured
+from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, Factor, axis, concat, product
+from tldr_compile.passes.layout import Layout
 
 aten = torch.ops.aten
 

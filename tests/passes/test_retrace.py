@@ -16,11 +16,11 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.compiler import nested_compile_region
 
 import tldr_compile
-from passes.canonicalize import from_dynamo, from_export
-from passes.errors import CaptureError
-from passes.spellings import SPELLINGS, spelling
 from tests.test_canonicalize import capture, operators
 from tldr_compile.backend import merged_graph
+from tldr_compile.passes.canonicalize import from_dynamo, from_export
+from tldr_compile.passes.errors import CaptureError
+from tldr_compile.passes.spellings import SPELLINGS, spelling
 
 TOKENS, WIDTH = 12, 8
 CONFIG = tldr_compile.TokenMerging(schedule=(3, 2, 2))

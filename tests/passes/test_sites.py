@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from passes.attention import fuse
-from passes.sites import Site, sites
-from passes.typing import infer
 from tests.tracing import canonical, named, number
+from tldr_compile.passes.attention import fuse
+from tldr_compile.passes.sites import Site, sites
+from tldr_compile.passes.typing import infer
 
 B, T, N, C = 2, 3, 6, 8
 CLIP = number(B, T, N, 7)
