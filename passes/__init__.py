@@ -1,14 +1,18 @@
 """Graph -> facts and graph -> graph: token merging as a compiler pass over FX graphs of functional ATen.
 
     captured = passes.from_export(torch.export.export(model, args))
-    merged = passes.merge(captured, policy, operators)
+    analysis = passes.analyse(captured, options)
+    merged = passes.merge(analysis, options, operators)
 
-`policy` has the options as attributes, `operators` the functions to insert: `tldr_compile.TokenMerging` and
-`tldr_compile.ops`.
+`options` has the options as attributes, `operators` the functions to insert: `tldr_compile.TokenMerging` and
+`tldr_compile.ops`. One analysis serves any number of schedules.
+
+`TORCH_LOGS="+tldr_compile"` shows the typed graph, the decisions and the merged graph.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,7 +21,8 @@ from typing import Any, Protocol
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from tldr_compile.passes.attention import fuse
+from tldr_compile.passes import show
+from tldr_compile.passes.attention import Attention, fuse
 from tldr_compile.passes.canonicalize import Captured, from_dynamo, from_export
 from tldr_compile.passes.errors import CaptureError
 from tldr_compile.passes.nodes import tensors
@@ -25,12 +30,26 @@ from tldr_compile.passes.plan import Plan
 from tldr_compile.passes.planner import make_plan
 from tldr_compile.passes.rewrite import Policy, rewrite
 from tldr_compile.passes.schedule import Entry
-from tldr_compile.passes.sites import sites
-from tldr_compile.passes.typing import infer
+from tldr_compile.passes.sites import Site, sites
+from tldr_compile.passes.typing import TypedGraph, infer
 from tldr_compile.passes.verify import check_shapes
 from tldr_compile.passes.verify import verify as _verify
 
-__all__ = ["Captured", "Merged", "Options", "Plan", "from_dynamo", "from_export", "merge", "plan", "verify"]
+__all__ = [
+    "Analysis",
+    "Captured",
+    "Merged",
+    "Options",
+    "Plan",
+    "analyse",
+    "from_dynamo",
+    "from_export",
+    "merge",
+    "plan",
+    "verify",
+]
+
+log = logging.getLogger(__name__)
 
 
 class Options(Policy, Protocol):
@@ -60,8 +79,24 @@ class Merged:
     options: Options
 
 
-def plan(captured: Captured, options: Options) -> Plan:
-    """Find, type and plan, without rewriting. Raises as `merge` does."""
+@dataclass(frozen=True)
+class Analysis:
+    """What a graph is, whatever is merged in it; `misses` are what looks like attention and is none, and why."""
+
+    captured: Captured
+    typed: TypedGraph
+    attentions: tuple[Attention, ...]
+    misses: tuple[tuple[fx.Node, str], ...]
+    sites: tuple[Site, ...]
+
+
+def analyse(captured: Captured, options: Options) -> Analysis:
+    """Find attention, type all values, and judge the sites. Of the options it reads `clip` and `protect`.
+
+    Raises:
+        CaptureError: an example input without elements.
+        OptionError: `clip` names no input.
+    """
     for node in captured.graph.graph.find_nodes(op="placeholder"):
         empty = any(statically_known_true(each.numel() == 0) for each in tensors(node))
         if node.name not in captured.constants and empty:
@@ -73,32 +108,43 @@ def plan(captured: Captured, options: Options) -> Plan:
     protect = options.protect if isinstance(options.protect, int) else 0
     typed = infer(fused, options.clip, attentions, protect)
     found = sites(typed, attentions, protect)
-    return make_plan(
-        typed,
-        found,
-        attentions,
-        misses,
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("the typed graph:\n%s", show.types(typed))
+    return Analysis(captured, typed, attentions, misses, found)
+
+
+def plan(analysis: Analysis, options: Options) -> Plan:
+    """Decide what happens at every node, without rewriting. Raises as `merge` does."""
+    planned = make_plan(
+        analysis.typed,
+        analysis.sites,
+        analysis.attentions,
+        analysis.misses,
         options.entries,
         default=options.is_default_schedule,
         merged_outputs=options.outputs == "merged",
         asks=options.asks,
     )
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("the decisions:\n%s", show.decisions(planned))
+    return planned
 
 
-def merge(captured: Captured, options: Options, operators: ModuleType) -> Merged:
-    """The whole pass. With nothing to merge the captured graph itself is handed on.
+def merge(analysis: Analysis, options: Options, operators: ModuleType) -> Merged:
+    """Plan and rewrite. With nothing to merge the captured graph itself is handed on.
 
     Raises:
         NothingToMerge: a positive schedule and no site that can merge.
         ScheduleError: a schedule that cannot be bound to the sites.
-        OptionError: `clip` names no input.
         VerificationError: the rewritten graph is not well formed, or has outputs of other shapes.
     """
-    planned = plan(captured, options)
+    planned = plan(analysis, options)
     if not planned.merges:
-        return Merged(captured.graph, planned, {}, options)
+        return Merged(analysis.captured.graph, planned, {}, options)
     new = rewrite(planned, operators, options)
-    check_shapes(planned.typed.captured.graph, new.graph, restored=options.outputs == "restore")
+    check_shapes(analysis.typed.captured.graph, new.graph, restored=options.outputs == "restore")
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("the merged graph:\n%s", new.graph.print_readable(print_output=False))
     return Merged(new.graph, planned, new.groupings, options)
 
 

@@ -308,3 +308,19 @@ def test_a_folder_of_the_user_that_is_named_passes_is_left_alone(tmp_path: Path)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **root}, capture_output=True, text=True)
     assert done.stdout.split() == ["False", "tldr_compile.passes"], done.stderr
+
+
+def test_what_the_pass_saw_and_decided_can_be_read() -> None:
+    program = (
+        "import torch; from tests.tiny import Tiny, clip; import tldr_compile;"
+        "tldr_compile.apply(Tiny().eval(), (clip(),), schedule=[5])"
+    )
+    command, root = [sys.executable, "-c", program], Path(__file__).parents[1]
+    told = {}
+    for level in ("tldr_compile", "+tldr_compile"):
+        environment = {**os.environ, "TORCH_LOGS": level, "PYTHONPATH": str(root)}
+        told[level] = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True).stderr
+    shown = ("the typed graph:", "[b x t·h·w x", "the decisions:", "site 0", "merges 5 tokens", "the merged graph:")
+    for part in shown:
+        assert part in told["+tldr_compile"]
+        assert part not in told["tldr_compile"]

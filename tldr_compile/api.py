@@ -52,7 +52,7 @@ def apply(
     """
     config = _config(config, options)
     program = _export(model, args, kwargs, dynamic_shapes)
-    result = assemble(program, from_export(program), config)
+    result = assemble(program, passes.analyse(from_export(program), config), config)
     if config.verify:
         result.verify(*(program.example_inputs or (args, dict(kwargs or {}))))
     return result
@@ -70,31 +70,31 @@ def explain(
     """What `apply` with the same arguments would do, and why; also where there is nothing to merge."""
     config = _config(config, options)
     captured = from_export(_export(model, args, kwargs, dynamic_shapes))
-    merged, nothing = _attempt(captured, config)
+    merged, nothing = _attempt(passes.analyse(captured, config), config)
     return _report(merged, config, nothing)
 
 
-def assemble(program: ExportedProgram, captured: Captured, config: TokenMerging) -> MergedModule:
-    """`apply` on a program of which the capture is known; one capture serves any number of configurations."""
-    merged, nothing = merge(captured, config)
+def assemble(program: ExportedProgram, analysis: passes.Analysis, config: TokenMerging) -> MergedModule:
+    """`apply` on a program that is analysed: one analysis serves all configurations with its `clip` and `protect`."""
+    merged, nothing = merge(analysis, config)
     report = _report(merged, config, nothing)
     for note in report.little:
         warnings.warn(f"tldr: {note}", stacklevel=3)
-    return MergedModule(program, captured, merged, report)
+    return MergedModule(program, analysis.captured, merged, report)
 
 
 def _report(merged: passes.Merged, config: TokenMerging, nothing: str | None) -> Report:
     return Report(merged, default=config.is_default_schedule, nothing=nothing, asked=config.entries)
 
 
-def merge(captured: Captured, config: TokenMerging) -> tuple[passes.Merged, str | None]:
-    """Run the passes as `config.on_nothing` says.
+def merge(analysis: passes.Analysis, config: TokenMerging) -> tuple[passes.Merged, str | None]:
+    """Plan and rewrite as `config.on_nothing` says.
 
-    Where there is nothing to merge the merged graph is `captured.graph` itself, and the second value says why.
+    Where there is nothing to merge the merged graph is the captured one itself, and the second value says why.
     """
     if config.is_default_schedule:
         log.info("no schedule is given: the default %s is bound to the first sites that can merge", config.entries)
-    merged, nothing = _attempt(captured, config)
+    merged, nothing = _attempt(analysis, config)
     if nothing is not None:
         if config.on_nothing == "raise":
             raise NothingToMerge(nothing)
@@ -102,16 +102,11 @@ def merge(captured: Captured, config: TokenMerging) -> tuple[passes.Merged, str 
     return merged, nothing
 
 
-def _attempt(captured: Captured, config: TokenMerging) -> tuple[passes.Merged, str | None]:
+def _attempt(analysis: passes.Analysis, config: TokenMerging) -> tuple[passes.Merged, str | None]:
     try:
-        return passes.merge(captured, config, ops), None
+        return passes.merge(analysis, config, ops), None
     except NothingToMerge as nothing:
-        return passes.merge(captured, nothing_of(config), ops), str(nothing)
-
-
-def nothing_of(config: TokenMerging) -> TokenMerging:
-    """`config` with a schedule of zeros: the sites and the types, and no merge."""
-    return replace(config, schedule=())
+        return passes.merge(analysis, replace(config, schedule=()), ops), str(nothing)
 
 
 class MergedModule(nn.Module):

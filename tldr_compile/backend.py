@@ -14,7 +14,7 @@ from torch import fx
 from torch._dynamo import list_backends, register_backend
 
 from tldr_compile import passes, pieces
-from tldr_compile.api import merge, nothing_of
+from tldr_compile.api import merge
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import NothingToMerge
 from tldr_compile.passes.canonicalize import Captured, from_dynamo, inherit, with_writes
@@ -70,11 +70,12 @@ def _merged(
         return gm, None
     captured, broken = from_dynamo(gm, example_inputs), pieces.why_piece(gm)
     call = pieces.present_call() if broken is not None else None
+    analysis = passes.analyse(captured, config)
     if broken is None or call is None:
-        merged, _ = merge(captured, config)
+        merged, _ = merge(analysis, config)
         pieces.settle()
         return _emitted(merged, captured, config, gm, example_inputs), None
-    found = _merged_piece(captured, config, call, broken)
+    found = _merged_piece(analysis, config, call, broken)
     nothing = found if isinstance(found, str) else None
     bound = isinstance(config.entries, tuple) and nothing is None
     piece = Piece(config, broken, bound, nothing)
@@ -84,12 +85,14 @@ def _merged(
     return gm if isinstance(found, str) else _emitted(found, captured, config, gm, example_inputs), piece
 
 
-def _merged_piece(captured: Captured, config: TokenMerging, call: Call, broken: Break) -> passes.Merged | str:
+def _merged_piece(
+    analysis: passes.Analysis, config: TokenMerging, call: Call, broken: Break
+) -> passes.Merged | str:
     """A piece with its tokens merged, or why nothing is merged in it; another piece may hold the attention.
 
     Raises `GraphBreakError` where a sequence is not this piece's.
     """
-    sites = passes.plan(captured, nothing_of(config)).sites
+    sites = analysis.sites
     if not sites:
         return "it has no attention over clip tokens"
     if isinstance(config.entries, tuple):
@@ -97,7 +100,7 @@ def _merged_piece(captured: Captured, config: TokenMerging, call: Call, broken: 
         if any(config.entries[len(sites) :]) and not config.is_default_schedule:
             pieces.refuse_sequence(config, broken)
     try:
-        return merge(captured, replace(config, on_nothing="raise"))[0]
+        return merge(analysis, replace(config, on_nothing="raise"))[0]
     except NothingToMerge as nothing:
         return str(nothing)
 

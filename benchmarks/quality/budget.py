@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 import tldr_compile
 from benchmarks.quality.methods import Method, schedule
-from tldr_compile import MergedModule, TokenMerging
+from tldr_compile import MergedModule, TokenMerging, passes
 from tldr_compile.api import assemble
 from tldr_compile.errors import TldrError
-from tldr_compile.passes.canonicalize import from_export
 
 MOST = 0.5  # no site loses more
 NEAR, MET = 0.005, 0.02  # where the search stops, and what counts as met; parts of the budget
@@ -76,14 +75,14 @@ class Cell(NamedTuple):
 
 
 class Merger:
-    """A model captured once, for any number of schedules. All GFLOPs are of one clip."""
+    """A model captured and analysed once, for any number of schedules. All GFLOPs are of one clip."""
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
         """`example [B, T, 3, H, W]`. Raises CaptureError."""
         self.batch, self.device = len(example), example.device
         told = tldr_compile.explain(model, (example,), schedule=())
         self.program = torch.export.export(model, (example,))
-        self.graph = from_export(self.program)
+        self.analysis = passes.analyse(passes.from_export(self.program), TokenMerging())
         self.dense = told.gflops[0] / self.batch
         self._curves: dict[tuple[str, str], Curve] = {}
         self.able = [site["status"] != "refused" for site in told.sites]
@@ -92,7 +91,7 @@ class Merger:
 
     def merged(self, config: TokenMerging) -> MergedModule:
         """What `tldr_compile.apply` makes of the model."""
-        return assemble(self.program, self.graph, config)
+        return assemble(self.program, self.analysis, config)
 
     def gflops(self, config: TokenMerging) -> float:
         """Of a schedule that rounds to no token at all, those of the dense model."""

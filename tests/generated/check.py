@@ -16,9 +16,9 @@ from tests.generated.model import build
 from tests.generated.recipe import Recipe
 from tests.laws.independence import Apart
 from tldr_compile import MergedModule, TokenMerging, ops, passes
-from tldr_compile.api import assemble, nothing_of
+from tldr_compile.api import assemble
 from tldr_compile.errors import NothingToMerge, OptionError, ScheduleError
-from tldr_compile.passes.canonicalize import Captured, from_dynamo, from_export
+from tldr_compile.passes.canonicalize import from_dynamo, from_export
 
 BOUND = 2e-5  # of the largest magnitude, for two graphs that sum in another order
 
@@ -30,7 +30,7 @@ class Traced:
     recipe: Recipe
     model: nn.Module
     program: ExportedProgram
-    captured: Captured
+    analysis: passes.Analysis
     dense: Callable[..., Any]
 
     @classmethod
@@ -38,7 +38,7 @@ class Traced:
         model, inputs = build(recipe), recipe.inputs()
         with torch.no_grad():
             program = export(model, inputs, dynamic_shapes=_dynamic(recipe, inputs))
-            return cls(recipe, model, program, from_export(program), program.module())
+            return cls(recipe, model, program, passes.analyse(from_export(program), TokenMerging()), program.module())
 
     @cached_property
     def apart(self) -> Apart:
@@ -63,10 +63,10 @@ def check(recipe: Recipe, options: dict[str, Any]) -> str:
 def check_model(traced: Traced) -> None:
     """What does not rest on options: Zero, and where it applies Duplicates."""
     (inputs, *_) = traced.calls
-    zero = assemble(traced.program, traced.captured, TokenMerging(schedule=()))
+    zero = assemble(traced.program, traced.analysis, TokenMerging(schedule=()))
     _same(zero(*inputs), traced.dense(*inputs), 0)
     if traced.recipe.duplicable:
-        _duplicates(traced.recipe, traced.program, traced.captured)
+        _duplicates(traced.recipe, traced.program, traced.analysis)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def check_options(traced: Traced, options: dict[str, Any]) -> str:
     """Projection, Restore, Samples, Spellings, and that the fused graph is the traced one; on some recipes Twins."""
     config = TokenMerging.from_options(options)
     try:
-        merged = _fitting(traced.program, traced.captured, config)
+        merged = _fitting(traced.program, traced.analysis, config)
     except (NothingToMerge, OptionError, ScheduleError) as reason:
         return f"refused: {reason}"
     for each in traced.calls:
@@ -94,17 +94,17 @@ def check_options(traced: Traced, options: dict[str, Any]) -> str:
     return "partly" if any(r["operator"] != "output" for r in merged.report.restorations) else "merged"
 
 
-def _fitting(program: ExportedProgram, captured: Captured, config: TokenMerging) -> MergedModule:
+def _fitting(program: ExportedProgram, analysis: passes.Analysis, config: TokenMerging) -> MergedModule:
     """Merged as the options say, with zeros at the sites that cannot merge."""
     try:
-        return assemble(program, captured, config)
+        return assemble(program, analysis, config)
     except ScheduleError:
-        sites = passes.plan(captured, nothing_of(config)).sites
+        sites = analysis.sites
         open_sites = [index for index, site in enumerate(sites) if site.reason is None]
         if not open_sites:
             raise
         schedule = tuple(2 if index in open_sites else 0 for index in range(len(sites)))
-        return assemble(program, captured, replace(config, schedule=schedule))
+        return assemble(program, analysis, replace(config, schedule=schedule))
 
 
 def _dynamic(recipe: Recipe, inputs: Sequence[Tensor]) -> Any:
@@ -116,12 +116,12 @@ def _dynamic(recipe: Recipe, inputs: Sequence[Tensor]) -> Any:
     return (clips, tuple(more)) if more else (clips,)
 
 
-def _duplicates(recipe: Recipe, program: ExportedProgram, captured: Captured) -> None:
+def _duplicates(recipe: Recipe, program: ExportedProgram, analysis: passes.Analysis) -> None:
     """Tokens that are equal in pairs, merged in pairs, change nothing."""
     inputs = recipe.inputs(duplicates=True)
     config = TokenMerging(schedule=(max(1, recipe.clip_tokens // 2),), saliency="uniform")
     try:
-        merged: MergedModule = assemble(program, captured, config)
+        merged: MergedModule = assemble(program, analysis, config)
     except (NothingToMerge, ScheduleError):
         return
     _same(merged(*inputs), program.module()(*inputs), BOUND)
@@ -131,7 +131,7 @@ def _twin(model: nn.Module, config: TokenMerging) -> Any:
     """The model as Dynamo captures it, merged; not compiled further."""
 
     def backend(gm: fx.GraphModule, examples: list[Tensor]) -> Any:
-        return passes.merge(from_dynamo(gm, examples), config, ops).graph
+        return passes.merge(passes.analyse(from_dynamo(gm, examples), config), config, ops).graph
 
     torch._dynamo.reset()
     return torch.compile(model, backend=backend, fullgraph=True)

@@ -45,7 +45,8 @@ def flat_inputs(case: Case, batch: int = 2) -> list[Any]:
 
 def merge(case: Case, batch: int = 2, operators: ModuleType = ops, **options: Any) -> passes.Merged:
     """The case with its own schedule, if the options give none."""
-    return passes.merge(captured(case, batch), TokenMerging(**{"schedule": case.schedule, **options}), operators)
+    config = TokenMerging(**{"schedule": case.schedule, **options})
+    return passes.merge(passes.analyse(captured(case, batch), config), config, operators)
 
 
 def check(case: Case, batch: int = 2, operators: ModuleType = ops, **options: Any) -> passes.Merged:

@@ -42,9 +42,13 @@ def graph(sample: Sample) -> passes.Captured:
     return captured(fx.symbolic_trace(lambda clip: sample.model(clip)), CLIP)
 
 
+def merged_graph(captured: passes.Captured) -> passes.Merged:
+    return passes.merge(passes.analyse(captured, OPTIONS), OPTIONS, ops)
+
+
 @cache
 def merged(sample: Sample) -> passes.Merged:
-    return passes.merge(graph(sample), OPTIONS, ops)
+    return merged_graph(graph(sample))
 
 
 def called(plan: Plan, sample: Sample) -> list[fx.Node]:
@@ -115,7 +119,7 @@ def test_a_number_is_that_of_the_original() -> None:
 
     graph = captured(model, CLIP, mode="symbolic")
     assert {operator_name(node) for node in graph.graph.graph.nodes} >= NUMBERS
-    assert passes.merge(graph, OPTIONS, ops).graph(CLIP)[1:] == tuple(model(CLIP)[1:])
+    assert merged_graph(graph).graph(CLIP)[1:] == tuple(model(CLIP)[1:])
 
 
 @cache

@@ -75,7 +75,7 @@ def eagerly(case: Case) -> Any:
 
     def backend(gm: fx.GraphModule, examples: list[Tensor]) -> Any:
         config = tldr_compile.TokenMerging(schedule=case.schedule)
-        return passes.merge(passes.canonicalize.from_dynamo(gm, examples), config, tldr_compile.ops).graph
+        return passes.merge(passes.analyse(passes.from_dynamo(gm, examples), config), config, tldr_compile.ops).graph
 
     return backend
 

@@ -282,7 +282,8 @@ def test_talking_heads_merge_and_mean_what_they_should(
     clip = number(B, places, 7)
     example = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(clip)
     found = passes.from_dynamo(fx.symbolic_trace(model), [example])
-    merged = passes.merge(found, TokenMerging(schedule=(3, 2)), ops)
+    config = TokenMerging(schedule=(3, 2))
+    merged = passes.merge(passes.analyse(found, config), config, ops)
     assert [merge.count for merge in merged.plan.merges] == [3, 2]
     assert not [step.barriers for step in merged.plan.steps.values() if step.barriers]
     passes.verify(merged, [clip])
