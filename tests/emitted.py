@@ -21,7 +21,7 @@ from torch import fx
 
 import tldr_compile
 from tests import zoo
-from tests.generated.check import Traced
+from tests.generated.check import Traced, fitted
 from tests.generated.strategy import drawn_options, drawn_recipe
 from tldr_compile.errors import TldrError
 
@@ -56,10 +56,11 @@ def texts(models: int) -> Iterator[tuple[str, str]]:
         random = Random(number)
         recipe, options = drawn_recipe(random), drawn_options(random)
         try:
-            program = Traced.of(recipe).program
+            traced = Traced.of(recipe)
         except RuntimeError:  # some recipes are no models
             continue
-        yield f"generated {number}", emitted(lambda p=program, o=options: tldr_compile.apply(p, **o))  # type: ignore[misc]
+        config = tldr_compile.TokenMerging(**options)
+        yield f"generated {number}", emitted(lambda t=traced, c=config: fitted(t.program, t.analysis, c))  # type: ignore[misc]
 
 
 def differences(before: Texts, after: Texts) -> Iterator[str]:

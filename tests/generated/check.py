@@ -74,7 +74,7 @@ def check_options(traced: Traced, options: dict[str, Any]) -> str:
     """Projection, Restore, Samples, Spellings, and that the fused graph is the traced one; on some recipes Twins."""
     config = TokenMerging.from_options(options)
     try:
-        merged = _fitting(traced.program, traced.analysis, config)
+        merged = fitted(traced.program, traced.analysis, config)
     except (NothingToMerge, OptionError, ScheduleError) as reason:
         return f"refused: {reason}"
     for each in traced.calls:
@@ -94,7 +94,7 @@ def check_options(traced: Traced, options: dict[str, Any]) -> str:
     return "partly" if any(r["operator"] != "output" for r in merged.report.restorations) else "merged"
 
 
-def _fitting(program: ExportedProgram, analysis: passes.Analysis, config: TokenMerging) -> MergedModule:
+def fitted(program: ExportedProgram, analysis: passes.Analysis, config: TokenMerging) -> MergedModule:
     """Merged as the options say, with zeros at the sites that cannot merge."""
     try:
         return assemble(program, analysis, config)

@@ -1,4 +1,4 @@
-"""Every barrier on the smallest model that runs into it: the reason is told, and the answer is that of the definition."""
+"""Every barrier on the smallest model that runs into it: the reason is told, and the answer is what it means."""
 
 from __future__ import annotations
 
