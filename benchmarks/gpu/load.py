@@ -108,7 +108,7 @@ def call_of(setting: Setting, inputs: tuple[Tensor, ...], row: str) -> timing.Ca
 def loads(device: torch.device, *, dry: bool) -> tuple[Load, ...]:
     """All that is measured, the most important first, each with the attention that is fastest for it."""
     if dry:
-        plain = [Load(TINY, 2), Load(TINY, 1)]
+        plain = [Load(TINY, 2)]
     else:
         plain = [Load(name, batch) for batch in BATCHES for name in NAMES]
         plain += [Load(name, 1, graphs=True) for name in NAMES]

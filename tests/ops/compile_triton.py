@@ -1,4 +1,4 @@
-"""Compile the Triton provider for a GPU that need not be here: `python -m tests.ops.compile_triton 90` for Hopper.
+"""Compile the Triton provider for a GPU that need not be here: `python -m tests.ops.compile_triton 90 bfloat16`.
 
 A program of its own, since a process either compiles kernels or interprets them.
 """
@@ -42,7 +42,7 @@ def never_launch() -> list[str]:
     return compiled
 
 
-def main(capability: int) -> None:
+def main(capability: int, *names: str) -> None:
     triton.runtime.driver.set_active(Absent(capability))
     triton_kernels._wrapped = lambda kernel: kernel  # what a graph would see of it compiles nothing
     compiled = never_launch()
@@ -50,7 +50,8 @@ def main(capability: int) -> None:
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for dtype, mask_dtype in ((torch.bfloat16, torch.bool), (torch.float16, torch.float16), (torch.float32, None)):
+    masks = {"bfloat16": torch.bool, "float16": torch.float16, "float32": None}
+    for dtype, mask_dtype in ((getattr(torch, name), masks[name]) for name in names):
         q, k, v = empty(3, 2, 2, 100, 48, dtype=dtype)
         mask = None if mask_dtype is None else empty(100, 100, dtype=mask_dtype)
         log_mass = None if mask_dtype is torch.bool else empty(2, 1, 1, 100, dtype=torch.float32)
@@ -62,4 +63,4 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

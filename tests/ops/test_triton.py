@@ -195,18 +195,18 @@ def test_offsets_beyond_32_bits() -> None:
     assert found.cpu().equal(place[:, None] * (2**31 - 1) + place * 2**30)
 
 
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_compiles_for_a_gpu_that_is_not_here(capability: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("capability", "dtypes"), [("80", ["float16"]), ("90", ["bfloat16", "float32"])])
+def test_compiles_for_a_gpu_that_is_not_here(capability: str, dtypes: list[str], tmp_path: Path) -> None:
     """The interpreter takes what no compiler would."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.compile_triton", capability],
+        [sys.executable, "-m", "tests.ops.compile_triton", capability, *dtypes],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.split() == ["18"]
+    assert done.stdout.split() == [str(6 * len(dtypes))]
 
 
 def test_inductor_compiles_the_kernels_of_a_graph_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:

@@ -130,10 +130,10 @@ def test_an_input_whose_size_is_never_known_is_carried() -> None:
 
     def told(gm: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
         from tldr_compile import ops  # noqa: PLC0415
-        from tldr_compile.passes import from_dynamo, merge  # noqa: PLC0415
+        from tldr_compile.passes import analyse, from_dynamo, merge  # noqa: PLC0415
         from tldr_compile.report import Report  # noqa: PLC0415
 
-        reports.append(Report(merge(from_dynamo(gm, inputs), CONFIG, ops)))
+        reports.append(Report(merge(analyse(from_dynamo(gm, inputs), CONFIG), CONFIG, ops)))
         return backend(gm, inputs)
 
     with torch.no_grad():
