@@ -95,7 +95,8 @@ def _export(built: Built) -> ExportedProgram:
     try:
         return torch.export.export(built.model, (), built.inputs)
     except Exception as reason:  # the tracer runs the model's own code, which can raise anything
-        raise Untraceable(f"{type(reason).__name__}: {reason}") from reason
+        told, _, _ = str(reason).partition("\n\n")  # what follows are the paths of this machine
+        raise Untraceable(f"{type(reason).__name__}: {told}") from reason
 
 
 def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) -> Record:
