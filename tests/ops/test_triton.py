@@ -134,6 +134,23 @@ def test_masses_per_head_that_no_float_holds() -> None:
     torch.testing.assert_close(run(q, k, v, log_mass=log_mass)[0], exact[0].float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0**-12, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_masses_alone_at_any_scale(scale: float, dtype: torch.dtype) -> None:
+    """Keys without mass, one sample without any, and scales at which masses in units of scores would be infinite."""
+    q, k, v = qkv(2, 2, 21, 37, dtype=dtype)
+    log_mass = log_masses(2, 37)
+    log_mass[..., ::3] = -torch.inf
+    log_mass[1] = -torch.inf
+    inputs = [each.to(DEVICE) for each in (q, k, v, log_mass)]
+    expected, sharpness = reference.attention_with_sharpness(q, k, v, scale=scale, log_mass=log_mass)
+    close = {"rtol": 0, "atol": 4e-3 if dtype == torch.float16 else 1e-5}
+    torch.testing.assert_close(tiled.attend(*inputs[:3], scale, None, inputs[3]).cpu(), expected, **close)
+    both = tiled.forward(*inputs[:3], scale, None, inputs[3])
+    torch.testing.assert_close(both[0].cpu(), expected, **close)
+    torch.testing.assert_close(both[1].cpu(), sharpness, rtol=1e-5, atol=1e-5)
+
+
 def test_a_row_that_attends_to_one_key_has_sharpness_zero() -> None:
     k = torch.tensor([1.0, -1.0, -1.0]).view(1, 1, 3, 1)
     _, sharpness = run(torch.tensor([[[[1000.0]]]]), k, k)

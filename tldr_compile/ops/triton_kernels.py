@@ -59,7 +59,8 @@ class Tile(NamedTuple):
 
 
 def attend_tile(channels: int, size: int) -> Tile:
-    """For heads of `channels` (padded) in numbers of `size` bytes: what `benchmarks.gpu` found fastest on a Hopper.
+    """For heads of `channels` (padded) in numbers of `size` bytes: the fastest on an H200 in half precision, of 64
+    and 128 channels (`benchmarks/results/gpu-tiles.json`); other tiles are small enough to fit, and not measured.
 
     A table, since timing at the first call costs seconds, differs from run to run and cannot be done while a graph is
     captured.
