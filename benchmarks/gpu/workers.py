@@ -45,6 +45,8 @@ class Row:
             output = leading(call()).float().cpu().numpy()
             peak = timing.peak_bytes(call, self.device)
         self._calls[load] = call
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # every process keeps its own
         return {"first_call": first, "peak_bytes": peak, "attention": attention, "output": output}
 
     def seconds(self, load: Load, count: int) -> float:
@@ -66,6 +68,7 @@ def serve(connection: Connection, model: str, name: str, device: torch.device) -
     """Answer requests, methods of `Row` by name, until there are no more."""
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1  # there is a process for every core
+    torch._dynamo.config.automatic_dynamic_shapes = False  # a second batch is compiled as a user's first one is
     row: Row | None = None
     while True:
         try:
