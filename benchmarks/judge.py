@@ -17,7 +17,7 @@ from benchmarks.encoders import Built, Encoder, Unbuildable, build
 from tests.laws.independence import Apart
 from tldr_compile.api import MergedModule
 from tldr_compile.errors import NothingToMerge, VerificationError
-from tldr_compile.passes.verify import agreement
+from tldr_compile.passes.check.verify import agreement
 
 MERGED, PARTLY, REFUSED = "merged", "partly merged", "refused"
 WRONG, CRASHED, NOT_BUILT = "wrong", "crashed", "not built"

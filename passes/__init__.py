@@ -1,5 +1,12 @@
 """Graph -> facts and graph -> graph: token merging as a compiler pass over FX graphs of functional ATen.
 
+    capture   any traced model -> one graph in one dialect
+    axes      what every dimension is
+    sites     where tokens can merge, and why not elsewhere
+    plan      what happens at every node, as data
+    emit      the plan -> the new graph
+    check     the new graph against its meaning
+
     captured = passes.from_export(torch.export.export(model, args))
     analysis = passes.analyse(captured, options)
     merged = passes.merge(analysis, options, operators)
@@ -16,24 +23,23 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tldr_compile.passes import show
-from tldr_compile.passes.attention import Attention, fuse
-from tldr_compile.passes.canonicalize import Captured, from_dynamo, from_export
+from tldr_compile.passes.axes import TypedGraph, infer
+from tldr_compile.passes.capture import Attention, Captured, clip_inputs, from_dynamo, from_export, fuse
+from tldr_compile.passes.check import check_shapes
+from tldr_compile.passes.check import verify as _verify
+from tldr_compile.passes.emit import rewrite
 from tldr_compile.passes.errors import CaptureError
-from tldr_compile.passes.nodes import tensors
+from tldr_compile.passes.fx_utils import tensors
+from tldr_compile.passes.options import Options
 from tldr_compile.passes.plan import Plan
-from tldr_compile.passes.planner import make_plan
-from tldr_compile.passes.rewrite import Policy, rewrite
-from tldr_compile.passes.schedule import Entry
+from tldr_compile.passes.plan import make_plan as _make_plan
 from tldr_compile.passes.sites import Site, sites
-from tldr_compile.passes.typing import TypedGraph, infer
-from tldr_compile.passes.verify import check_shapes
-from tldr_compile.passes.verify import verify as _verify
 
 __all__ = [
     "Analysis",
@@ -44,28 +50,12 @@ __all__ = [
     "analyse",
     "from_dynamo",
     "from_export",
+    "make_plan",
     "merge",
-    "plan",
     "verify",
 ]
 
 log = logging.getLogger(__name__)
-
-
-class Options(Policy, Protocol):
-    """What `merge` reads of a configuration."""
-
-    @property
-    def entries(self) -> Entry | Sequence[Entry]: ...
-    @property
-    def is_default_schedule(self) -> bool: ...
-
-    @property
-    def protect(self) -> str | int: ...
-    @property
-    def clip(self) -> str | Sequence[str]: ...
-    @property
-    def outputs(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -106,16 +96,16 @@ def analyse(captured: Captured, options: Options) -> Analysis:
             )
     fused, attentions, misses = fuse(captured)
     protect = options.protect if isinstance(options.protect, int) else 0
-    typed = infer(fused, options.clip, attentions, protect)
+    typed = infer(fused, clip_inputs(captured, options.clip), [each.queries for each in attentions], protect)
     found = sites(typed, attentions, protect)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("the typed graph:\n%s", show.types(typed))
     return Analysis(captured, typed, attentions, misses, found)
 
 
-def plan(analysis: Analysis, options: Options) -> Plan:
+def make_plan(analysis: Analysis, options: Options) -> Plan:
     """Decide what happens at every node, without rewriting. Raises as `merge` does."""
-    planned = make_plan(
+    planned = _make_plan(
         analysis.typed,
         analysis.sites,
         analysis.attentions,
@@ -138,7 +128,7 @@ def merge(analysis: Analysis, options: Options, operators: ModuleType) -> Merged
         ScheduleError: a schedule that cannot be bound to the sites.
         VerificationError: the rewritten graph is not well formed, or has outputs of other shapes.
     """
-    planned = plan(analysis, options)
+    planned = make_plan(analysis, options)
     if not planned.merges:
         return Merged(analysis.captured.graph, planned, {}, options)
     new = rewrite(planned, operators, options)

@@ -1,7 +1,7 @@
 """What the pass saw and what it decided, as text, a line for each node: for whoever asks why.
 
-    layer_norm       aten.layer_norm.default                [b x t·h·w x 768]
-    linear           aten.linear.default                    [b x t·h·w x 2304]
+layer_norm       aten.layer_norm.default                [b x t·h·w x 768]
+linear           aten.linear.default                    [b x t·h·w x 2304]
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from tldr_compile.passes.axes import Axes
-from tldr_compile.passes.nodes import operator_name
+from tldr_compile.passes.axes import Axes, TypedGraph
+from tldr_compile.passes.fx_utils import operator_name
 from tldr_compile.passes.plan import Conversion, Plan, Step
-from tldr_compile.passes.typing import TypedGraph
 
 
 def types(typed: TypedGraph) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.tiny import TOKENS, WIDTH, Tiny, attention, clip
-from tldr_compile.passes.canonicalize import Captured, from_dynamo, from_export, inherit, with_writes
+from tldr_compile.passes.capture.canonicalize import Captured, from_dynamo, from_export, inherit, with_writes
 from tldr_compile.passes.errors import CaptureError
 
 aten = torch.ops.aten

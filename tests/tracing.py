@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from tldr_compile.passes.canonicalize import Captured, from_dynamo
-from tldr_compile.passes.nodes import operator_name
+from tldr_compile.passes.capture.canonicalize import Captured, from_dynamo
+from tldr_compile.passes.fx_utils import operator_name
 
 
 def captured(function: Callable[..., Any], *inputs: Tensor, mode: Literal["fake", "symbolic"] = "fake") -> Captured:

@@ -19,8 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from tldr_compile import ops, passes
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import CaptureError, NothingToMerge, OptionError, ShapeError
-from tldr_compile.passes.canonicalize import Captured, from_export, inherit, with_writes
-from tldr_compile.passes.retrace import raised_at
+from tldr_compile.passes.capture import Captured, from_export, inherit, raised_at, with_writes
 from tldr_compile.report import Report
 
 log = logging.getLogger("tldr_compile")

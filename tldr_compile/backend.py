@@ -17,7 +17,7 @@ from tldr_compile import passes, pieces
 from tldr_compile.api import merge
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import NothingToMerge
-from tldr_compile.passes.canonicalize import Captured, from_dynamo, inherit, with_writes
+from tldr_compile.passes.capture import Captured, from_dynamo, inherit, with_writes
 from tldr_compile.pieces import Break, Call, Piece
 from tldr_compile.report import Report
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tldr_compile.api import MergedModule
 from tldr_compile.passes.axes import Atom
-from tldr_compile.passes.projection import full_length
-from tldr_compile.passes.verify import record
+from tldr_compile.passes.check import full_length, record
 
 
 @dataclass(frozen=True)

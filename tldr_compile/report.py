@@ -16,12 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tldr_compile import passes
 from tldr_compile.ops.attention import attention_flop
-from tldr_compile.passes import cost
-from tldr_compile.passes.axes import Axes, Axis, Size
-from tldr_compile.passes.plan import Plan
-from tldr_compile.passes.resolution import Resolution, at
-from tldr_compile.passes.schedule import Entry
+from tldr_compile.passes.axes import Axes, Axis
+from tldr_compile.passes.plan import Entry, Plan, Resolution, at, cost
 from tldr_compile.passes.sites import Site, maximal_runs
+from tldr_compile.passes.sizes import Size
 
 _NO_CLASS_TOKEN = (
     "the clip comes as tokens, so that no class token could be seen: protect= says how many tokens lead that are never "

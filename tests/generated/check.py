@@ -18,7 +18,7 @@ from tests.laws.independence import Apart
 from tldr_compile import MergedModule, TokenMerging, ops, passes
 from tldr_compile.api import assemble
 from tldr_compile.errors import NothingToMerge, OptionError, ScheduleError
-from tldr_compile.passes.canonicalize import from_dynamo, from_export
+from tldr_compile.passes.capture.canonicalize import from_dynamo, from_export
 
 BOUND = 2e-5  # of the largest magnitude, for two graphs that sum in another order
 

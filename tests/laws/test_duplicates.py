@@ -21,7 +21,7 @@ from tests.laws.support import assert_same, compiled, distance, graphs_for_induc
 from tests.zoo import CASES, Case
 from tldr_compile import MergedModule
 from tldr_compile.inspection import Decision, inspect
-from tldr_compile.passes.planner import _Walk
+from tldr_compile.passes.plan.planner import _Walk
 
 PATCH = 8
 KINDS = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0, 1], [1, 1, 0, 0, 1, 1, 0, 1, 0]])

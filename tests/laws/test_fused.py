@@ -7,7 +7,7 @@ from torch import fx
 
 from tests.laws.support import assert_same, captured, every_case, flat_inputs
 from tests.zoo import Case
-from tldr_compile.passes.attention import SDPA, fuse
+from tldr_compile.passes.capture.attention import SDPA, fuse
 
 SOFTMAX = (torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 

@@ -21,10 +21,10 @@ from tests.laws.support import but, check, every_case, flat_inputs, merge, progr
 from tests.tiny import clip
 from tests.zoo import FAMILIES, Attn, Case, case
 from tldr_compile import VerificationError, ops, passes
-from tldr_compile.passes.convert import Converter, Laid
-from tldr_compile.passes.plan import How, Weighing, Weight
-from tldr_compile.passes.rewrite import _Rewriter
-from tldr_compile.passes.weigh import Weigher
+from tldr_compile.passes.emit.mass import Weigher
+from tldr_compile.passes.emit.resample import Converter, Laid
+from tldr_compile.passes.emit.rewrite import _Rewriter
+from tldr_compile.passes.plan.plan import How, Weighing, Weight
 
 SITES = {"umt": 3, "videomae": 3, "videomae-tokens": 3, "vivit": 3, "clip": 3, "vjepa2": 4, "timesformer": 6}
 OPTIONS: list[dict[str, Any]] = [

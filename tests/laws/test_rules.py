@@ -19,14 +19,16 @@ from tests.laws.samples import SAMPLES, Sample
 from tests.laws.samples.sample import B, C, N, T, W, merged_stream
 from tests.tracing import captured, named, number
 from tldr_compile import TokenMerging, ops, passes
-from tldr_compile.passes.attention import fuse
-from tldr_compile.passes.canonicalize import from_dynamo
-from tldr_compile.passes.decompose import DECOMPOSITIONS
-from tldr_compile.passes.nodes import operator_name, size, tensors
-from tldr_compile.passes.plan import Plan
-from tldr_compile.passes.rules import TABLE
-from tldr_compile.passes.typing import infer
-from tldr_compile.passes.verify import record
+from tldr_compile.passes.axes.infer import infer
+from tldr_compile.passes.axes.rules import TABLE
+from tldr_compile.passes.capture.attention import fuse
+from tldr_compile.passes.capture.canonicalize import from_dynamo
+from tldr_compile.passes.capture.clip import clip_inputs
+from tldr_compile.passes.capture.sums import DECOMPOSITIONS
+from tldr_compile.passes.check.verify import record
+from tldr_compile.passes.fx_utils import operator_name, tensors
+from tldr_compile.passes.plan.plan import Plan
+from tldr_compile.passes.sizes import size
 
 OPTIONS = TokenMerging(schedule=(2,))
 CLIP = number(B, T, N, W)
@@ -65,7 +67,8 @@ def called(plan: Plan, sample: Sample) -> list[fx.Node]:
 
 @every_sample
 def test_predicts_the_sizes(sample: Sample) -> None:
-    typed = infer(graph(sample))
+    captured = graph(sample)
+    typed = infer(captured, clip_inputs(captured))
     for node, values in typed.values.items():
         for value, tensor in zip(values, tensors(node), strict=True):
             assert [axis.size for axis in value.axes] == [size(s) for s in tensor.shape], node

@@ -14,8 +14,8 @@ import tldr_compile
 from tests.laws.support import compiled, every_family, flat_inputs, merge, tensors
 from tests.zoo import Case, case
 from tldr_compile import passes
-from tldr_compile.passes.projection import Projection, full_length
-from tldr_compile.passes.verify import record
+from tldr_compile.passes.check.projection import Projection, full_length
+from tldr_compile.passes.check.verify import record
 
 OPTIONS: list[dict[str, Any]] = [{}, {"saliency": "uniform"}, {"metric": "keys"}, {"reduction": "drop"}]
 

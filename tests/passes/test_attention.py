@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.tracing import canonical, named, number
 from tldr_compile import TokenMerging, ops, passes
-from tldr_compile.passes.attention import SDPA, fuse
-from tldr_compile.passes.canonicalize import Captured
-from tldr_compile.passes.nodes import named as named_arguments
+from tldr_compile.passes.capture.attention import SDPA, fuse
+from tldr_compile.passes.capture.canonicalize import Captured
+from tldr_compile.passes.fx_utils import named as named_arguments
 
 B, HEADS, N, D = 2, 4, 6, 5
 Q, K, V = (number(B, HEADS, N, D, seed=seed) for seed in range(3))

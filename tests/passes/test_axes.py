@@ -9,7 +9,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tldr_compile.passes.axes import (
+from tldr_compile.passes.axes.algebra import (
     BORN,
     CONSTANT,
     UNIT,
@@ -17,19 +17,17 @@ from tldr_compile.passes.axes import (
     Axis,
     Conflict,
     Role,
-    Size,
     Substitution,
     axis,
     border,
     concat,
-    divide,
     find,
     product,
     replace,
     segment_size,
-    simplify,
     subaxis,
 )
+from tldr_compile.passes.sizes import Size, divide, simplify
 
 s = sympy.Symbol("s", integer=True, positive=True)
 NOTHING = Substitution()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tldr_compile
-from tldr_compile.passes import barriers
+from tldr_compile.passes.plan import barriers
 
 B, T, H, W, C = 2, 2, 3, 4, 8
 PLACES = H * W

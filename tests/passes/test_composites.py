@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 import tldr_compile
 from tests.test_canonicalize import capture, operators
 from tldr_compile.backend import merged_graph
-from tldr_compile.passes.canonicalize import from_export
-from tldr_compile.passes.composites import encoder_layer, multi_head_attention
+from tldr_compile.passes.capture.canonicalize import from_export
+from tldr_compile.passes.capture.composites import encoder_layer, multi_head_attention
 from tldr_compile.passes.errors import CaptureError
 
 B, N, C, H, HIDDEN = 2, 6, 8, 2, 12

@@ -14,10 +14,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from tests.tracing import canonical, named, number
-from tldr_compile.passes.attention import SDPA, fuse
-from tldr_compile.passes.canonicalize import Captured, from_export
-from tldr_compile.passes.decompose import DECOMPOSITIONS
-from tldr_compile.passes.nodes import operator_name, size
+from tldr_compile.passes.capture.attention import SDPA, fuse
+from tldr_compile.passes.capture.canonicalize import Captured, from_export
+from tldr_compile.passes.capture.sums import DECOMPOSITIONS
+from tldr_compile.passes.fx_utils import operator_name
+from tldr_compile.passes.sizes import size
 
 aten = torch.ops.aten
 Function = Callable[[Tensor], Any]

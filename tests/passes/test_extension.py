@@ -13,8 +13,8 @@ from tests.generated.attention import WIDTH
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
 from tldr_compile import ops
-from tldr_compile.passes.rules import TABLE, Call, Kind, Typed, rule
-from tldr_compile.passes.spellings import SPELLINGS, spelling
+from tldr_compile.passes.axes.rules import TABLE, Call, Kind, Typed, rule
+from tldr_compile.passes.capture.decompositions import DECOMPOSITIONS, decomposition
 
 
 @torch.library.custom_op("tldr_tests::smooth", mutates_args=())
@@ -112,11 +112,11 @@ class Kernel(nn.Module):
 
 
 @pytest.fixture
-def spellings() -> Iterator[None]:
-    before = dict(SPELLINGS)
+def decompositions() -> Iterator[None]:
+    before = dict(DECOMPOSITIONS)
     yield
-    SPELLINGS.clear()
-    SPELLINGS.update(before)
+    DECOMPOSITIONS.clear()
+    DECOMPOSITIONS.update(before)
 
 
 def test_attention_inside_an_unknown_kernel_is_not_seen() -> None:
@@ -125,8 +125,8 @@ def test_attention_inside_an_unknown_kernel_is_not_seen() -> None:
 
 
 @torch.no_grad()
-def test_a_spelling_from_outside_makes_it_a_site(spellings: None) -> None:
-    @spelling("tldr_tests::attention")
+def test_a_decomposition_from_outside_makes_it_a_site(decompositions: None) -> None:
+    @decomposition("tldr_tests::attention")
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         q, k, v = torch.nn.functional.linear(x, weight).chunk(3, -1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import tldr_compile
 from tests.laws.support import compiled
 from tldr_compile.errors import CaptureError, NothingToMerge
-from tldr_compile.passes.attention import SDPA
+from tldr_compile.passes.capture.attention import SDPA
 
 B, N, C, HEADS = 2, 18, 16, 4
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from tests.tracing import captured
-from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, Factor, axis, concat, product
-from tldr_compile.passes.layout import Layout
+from tldr_compile.passes.axes.algebra import UNIT, Atom, Axes, Axis, Factor, axis, concat, product
+from tldr_compile.passes.emit.views import Layout
 
 aten = torch.ops.aten
 

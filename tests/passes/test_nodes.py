@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from tldr_compile.passes.nodes import size
+from tldr_compile.passes.sizes import size
 
 GUARDS: dict[str, Callable[[torch.SymInt], bool]] = {
     "a remainder": lambda s: bool(s % 4 == 0),

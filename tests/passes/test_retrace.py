@@ -18,9 +18,9 @@ from torch.compiler import nested_compile_region
 import tldr_compile
 from tests.test_canonicalize import capture, operators
 from tldr_compile.backend import merged_graph
-from tldr_compile.passes.canonicalize import from_dynamo, from_export
+from tldr_compile.passes.capture.canonicalize import from_dynamo, from_export
+from tldr_compile.passes.capture.decompositions import DECOMPOSITIONS, decomposition
 from tldr_compile.passes.errors import CaptureError
-from tldr_compile.passes.spellings import SPELLINGS, spelling
 
 TOKENS, WIDTH = 12, 8
 CONFIG = tldr_compile.TokenMerging(schedule=(3, 2, 2))
@@ -199,11 +199,11 @@ def test_a_refusal_in_a_body_says_where_once() -> None:
         return x.clone()
 
     operator.register_fake(torch.empty_like)
-    spelling("tests::refused")(failing)
+    decomposition("tests::refused")(failing)
     try:
         said = refused(Calls(operator), torch.randn(2, 4))
     finally:
-        del SPELLINGS["tests::refused"]
+        del DECOMPOSITIONS["tests::refused"]
     assert said.count("tests::refused") == 1
     assert "test_retrace.py" in said
     assert said.endswith("tests::refused: no")

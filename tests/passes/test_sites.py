@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from tests.tracing import canonical, named, number
-from tldr_compile.passes.attention import fuse
-from tldr_compile.passes.sites import Site, sites
-from tldr_compile.passes.typing import infer
+from tldr_compile.passes.axes.infer import infer
+from tldr_compile.passes.capture.attention import fuse
+from tldr_compile.passes.capture.clip import clip_inputs
+from tldr_compile.passes.sites.find import Site, sites
 
 B, T, N, C = 2, 3, 6, 8
 CLIP = number(B, T, N, 7)
@@ -43,7 +44,7 @@ def mlp(x: Tensor) -> Tensor:
 
 def found(model: Model, *inputs: Tensor) -> tuple[fx.Graph, list[Site]]:
     fused, attentions, _ = fuse(canonical(model, CLIP, *inputs))
-    return fused.graph.graph, list(sites(infer(fused), attentions))
+    return fused.graph.graph, list(sites(infer(fused, clip_inputs(fused)), attentions))
 
 
 def only(model: Model, *inputs: Tensor) -> Site:

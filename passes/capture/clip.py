@@ -1,0 +1,36 @@
+"""Which inputs of a captured graph carry the video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tldr_compile.passes.capture.canonicalize import Captured
+from tldr_compile.passes.errors import OptionError
+
+
+def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> frozenset[str]:
+    """Names of the placeholders that carry the video: the floating-point inputs of the highest rank, 2 or more.
+
+    Raises:
+        OptionError: a name in `clip` is no input of the graph.
+    """
+    inputs = {
+        node.name: captured.names.get(node.name, node.name)
+        for node in captured.graph.graph.find_nodes(op="placeholder")
+        if node.name not in captured.constants and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    if clip != "auto":
+        wanted = (clip,) if isinstance(clip, str) else clip
+        if unfound := [name for name in wanted if name not in inputs.values() and name not in inputs]:
+            raise OptionError(
+                f"clip={unfound[0]!r} is no tensor input of the model; they are {sorted(inputs.values())}"
+            )
+        return frozenset(node for node, name in inputs.items() if name in wanted or node in wanted)
+    placeholders = [node for node in captured.graph.graph.find_nodes(op="placeholder") if node.name in inputs]
+    ranks = {node.name: node.meta["val"].ndim for node in placeholders if node.meta["val"].is_floating_point()}
+    if not any(rank >= 3 for rank in ranks.values()):  # pixels as they come from a decoder
+        ranks = {node.name: node.meta["val"].ndim for node in placeholders if node.meta["val"].ndim >= 4}
+    highest = max(ranks.values(), default=0)
+    return frozenset(name for name, rank in ranks.items() if rank == highest and rank >= 2)

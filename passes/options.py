@@ -1,0 +1,41 @@
+"""What the passes read of the options of whoever uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from tldr_compile.passes.plan.schedule import Entry
+
+
+class Policy(Protocol):
+    """The options that change what is inserted; `tldr_compile.TokenMerging` is one."""
+
+    @property
+    def saliency(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def reduction(self) -> str: ...
+    @property
+    def pooling(self) -> str: ...
+    @property
+    def proportional(self) -> bool: ...
+    @property
+    def asks(self) -> Collection[str]: ...
+
+
+class Options(Policy, Protocol):
+    """What `merge` reads of a configuration."""
+
+    @property
+    def entries(self) -> Entry | Sequence[Entry]: ...
+    @property
+    def is_default_schedule(self) -> bool: ...
+
+    @property
+    def protect(self) -> str | int: ...
+    @property
+    def clip(self) -> str | Sequence[str]: ...
+    @property
+    def outputs(self) -> str: ...

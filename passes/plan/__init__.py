@@ -1,0 +1,32 @@
+"""All decisions: what happens at every node, as plain data.
+
+In: typed graph, sites, schedule. Out: `Plan`: the merges, and for every call at which resolutions it is done, which
+operands are converted before it, which sums are weighed, and where full length is needed (`barriers`) and why.
+
+    block 1 (1568 tokens) -> merge -> block 2 (600) -> block 3 (600) -> a barrier: restored to 1568
+
+Nothing here makes a node, and nobody else decides anything.
+"""
+
+from tldr_compile.passes.plan.plan import Barrier, Conversion, How, Merge, Plan, Scaling, Step, Weighing, Weight
+from tldr_compile.passes.plan.planner import make_plan
+from tldr_compile.passes.plan.resolution import Resolution, at, of_run, tokens_at
+from tldr_compile.passes.plan.schedule import Entry
+
+__all__ = [
+    "Barrier",
+    "Conversion",
+    "Entry",
+    "How",
+    "Merge",
+    "Plan",
+    "Resolution",
+    "Scaling",
+    "Step",
+    "Weighing",
+    "Weight",
+    "at",
+    "make_plan",
+    "of_run",
+    "tokens_at",
+]

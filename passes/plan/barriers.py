@@ -1,0 +1,163 @@
+"""Barriers: why a call cannot be done on groups of tokens. One predicate each; the first that answers is the reason.
+
+x [b, n1, C]  ->  reshape to [b, t, h, w, C]      a part of the run: restored first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from tldr_compile.passes.axes import Atom, Axes, Axis, Kind, Typed, spread, touches
+from tldr_compile.passes.plan.resolution import Resolution, at, holds
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A call that would be done with the tokens of `run` at the resolution `target`."""
+
+    typed: Typed
+    run: Axis
+    target: Resolution
+    conflict: str | None
+
+    @property
+    def every(self) -> tuple[Axes, ...]:
+        return (*self.typed.reads, *self.typed.outputs)
+
+    @property
+    def merged(self) -> Iterator[Axes]:
+        """The axes that hold the run, as they would be."""
+        return (at(axes, [self.target]) for axes in self.every if holds(axes, self.run))
+
+
+def obstacle(asked: Asked) -> str | None:
+    """Why a call cannot be done on groups; None if it can."""
+    return next((reason for barrier in BARRIERS if (reason := barrier(asked)) is not None), None)
+
+
+def without_rule(asked: Asked) -> str | None:
+    """An operator of which nothing is known, or whose equations conflict: 12 = 3·4 here, 2·6 there."""
+    if asked.typed.known:
+        return None
+    return f"its axes conflict: {asked.conflict}" if asked.conflict else "it has no rule"
+
+
+def mixing_tokens(asked: Asked) -> str | None:
+    """A linear layer or a convolution over tokens."""
+    for use in asked.typed.uses:
+        if use.kind in (Kind.MIX, Kind.LINEAR):
+            reads = asked.typed.reads[use.operand]
+            if any(reads[dim].atoms & asked.run.atoms for dim in use.dims):
+                return f"it mixes the tokens along {asked.run!r}"
+    return None
+
+
+def meeting_across_groupings(asked: Asked) -> str | None:
+    """A mean over frames that were each grouped by themselves; over frames and their groups together it is exact."""
+    for use in asked.typed.uses:
+        touched = {atom for dim in use.dims for atom in at(asked.typed.reads[use.operand], [asked.target])[dim].atoms}
+        over = touched & asked.target.batch.atoms
+        if over and (use.kind is Kind.MIX or asked.target.groups not in touched):
+            return f"it meets entries along {_names(over)}, over which {asked.target!r} was grouped"
+    return None
+
+
+def reducing_a_part(asked: Asked) -> str | None:
+    """`[b, t, h, w]` held as one run, reduced over h and w only."""
+    for use in asked.typed.uses:
+        dims = set(range(*(spread(asked.typed.reads[use.operand], asked.run) or (0, 0))))
+        if dims & set(use.dims) and not dims <= set(use.dims):
+            return f"it meets entries along a part of {asked.run!r}"
+    return None
+
+
+def holding_a_part(asked: Asked) -> str | None:
+    """A grid reshape: rows and columns apart."""
+    for axes in asked.every:
+        if not holds(axes, asked.run):
+            if touches(axes, asked.run):
+                return f"it holds a part of {asked.run!r}: {text(axes)}"
+        elif touches(at(axes, [asked.target]), asked.run):
+            return f"it holds a part of {asked.run!r} beside the whole: {text(axes)}"
+    return None
+
+
+def taking_the_batch_apart(asked: Asked) -> str | None:
+    """Groups without the samples or frames that they were grouped for."""
+    for axes in asked.merged:
+        if lost := asked.target.batch.atoms - _told_apart(axes, asked.target.groups):
+            return f"it takes apart {_names(lost)}, over which {asked.target!r} was grouped"
+    return None
+
+
+def pairing_groupings(asked: Asked) -> str | None:
+    """Scores between frames: the groups of one beside the number of another."""
+    for axes in asked.merged:
+        if (pair := _ambiguous(axes, asked.target)) is not None:
+            return f"it pairs entries along {pair!r}, over which {asked.target!r} was grouped"
+    return None
+
+
+def pairing_on_one_axis(asked: Asked) -> str | None:
+    """Pairs of tokens `[b, n, n]` flattened to `[b, n·n]`."""
+    groups = asked.target.groups
+    for axes in asked.merged:
+        if any(segment.count(groups) > 1 for each in axes for segment in each.segments):
+            return f"it lays pairs of tokens along {asked.run!r} on one dimension: {text(axes)}"
+    return None
+
+
+def nesting_too_deeply(asked: Asked) -> str | None:
+    """A run within a sum within a product within a sum."""
+    for axes in asked.merged:
+        if any(not _reachable(each, asked.target.groups) for each in axes):
+            return f"it nests {asked.run!r} too deeply: {text(axes)}"
+    return None
+
+
+BARRIERS: tuple[Callable[[Asked], str | None], ...] = (
+    without_rule,
+    meeting_across_groupings,
+    mixing_tokens,
+    reducing_a_part,
+    holding_a_part,
+    taking_the_batch_apart,
+    pairing_groupings,
+    pairing_on_one_axis,
+    nesting_too_deeply,
+)
+
+
+def _told_apart(axes: Axes, groups: Atom) -> set[Atom]:
+    """The atoms whose values are at hand for every group: factors of other axes, and of the groups' own segments."""
+    beside = {f for each in axes for f in each.factors if isinstance(f, Atom)}
+    own = [
+        {f for f in segment if isinstance(f, Atom)} for each in axes for segment in each.segments if groups in segment
+    ]
+    return beside | (set.intersection(*own) if own else set())
+
+
+def _ambiguous(axes: Axes, target: Resolution) -> Atom | None:
+    """A dimension that the grouping depends on and that lies on several axes, none of them that of the groups."""
+    for own in axes:
+        beside = target.batch.atoms - own.atoms if target.groups in own.atoms else ()
+        for atom in beside:
+            if sum(atom in each.atoms for each in axes) > 1:
+                return atom
+    return None
+
+
+def _reachable(axis: Axis, atom: Atom) -> bool:
+    """Whether an atom stands in a segment of the axis, or of a sum that is a factor of the axis."""
+    inside = [segment for segment in axis.segments if atom in segment]
+    nested = [f for f in axis.factors if isinstance(f, Axis) and any(atom in segment for segment in f.segments)]
+    return atom not in axis.atoms or bool(inside) or bool(nested)
+
+
+def _names(atoms: Collection[Atom]) -> str:
+    return ", ".join(sorted(map(repr, atoms)))
+
+
+def text(axes: Axes) -> str:
+    return " x ".join(map(repr, axes))

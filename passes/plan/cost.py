@@ -1,0 +1,137 @@
+"""What a plan costs: floating-point operations of products, and bytes for what has none, at the traced sizes.
+
+linear, at n1        2 · b · n1 · in · out
+restore to n         bytes read and written, each worth `BYTE` operations
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+from tldr_compile.passes.axes import Axes, Axis, TypedGraph
+from tldr_compile.passes.fx_utils import named, operator_name, tensors
+from tldr_compile.passes.plan.plan import Conversion, Merge, Plan, Step
+from tldr_compile.passes.plan.resolution import at
+from tldr_compile.passes.plan.schedule import Entry
+from tldr_compile.passes.sizes import Size
+
+Planned: TypeAlias = Callable[[Sequence[Entry]], Plan]
+
+# What moving a byte is worth: processors do about ten operations in the time in which memory delivers one byte.
+BYTE = 10
+
+
+def of(plan: Plan) -> float:
+    """Everything that a plan does."""
+    return operations(plan) + BYTE * bytes_moved(plan)
+
+
+def dense(plan: Plan) -> float:
+    """The same of the graph as it was."""
+    return operations(Plan(plan.typed, plan.sites, plan.misses, (), (), {}))
+
+
+def operations(plan: Plan) -> float:
+    """Floating-point operations of all products, matching included."""
+    sizes = _Sizes(plan.typed)
+    calls = sum(_call(plan, node, sizes) for node in plan.typed.captured.graph.graph.nodes)
+    return calls + sum(_matching(plan, merge, sizes) for merge in plan.merges)
+
+
+def bytes_moved(plan: Plan) -> float:
+    """What bringing operands to other resolutions reads and writes; a merge and an output are no choice."""
+    sizes, total = _Sizes(plan.typed), 0.0
+    for node, step in plan.steps.items():
+        own = plan.typed.own(node)
+        for each in step.conversions if node.op != "output" else ():
+            total += _moved(own[each.operand], each, plan.typed.operands(node)[each.operand], sizes)
+    for merge in plan.merges:
+        axes = plan.typed.value(merge.node).axes
+        for each in (*merge.stream, *merge.before):
+            total += _moved(axes, each, merge.node, sizes)
+    return total
+
+
+class _Sizes:
+    """Sizes as numbers: symbolic ones as in the example, those that depend on data as 1."""
+
+    def __init__(self, typed: TypedGraph) -> None:
+        self.known: dict[sympy.Symbol, int] = {}
+        for node in typed.captured.graph.graph.nodes:
+            for value in (node.meta.get("val"), *(s for t in tensors(node) for s in t.shape)):
+                if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol):
+                    self.known[value.node.expr] = int(value.node.hint) if value.node.has_hint() else 1
+
+    def __call__(self, size: Size) -> int:
+        return size if isinstance(size, int) else max(0, int(size.subs(self.known)))
+
+    def count(self, axes: Axes) -> int:
+        return prod(self(each.size) for each in axes)
+
+
+def _call(plan: Plan, node: fx.Node, sizes: _Sizes) -> float:
+    formula = FORMULAS.get(operator_name(node)) if node.op == "call_function" else None
+    if formula is None:
+        return 0.0
+    typed = plan.typed.calls.get(node)
+    if typed is None:  # of constants only
+        reads, outputs = plan.typed.own(node), tuple(each.axes for each in plan.typed.values[node])
+    else:
+        done = plan.steps.get(node, Step()).held
+        reads, outputs = tuple(at(axes, done) for axes in typed.reads), tuple(at(axes, done) for axes in typed.outputs)
+    return float(formula(node, reads, outputs[0], sizes))
+
+
+def _linear(node: fx.Node, reads: Sequence[Axes], output: Axes, sizes: _Sizes) -> int:
+    return 2 * sizes.count(output) * sizes(reads[0][-1].size)
+
+
+def _product(node: fx.Node, reads: Sequence[Axes], output: Axes, sizes: _Sizes) -> int:
+    return 2 * sizes.count(output) * sizes(reads[-2][-1].size)
+
+
+def _attention(node: fx.Node, reads: Sequence[Axes], output: Axes, sizes: _Sizes) -> int:
+    query, key = reads[0], reads[1]
+    return 2 * sizes.count(output[:-1]) * sizes(key[-2].size) * (sizes(query[-1].size) + sizes(output[-1].size))
+
+
+def _convolution(node: fx.Node, reads: Sequence[Axes], output: Axes, sizes: _Sizes) -> int:
+    return 2 * sizes.count(output) * prod(sizes(each.size) for each in reads[1][1:])
+
+
+def _einsum(node: fx.Node, reads: Sequence[Axes], output: Axes, sizes: _Sizes) -> int:
+    letters = str(named(node)["equation"]).replace(" ", "").partition("->")[0].split(",")
+    if len(letters) != 2 or "." in "".join(letters):
+        return 0
+    pairs = zip(letters, reads, strict=True)
+    every: Mapping[str, Axis] = {name: each for names, axes in pairs for name, each in zip(names, axes, strict=True)}
+    return 2 * sizes.count(tuple(every.values()))
+
+
+FORMULAS: dict[str, Callable[[fx.Node, Sequence[Axes], Axes, _Sizes], int]] = {
+    "aten::linear": _linear,
+    **dict.fromkeys((f"aten::{name}" for name in ("matmul", "bmm", "mm", "addmm", "baddbmm")), _product),
+    "aten::scaled_dot_product_attention": _attention,
+    **dict.fromkeys((f"aten::{name}" for name in ("conv1d", "conv2d", "conv3d", "convolution")), _convolution),
+    "aten::einsum": _einsum,
+}
+
+
+def _matching(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
+    """Every other token with every other one, over the channels of the stream."""
+    axes = plan.typed.value(merge.node).axes
+    tokens = sizes(merge.target.groups.size + merge.count)
+    rest = sizes.count(axes) // max(1, sizes(merge.target.run.size) * sizes(merge.target.batch.size))
+    return 2.0 * sizes(merge.target.batch.size) * -(-tokens // 2) * (tokens // 2) * rest
+
+
+def _moved(axes: Axes, conversion: Conversion, value: fx.Node, sizes: _Sizes) -> float:
+    """Bytes of a value at both of its resolutions."""
+    both = (at(axes, [each] if each else []) for each in (conversion.source, conversion.target))
+    return float(sum(map(sizes.count, both))) * value.meta["val"].dtype.itemsize

@@ -1,0 +1,181 @@
+"""What to do at every node of a graph, as plain data: all decisions of the pass, and nothing but decisions.
+
+A merge replaces a run of clip tokens by one new atom, a *resolution* of that run. Every call is done at some
+resolutions: operands are brought there (`Conversion`), sums over tokens are weighed (`Weighing`), probabilities over
+tokens that are read as numbers get their tokens' weight (`Scaling`), and where an operator does not commute with
+merging its operands are restored first and the operator is named (`Barrier`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import fx
+
+from tldr_compile.passes.axes import Atom, Axis, TypedGraph, Use
+from tldr_compile.passes.plan.resolution import Resolution, holds
+from tldr_compile.passes.plan.schedule import Entry
+from tldr_compile.passes.sites import Site
+from tldr_compile.passes.sizes import Size
+
+
+class How(Enum):
+    """How a value comes to another resolution."""
+
+    MERGE = "merge"
+    PICK = "pick"
+    RESTORE = "restore"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Operand number `operand` of a call goes from one resolution of `run` to another before the call reads it."""
+
+    operand: int
+    run: Axis
+    source: Resolution | None
+    target: Resolution | None
+    how: How
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What tokens of a run weigh in a sum, once those along `gone` have been summed already.
+
+    `held`: the sum runs over groups; otherwise over restored tokens.
+    """
+
+    resolution: Resolution
+    gone: frozenset[Atom] = frozenset()
+    held: bool = False
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """A sum over tokens; `counts` says that it counts tokens, and `partial` that it runs over a part of the run.
+
+    `dtype` is that of the result, where integers are summed that are only read as floats.
+    """
+
+    use: Use
+    weight: Weight
+    counts: bool = False
+    partial: bool = False
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Operand number `operand`, a distribution over the tokens of dimension `dim`, is multiplied by their weight."""
+
+    operand: int
+    dim: int
+    weight: Weight
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Why a call is done at full length."""
+
+    run: Axis
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens at one call. `held` are the resolutions at which it is done; what it sums, its result has not."""
+
+    held: tuple[Resolution, ...] = ()
+    conversions: tuple[Conversion, ...] = ()
+    weighings: tuple[Weighing, ...] = ()
+    scalings: tuple[Scaling, ...] = ()
+    barriers: tuple[Barrier, ...] = ()
+
+
+@dataclass(frozen=True)
+class Merge:
+    """After `node`, `count` tokens of the run go; `source` is the resolution it starts from.
+
+    `stream` brings the residual stream to `source`; `rows` what the site says of its tokens (sharpness, keys), which
+    are as the site's own scores are held; `keys` the keys to that first; `before` what the attention was added to.
+    `held` are the resolutions of other runs that the stream keeps.
+    """
+
+    site: Site
+    node: fx.Node
+    count: Size
+    source: Resolution | None
+    target: Resolution
+    held: tuple[Resolution, ...]
+    stream: tuple[Conversion, ...]
+    rows: tuple[Conversion, ...]
+    keys: tuple[Conversion, ...]
+    before: tuple[Conversion, ...]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A value that gets its full length back: before which node, and why."""
+
+    node: fx.Node
+    value: fx.Node
+    conversion: Conversion
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the rewriter does and that the report prints.
+
+    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why.
+    """
+
+    typed: TypedGraph
+    sites: tuple[Site, ...]
+    misses: tuple[tuple[fx.Node, str], ...]
+    schedule: tuple[Entry, ...]
+    merges: tuple[Merge, ...]
+    steps: Mapping[fx.Node, Step]
+    left_out: tuple[Site, ...] = ()
+    others: tuple[tuple[fx.Node, str], ...] = ()
+
+    def held(self, node: fx.Node) -> tuple[Resolution, ...]:
+        """At which resolutions a value is held, merges after it included."""
+        if merges := self.merges_after(node):
+            return (*merges[-1].held, merges[-1].target)
+        held = self.steps.get(node, Step()).held
+        return tuple(each for each in held if holds(self.typed.value(node).axes, each.run))
+
+    def merges_after(self, node: fx.Node) -> tuple[Merge, ...]:
+        return tuple(merge for merge in self.merges if merge.node is node)
+
+    def merge_of(self, attention: fx.Node) -> Merge | None:
+        return next((merge for merge in self.merges if merge.site.attention.node is attention), None)
+
+    def restored(self) -> Iterator[Restored]:
+        """Every value of the graph that gets its full length back, in execution order."""
+        for node in self.typed.captured.graph.graph.nodes:
+            for merge in self.merges_after(node):
+                yield from _of_merge(merge)
+            step, operands = self.steps.get(node, Step()), self.typed.operands(node)
+            for each in step.conversions:
+                if each.how is How.RESTORE:
+                    reason = next((b.reason for b in step.barriers if b.run == each.run), None)
+                    if node.op == "output":
+                        reason = "an output over tokens gets its original length back"
+                    yield Restored(
+                        node, operands[each.operand], each, reason or "two branches that merged differently meet"
+                    )
+
+
+def _of_merge(merge: Merge) -> Iterator[Restored]:
+    site = merge.site
+    reason = f"site {site.index} groups these tokens anew"
+    told = ((merge.node, merge.stream), (site.attention.scored, merge.rows), (site.attention.keys, merge.keys))
+    for value, conversions in (*told, (site.stream.before if site.stream else None, merge.before)):
+        for each in conversions:
+            if value is not None and each.how is How.RESTORE:
+                yield Restored(merge.node, value, each, reason)

@@ -1,0 +1,62 @@
+"""A schedule in numbers: one entry for every site, and how many tokens an entry removes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import TypeAlias
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv
+
+from tldr_compile.passes.errors import ScheduleError
+from tldr_compile.passes.sites import Site
+from tldr_compile.passes.sizes import Size, simplify
+
+Entry: TypeAlias = int | float
+
+
+def bind_schedule(
+    schedule: Sequence[Entry] | Entry, sites: Sequence[Site], *, default: bool = False
+) -> tuple[Entry, ...]:
+    """One entry for every site.
+
+    A sequence is bound in execution order and missing entries are 0; one fraction, and the default sequence, go to
+    the sites that can merge.
+
+    Raises:
+        ScheduleError: more entries than sites, or a positive entry at a site that cannot merge.
+    """
+    able = [site for site in sites if site.reason is None]
+    if isinstance(schedule, (int, float)):
+        return tuple(0 if site.reason else schedule for site in sites)
+    if default:
+        given = {site.index: entry for site, entry in zip(able, schedule, strict=False)}
+        return tuple(given.get(site.index, 0) for site in sites)
+    if any(schedule[len(sites) :]):
+        raise ScheduleError(
+            f"the schedule {list(schedule)} has {len(schedule)} entries, but the graph has {len(sites)} attention "
+            f"sites over clip tokens. Give at most {len(sites)}, or one fraction for all of them."
+        )
+    for site, entry in zip(sites, schedule, strict=False):
+        if entry and site.reason:
+            raise ScheduleError(
+                f"schedule[{site.index}] = {entry}, but site {site.index} ({site.attention.node.name}, tokens "
+                f"{site.tokens!r}) cannot merge: {site.reason}. Give it 0; sites that can: "
+                f"{[each.index for each in able]}."
+            )
+    return (*schedule, *[0] * len(sites))[: len(sites)]
+
+
+def removed(entry: Entry, tokens: Size) -> Size:
+    """How many tokens a schedule's entry removes: a number, or a fraction rounded down; never more than half."""
+    half = tokens // 2 if isinstance(tokens, int) else FloorDiv(tokens, 2)
+    if isinstance(entry, int):
+        wanted: Size = entry
+    else:
+        part = Fraction(str(entry))
+        top = tokens * part.numerator
+        wanted = top // part.denominator if isinstance(top, int) else FloorDiv(top, part.denominator)
+    if isinstance(wanted, int) and isinstance(half, int):
+        return min(wanted, half)
+    return simplify(sympy.Min(wanted, half)) if isinstance(entry, int) else (wanted if entry <= 0.5 else half)

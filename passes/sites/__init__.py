@@ -1,0 +1,20 @@
+r"""Where tokens can merge, and why not elsewhere.
+
+In: a typed graph and its attentions. Out: the sites, which are the self-attentions over tokens of the clip, each with
+the residual stream behind it; or why nothing can merge there.
+
+    x ---------------------> add -> ...      the stream: the merge is inserted after `add`
+     \-> norm -> attention --^
+
+Nothing here knows the schedule, or what a merge costs.
+"""
+
+from tldr_compile.passes.sites.find import Site, maximal_runs, no_sites, sites, why_nothing
+
+__all__ = [
+    "Site",
+    "maximal_runs",
+    "no_sites",
+    "sites",
+    "why_nothing",
+]

@@ -1,0 +1,327 @@
+"""Attention plus types -> sites: where tokens can be merged, in which layout, and why not elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx as nx
+import torch
+from torch import fx
+
+from tldr_compile.passes.axes import (
+    CONSTANT,
+    Atom,
+    Axes,
+    Axis,
+    Factor,
+    Role,
+    Segment,
+    TypedGraph,
+    find,
+    product,
+    subaxis,
+)
+from tldr_compile.passes.capture import Attention
+from tldr_compile.passes.sites import mask_analysis
+
+aten = torch.ops.aten
+
+_ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default, aten.lerp.Tensor, aten.lerp.Scalar})
+_NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
+_THROUGH = frozenset({aten.clone.default, aten._to_copy.default})
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where the merge of a site stands: after `node`, which holds the run of clip tokens `run`.
+
+    The run is what the attention attends along, and nothing more. `batch` is the product of all other clip atoms of
+    the stream: the grouping is computed for each of their values. `before` is what the attention is added to.
+    """
+
+    node: fx.Node
+    before: fx.Node
+    run: Axis
+    batch: Axis
+
+
+@dataclass(frozen=True)
+class Site:
+    """A self-attention over clip tokens. `reason` says why nothing can be merged at it, if so."""
+
+    index: int
+    attention: Attention
+    tokens: Axis
+    batch: Axis
+    heads: Axis
+    layout: str
+    stream: Stream | None
+    reason: str | None
+
+    @property
+    def clip_batch(self) -> Axis:
+        """The clip's part of the batch; what is left of it are heads."""
+        return product(factor for factor in self.batch.factors if factor not in self.heads.factors)
+
+
+def maximal_runs(axis: Axis) -> list[Axis]:
+    """The maximal runs of segments that were born from the clip."""
+    runs: list[list[Segment]] = [[]]
+    for segment in axis.segments:
+        if segment and all(isinstance(f, Atom) and f.clip for f in segment):
+            runs[-1].append(segment)
+        elif runs[-1]:
+            runs.append([])
+    return [subaxis(run) for run in runs if run]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Reachability and post-dominance in a typed graph."""
+
+    typed: TypedGraph
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        edges = nx.DiGraph()
+        for node in self.typed.captured.graph.graph.nodes:
+            edges.add_node(node)
+            edges.add_edges_from((source, node) for source in node.all_input_nodes)
+        return edges
+
+    @cached_property
+    def post_dominator(self) -> Mapping[fx.Node, fx.Node]:
+        (output,) = self.typed.captured.graph.graph.find_nodes(op="output")
+        immediate = nx.immediate_dominators(self.graph.reverse(copy=False), output)
+        return {node: above for node, above in immediate.items() if node is not output and above is not None}
+
+    def descends(self, node: fx.Node, ancestor: fx.Node) -> bool:
+        return node is ancestor or node in self.descendants(ancestor)
+
+    def descendants(self, node: fx.Node) -> set[fx.Node]:
+        if node not in self._descendants:
+            self._descendants[node] = nx.descendants(self.graph, node)
+        return self._descendants[node]
+
+    @cached_property
+    def _descendants(self) -> dict[fx.Node, set[fx.Node]]:
+        return {}
+
+    def residual(self, attention: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+        """The first residual addition that post-dominates an attention; past its norm, past parallel branches.
+
+        With it the stream that comes to the addition from elsewhere than the attention.
+        """
+        node = self.post_dominator.get(attention)
+        while node is not None and self._stream_beside(node, attention) is None:
+            node = self.post_dominator.get(node)
+        if node is None:
+            return None
+        before = self._stream_beside(node, attention)
+        assert before is not None
+        while (following := self._continues(node)) is not None:
+            node = following
+        return node, before
+
+    def _stream_beside(self, node: fx.Node, branch: fx.Node) -> fx.Node | None:
+        """What an addition adds a branch to, if it is one of the two and the other is one stream of the clip."""
+        if node.target not in _ADDITIONS:
+            return None
+        inside: list[fx.Node] = []
+        outside: list[fx.Node] = []
+        for side in self.typed.operands(node):
+            (inside if self.descends(side, branch) else outside).append(side)
+        streams = [side for side in outside if self.typed.value(side).clip]
+        return streams[0] if inside and len(streams) == 1 else None
+
+    def _continues(self, node: fx.Node) -> fx.Node | None:
+        """The only reader, where it still belongs to the same residual step."""
+        if len(node.users) != 1:
+            return None
+        (user,) = node.users
+        if user.target in _NORMS or user.target in _THROUGH or self._stream_beside(user, node) is not None:
+            return user
+        return None
+
+
+def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) -> tuple[Site, ...]:
+    """All self-attentions over clip tokens, numbered in execution order whether or not they can be merged."""
+    flow = Flow(typed)
+    selves = [each for each in attentions if _attends_to_itself(typed, each)]
+    return tuple(_site(flow, index, each, protect) for index, each in enumerate(selves))
+
+
+def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
+    """Whether the keys are the queries' tokens of the clip and no others of it, for each value of the same batch."""
+    value = typed.value(attention.queries)
+    keys, batch = value.axes[-1], value.axes[:-2]
+    if attention.probabilities is None and attention.keys is not None:
+        *batch, keys, _ = typed.value(attention.keys).axes  # type: ignore[assignment]
+    runs = maximal_runs(value.axes[-2])
+    same = _clip_atoms(batch) == _clip_atoms(value.axes[:-2])
+    return maximal_runs(keys) == runs and bool(runs) and value.clip and same
+
+
+def _clip_atoms(axes: Sequence[Axis]) -> set[Atom]:
+    return {atom for axis in axes for atom in axis.atoms if atom.clip}
+
+
+def no_sites(typed: TypedGraph, attentions: Sequence[Attention]) -> Iterator[tuple[fx.Node, str]]:
+    """The attentions that are no self-attention over clip tokens, and why."""
+    for each in attentions:
+        if not _attends_to_itself(typed, each):
+            value = typed.value(each.queries)
+            tokens = maximal_runs(value.axes[-2]) if value.clip else []
+            other = f"its keys are not its queries' tokens {value.axes[-2]!r}"
+            yield each.node, other if tokens else "it has no tokens of the clip"
+
+
+def _site(flow: Flow, index: int, attention: Attention, protect: int) -> Site:
+    axes = flow.typed.value(attention.queries).axes
+    tokens, batch = axes[-2], product(axes[:-2])
+    found = _stream(flow, attention, tokens)
+    stream = None if isinstance(found, str) else found
+    beside = _beside(flow.typed, stream.node, stream.run) if stream else None
+    heads = product(f for f in batch.factors if not (product([f]).clip if beside is None else f in beside))
+    reason = found if isinstance(found, str) else None
+    if stream is not None:
+        reason = _refusal(flow.typed, attention, tokens, batch, heads, stream, protect)
+    return Site(index, attention, tokens, batch, heads, _layout(flow.typed, tokens, stream), stream, reason)
+
+
+def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
+    runs = maximal_runs(tokens)
+    if len(runs) > 1:
+        return f"its tokens {tokens!r} hold the clip in {len(runs)} places"
+    residual = flow.residual(attention.node)
+    if residual is None:
+        return "no residual addition follows it on every path"
+    node, before = residual
+    axes = flow.typed.value(node).axes
+    atoms = [atom for axis in axes for segment in axis.segments for atom in product([Axis((segment,))]).atoms]
+    if not runs[0].atoms & set(atoms):
+        return (
+            f"its tokens {tokens!r} are not those of the residual stream {_text(axes)}: it attends within another "
+            "grid, as of padded or shifted windows, or of a pooled map"
+        )
+    run = _lying_together(axes, runs[0])
+    if run is None:
+        return f"its tokens {tokens!r} do not lie together in the residual stream {_text(axes)}"
+    return Stream(node, before, run, product(f for f in _beside(flow.typed, node, run) if f not in run.atoms))
+
+
+def _lying_together(axes: Axes, run: Axis) -> Axis | None:
+    """The run as the stream holds it: whole segments, or neighbouring factors in whatever order the stream has them."""
+    if len(run.segments) > 1:
+        return run if sum(find(axis, run) is not None for axis in axes) == 1 else None
+    products = [axis.factors for axis in axes] + [segment for axis in axes for segment in _segments(axis)]
+    for factors in (*products, tuple(factor for axis in axes for factor in axis.factors)):
+        own = [place for place, factor in enumerate(factors) if factor in run.atoms]
+        if len(own) == len(run.factors) and own == list(range(own[0], own[0] + len(own))):
+            return product(factors[own[0] : own[-1] + 1])
+    return None
+
+
+def _segments(axis: Axis) -> list[Segment]:
+    """All products of an axis, those of sums inside of it too: `1 + n` and `n` of `b·(1 + n)`."""
+    inner = [each for segment in axis.segments for f in segment if isinstance(f, Axis) for each in _segments(f)]
+    return [*axis.segments, *inner]
+
+
+def _beside(typed: TypedGraph, stream: fx.Node, run: Axis) -> tuple[Factor, ...]:
+    """The factors of a residual stream that are no channels: tokens, and what they are grouped for each value of.
+
+    What is not known to be a channel is kept apart, whether or not it can be named: samples that were stacked, frames
+    that were picked. A head is what the stream does not hold.
+    """
+    found: list[Factor] = []
+    for axis in typed.value(stream).axes:
+        if not axis.atoms & run.atoms:
+            found += axis.factors
+        for segment in _segments(axis) if axis.atoms & run.atoms else ():
+            if any(f in run.atoms or (isinstance(f, Axis) and f.atoms & run.atoms) for f in segment):
+                found += [f for f in segment if isinstance(f, Atom)]
+    return tuple(f for f in dict.fromkeys(found) if not _is_channel(typed, f))
+
+
+def _is_channel(typed: TypedGraph, factor: Factor) -> bool:
+    if isinstance(factor, Axis):
+        return bool(factor.atoms) and all(_is_channel(typed, atom) for atom in factor.atoms)
+    told = factor.strength == CONSTANT or factor in typed.mixed
+    return factor.role is Role.CHANNEL or (not factor.clip and told)
+
+
+def _refusal(
+    typed: TypedGraph, attention: Attention, tokens: Axis, batch: Axis, heads: Axis, stream: Stream, protect: int
+) -> str | None:
+    run = maximal_runs(tokens)[0]
+    clip_batch = [f for f in batch.factors if f not in heads.factors]
+    if len(run.atoms) < sum(len(segment) for segment in run.segments):
+        return f"its tokens {tokens!r} hold the same dimension of the clip twice"
+    if attention.causal:
+        return "it is causal: the order of its tokens carries meaning"
+    if (alone := _without_space(run)) is not None:
+        return alone
+    if any(isinstance(factor, Axis) for factor in clip_batch):
+        return f"its batch {batch!r} joins several clips of a sample, which could not be told apart"
+    if batch.factors != (*clip_batch, *heads.factors):
+        return f"its heads are laid before its batch: {batch!r}"
+    if set(clip_batch) != set(stream.batch.factors):
+        along = _text(typed.value(stream.node).axes)
+        return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {along}"
+    if (hidden := mask_analysis.refusal(typed, attention, run)) is not None:
+        return hidden
+    lead = Axis(tokens.segments[: (find(tokens, run) or (0, 0))[0]]).size
+    if isinstance(lead, int) and lead < protect:
+        return f"protect={protect} would take apart {run!r}, which is one block of tokens"
+    return None
+
+
+def _without_space(run: Axis) -> str | None:
+    """Why a run that is no place in a picture is not merged: it is time alone, or the samples themselves."""
+    roles = {atom.role for atom in run.atoms}
+    if roles == {Role.SAMPLE}:
+        return f"it attends along the samples of the batch, {run!r}"
+    if roles <= {Role.TIME, Role.FOLDED, Role.SAMPLE}:
+        return f"it is temporal: it attends along {run!r} only, at one place of the picture"
+    return None
+
+
+def _layout(typed: TypedGraph, tokens: Axis, stream: Stream | None) -> str:
+    roles = {atom.role for atom in maximal_runs(tokens)[0].atoms}
+    time = roles & {Role.TIME, Role.FOLDED, Role.SAMPLE}
+    if time:
+        return "joint space-time" if roles - time else "temporal"
+    beside = stream is not None and any(
+        stream.run.atoms < set(segment) for axis in typed.value(stream.node).axes for segment in axis.segments
+    )
+    return "divided, spatial" if beside else "spatial"
+
+
+def _text(axes: Axes) -> str:
+    return " x ".join(map(repr, axes))
+
+
+def why_nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]], others: Sequence[Attention]) -> str:
+    """Why there is nothing to merge: what was searched for, and what came nearest."""
+    searched = "searched for scaled_dot_product_attention and for product - softmax - product over the tokens of a clip"
+    if sites:
+        near = "; ".join(
+            f"site {s.index} ({s.attention.node.name}, tokens {s.tokens!r}): {s.reason}" for s in sites[:3]
+        )
+        return f"no attention site of this graph can merge tokens ({searched}). Nearest: {near}."
+    if misses:
+        node, reason = misses[0]
+        return f"this graph has no attention site ({searched}). Nearest miss: {node.target} ({node.name}): {reason}."
+    if others:
+        names = ", ".join(each.node.name for each in others[:3])
+        return (
+            f"this graph has no attention site ({searched}). Its attentions ({names}) have keys other than their "
+            "queries or no tokens of the clip; clip= names the inputs that carry the video, if that was not told right."
+        )
+    return (
+        f"this graph has no attention site ({searched}; it has no softmax over tokens either). "
+        "Is this the part of the model that holds the transformer? on_nothing='warn' compiles it as it is."
+    )
