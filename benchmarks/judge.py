@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 import tldr_compile
 from benchmarks.encoders import Built, Encoder, Unbuildable, build
 from tests.laws.independence import Apart
-from tldr_compile.api import MergedModule
 from tldr_compile.errors import NothingToMerge, VerificationError
+from tldr_compile.module import MergedModule
 from tldr_compile.passes.check.verify import agreement
 
 MERGED, PARTLY, REFUSED = "merged", "partly merged", "refused"

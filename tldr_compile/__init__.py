@@ -5,7 +5,7 @@ merged = tldr_compile.apply(model, (clip,), schedule=[600, 200, 100])
 report = tldr_compile.explain(model, (clip,), schedule=[600, 200, 100])
 """
 
-from tldr_compile.api import MergedModule, apply, explain
+from tldr_compile.api import apply, explain
 from tldr_compile.backend import register as _register
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import (
@@ -20,6 +20,7 @@ from tldr_compile.errors import (
     VerificationError,
 )
 from tldr_compile.inspection import Decision, inspect
+from tldr_compile.module import MergedModule
 from tldr_compile.report import Report
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tldr_compile.api import MergedModule
+from tldr_compile.module import MergedModule
 from tldr_compile.passes.axes import Atom
 from tldr_compile.passes.check import full_length, record
 

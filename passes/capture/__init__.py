@@ -13,7 +13,6 @@ from tldr_compile.passes.capture.attention import SDPA, Attention, fuse
 from tldr_compile.passes.capture.canonicalize import Captured, from_dynamo, from_export, inherit, with_writes
 from tldr_compile.passes.capture.clip import clip_inputs
 from tldr_compile.passes.capture.decompositions import decomposition
-from tldr_compile.passes.capture.retrace import raised_at
 
 __all__ = [
     "SDPA",
@@ -25,6 +24,5 @@ __all__ = [
     "from_export",
     "fuse",
     "inherit",
-    "raised_at",
     "with_writes",
 ]

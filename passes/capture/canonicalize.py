@@ -39,9 +39,9 @@ from tldr_compile.passes.capture.retrace import (
     refuse_higher_order,
     refuse_nested,
     said,
-    where,
 )
 from tldr_compile.passes.errors import CaptureError
+from tldr_compile.passes.sources import where
 
 _CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 _MUTATION_KINDS = frozenset({OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION})

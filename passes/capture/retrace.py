@@ -5,9 +5,6 @@ Whatever fails names the node, its operator, the line of the model's source and 
 
 from __future__ import annotations
 
-import os
-import sysconfig
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from tldr_compile.passes.capture.decompositions import decomposition_of
 from tldr_compile.passes.errors import CaptureError
 from tldr_compile.passes.fx_utils import operator_name
+from tldr_compile.passes.sources import where
 
 # Their bodies are traced in place, with the mode that they stand for.
 _ENTERED = frozenset(
@@ -39,7 +37,6 @@ _INSTEAD = {
     "associative_scan": "write a Python loop over a known number of steps",
     "while_loop": "write a Python loop over a known number of steps",
 }
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 _FROM_DATA = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 # What torch raises for a graph that it cannot trace, of whatever kind.
 FAILURES = (RuntimeError, LookupError, TypeError, ValueError, AttributeError, AssertionError, ArithmeticError)
@@ -164,28 +161,6 @@ def refuse_nested(node: fx.Node, value: Any) -> None:
             f"{where(node)}: {_operator(node)} is a nested tensor, whose samples have their own lengths, which "
             "tldr-compile does not merge; pad them to one length"
         )
-
-
-def where(node: fx.Node) -> str:
-    """A node by name, with the innermost line of the user's code that it comes from, or else the module."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    places = [line.removeprefix("File ") for line in lines if line.startswith('File "') and 'File "<' not in line]
-    users = [place for place in places if not place.startswith(f'"{_TORCH}')]
-    if places:
-        return f"{node.name} ({(users or places)[-1]})"
-    modules = list((node.meta.get("nn_module_stack") or {}).values())
-    return f"{node.name} (in {modules[-1][0] or modules[-1][1]})" if modules else node.name
-
-
-def raised_at(reason: BaseException) -> str:
-    """The innermost line of the user's code that an exception came through; nothing if there is none."""
-    frames = traceback.extract_tb(reason.__traceback__)[1:]  # the first is whoever caught it
-    users = [frame for frame in frames if not frame.filename.startswith((_TORCH, "<")) and not _is_pythons(frame)]
-    return f'"{users[-1].filename}", line {users[-1].lineno}, in {users[-1].name}' if users else ""
-
-
-def _is_pythons(frame: traceback.FrameSummary) -> bool:
-    return frame.filename.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in frame.filename
 
 
 def said(reason: BaseException) -> str:

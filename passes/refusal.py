@@ -1,0 +1,31 @@
+"""What is not done at a node, and why: a value, until somebody raises it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from tldr_compile.passes.fx_utils import operator_name
+from tldr_compile.passes.sources import line_of, where
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something is not done at `node`."""
+
+    node: fx.Node
+    reason: str
+
+    @property
+    def operator(self) -> str:
+        """What the node calls: "aten::softmax"."""
+        return operator_name(self.node) if self.node.op == "call_function" else self.node.op
+
+    @property
+    def line(self) -> str | None:
+        """The line of the user's source that the node comes from."""
+        return line_of(self.node)
+
+    def __str__(self) -> str:
+        return f"{self.operator}: {where(self.node)}: {self.reason}"

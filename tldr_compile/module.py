@@ -1,0 +1,142 @@
+"""What `apply` returns: a captured model whose graph merges tokens, as a module that is called like the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from tldr_compile import passes
+from tldr_compile.errors import CaptureError
+from tldr_compile.passes.capture import Captured, inherit, with_writes
+from tldr_compile.report import Report
+from tldr_compile.signature import Signature
+
+
+class MergedModule(nn.Module):
+    """A captured model whose graph merges tokens; called with the arguments that the model was captured with.
+
+    Parameters and buffers are the model's own, under their own names. The captured graph is in the mode (`train` or
+    `eval`) that the model was in; changing the mode of this module does not change the graph.
+    """
+
+    graph_module: fx.GraphModule
+    """The merged graph: parameters, buffers and inputs in, flat outputs out."""
+
+    def __init__(self, program: ExportedProgram, captured: Captured, merged: passes.Merged, report: Report) -> None:
+        super().__init__()
+        self._facts = _Facts(merged, report)
+        self._signature = Signature.of(program, captured)
+        self._out_spec = _out_spec(program)
+        self._sources = [_source(spec.kind, spec.target) for spec in program.graph_signature.input_specs]
+        self.graph_module = inherit(with_writes(merged.graph, captured.mutated), captured.graph)
+        for name, value in {**program.state_dict, **program.constants}.items():
+            _register(self, name, value, persistent=name in program.state_dict)
+
+    @property
+    def report(self) -> Report:
+        """What was merged, and why."""
+        return self._facts.report
+
+    @property
+    def _merged(self) -> passes.Merged:
+        return self._facts.merged
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs, in the model's structure. Raises `ShapeError` before anything runs."""
+        return tree_unflatten(self.graph_module(*self._inputs(args, kwargs)), self._out_spec)
+
+    def verify(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        """Compare the merged graph with its definition on these inputs, on the device of the capture.
+
+        Raises `VerificationError` with the first value that differs.
+        """
+        with torch.no_grad():
+            passes.verify(self._merged, self._flat_inputs(args, dict(kwargs or {})))
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """What `graph_module` is called with."""
+        leaves = iter(self._signature.flatten(args, kwargs))
+        return [next(leaves) if source is None else functools.reduce(getattr, source, self) for source in self._sources]
+
+    def _flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """What the graphs of `_merged` are called with: the same, where the model was captured."""
+        examples = (node.meta["val"] for node in self._merged.graph.graph.find_nodes(op="placeholder"))
+        return [
+            value.to(example.device) if isinstance(value, torch.Tensor) else value
+            for value, example in zip(self._inputs(args, kwargs), examples, strict=True)
+        ]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MergedModule:
+        before = _device(self)
+        super()._apply(fn, recurse)
+        after = _device(self)
+        if before is not None and after is not None and before != after:
+            _move(self.graph_module, before, after)
+        return self
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known about a merged graph. Nothing changes it: copies of a module share it, on whichever device."""
+
+    merged: passes.Merged
+    report: Report
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Facts:
+        return self
+
+
+def _out_spec(program: ExportedProgram) -> TreeSpec:
+    if program.call_spec.out_spec is None:
+        raise CaptureError("the exported program does not know the structure of its outputs")
+    return program.call_spec.out_spec
+
+
+def _source(kind: InputKind, target: str | None) -> tuple[str, ...] | None:
+    return None if kind is InputKind.USER_INPUT or target is None else tuple(target.split("."))
+
+
+def _register(root: nn.Module, name: str, value: torch.Tensor, *, persistent: bool) -> None:
+    *path, leaf = name.split(".")
+    if (first := name.split(".")[0]) not in root._modules and hasattr(root, first):
+        raise CaptureError(
+            f"the model's attribute {first!r} has the name of an attribute that every merged module has; rename it, or "
+            'compile the model with torch.compile(model, backend="tldr")'
+        )
+    module = root
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(leaf, value)
+    else:
+        module.register_buffer(leaf, value, persistent=persistent)
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((value.device for value in (*module.parameters(), *module.buffers())), None)
+
+
+def _move(graph: fx.GraphModule, before: torch.device, after: torch.device) -> None:
+    """Let what `graph` makes by itself (position ids, tables) be born on the new device, where strides may differ."""
+
+    def moved(value: Any) -> Any:
+        return after if value == before and isinstance(value, torch.device) else value
+
+    for node in graph.graph.nodes:
+        node.args = fx.node.map_aggregate(node.args, moved)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+        if node.op == "get_attr":
+            setattr(graph, node.target, getattr(graph, node.target).to(after))
+    graph.recompile()
