@@ -25,7 +25,7 @@ VERDICTS = (MERGED, PARTLY, REFUSED, WRONG, CRASHED, NOT_BUILT)
 
 FRACTION = 0.2
 HALF = 0.5  # where that is less than one token
-NO_RULE = "it has no rule"
+NO_RULE = "it has no typing rule"
 CHANGED = (0, 1)  # dimensions of the inputs in which samples, frames or rows may lie apart
 
 Size: TypeAlias = int | torch.SymInt

@@ -39,7 +39,8 @@ from tldr_compile.passes.fx_utils import tensors
 from tldr_compile.passes.options import Options
 from tldr_compile.passes.plan import Plan
 from tldr_compile.passes.plan import make_plan as _make_plan
-from tldr_compile.passes.sites import Site, sites
+from tldr_compile.passes.refusal import Refusal
+from tldr_compile.passes.sites import AnySite, sites
 
 __all__ = [
     "Analysis",
@@ -76,8 +77,8 @@ class Analysis:
     captured: Captured
     typed: TypedGraph
     attentions: tuple[Attention, ...]
-    misses: tuple[tuple[fx.Node, str], ...]
-    sites: tuple[Site, ...]
+    misses: tuple[Refusal, ...]
+    sites: tuple[AnySite, ...]
 
 
 def analyse(captured: Captured, options: Options) -> Analysis:

@@ -27,5 +27,10 @@ class Refusal:
         """The line of the user's source that the node comes from."""
         return line_of(self.node)
 
+    @property
+    def reason_at(self) -> str:
+        """The reason with the line."""
+        return f"{self.reason} ({self.line})" if self.line else self.reason
+
     def __str__(self) -> str:
         return f"{self.operator}: {where(self.node)}: {self.reason}"

@@ -13,6 +13,7 @@ from torch import fx
 from tldr_compile.passes.axes import Axes, TypedGraph
 from tldr_compile.passes.fx_utils import operator_name
 from tldr_compile.passes.plan import Conversion, Plan, Step
+from tldr_compile.passes.sites import RefusedSite
 
 
 def types(typed: TypedGraph) -> str:
@@ -26,16 +27,25 @@ def decisions(plan: Plan) -> str:
     """The sites, then every call at which something is merged, converted, weighed or done at full length."""
     sites = [
         f"site {site.index}: {site.attention.node.name} over {site.tokens!r}"
-        + (f": nothing merges: {site.reason}" if site.reason else "")
+        + (f": nothing merges: {site.reason}" if isinstance(site, RefusedSite) else "")
         for site in plan.sites
     ]
-    others = [f"no site: {node.name}: {reason}" for node, reason in plan.others]
+    others = [f"no site: {each}" for each in plan.others]
     steps = [
         line
         for node in plan.typed.captured.graph.graph.nodes
         for line in (*_step(plan, node, plan.steps.get(node, Step())), *_merges(plan, node))
     ]
     return "\n".join((*sites, *others, *steps))
+
+
+def around(typed: TypedGraph, node: fx.Node) -> Iterator[str]:
+    """A node with what it reads and what reads it, as the typed graph has them."""
+    near = [*node.all_input_nodes, node, *node.users]
+    width = max(len(each.name) for each in near)
+    for each in dict.fromkeys(near):
+        shown = _typed(typed, each) if each in typed.values else ""
+        yield f"{'>' if each is node else ' '} {each.name:<{width}}  {_called(each):<44}  {shown}".rstrip()
 
 
 def _called(node: fx.Node) -> str:

@@ -226,9 +226,9 @@ RECORDS = [
     record(
         name="B",
         verdict=PARTLY,
-        reason="aten.roll.default: it has no rule",
+        reason="aten.roll.default: it has no typing rule",
         sites=[site(), site("left")],
-        restorations=[["aten.roll.default", NO_RULE, 2], ["aten.reshape.default", "it holds a part", 1]],
+        restorations=[["aten.roll.default", NO_RULE, 2], ["aten.reshape.default", "it needs the tokens", 1]],
     ),
     record(name="C", verdict=REFUSED, reason="no | attention", attends=False, trace="output 0 differs"),
     {"name": "D", "module": "m", "verdict": REFUSED, "reason": "does not trace: x", "seconds": 2.0},

@@ -60,13 +60,17 @@ def explain(
     *,
     dynamic_shapes: Any = None,
     config: TokenMerging | None = None,
+    verbose: bool = False,
     **options: Any,
 ) -> Report:
-    """What `apply` with the same arguments would do, and why; also where there is nothing to merge."""
+    """What `apply` with the same arguments would do, and why; also where there is nothing to merge.
+
+    `verbose`: the printed report shows the typed graph around every node that something is restored or refused at.
+    """
     config = _config(config, options)
     captured = from_export(_export(model, args, kwargs, dynamic_shapes))
     merged, nothing = _attempt(passes.analyse(captured, config), config)
-    return _report(merged, config, nothing)
+    return _report(merged, config, nothing, verbose=verbose)
 
 
 def assemble(program: ExportedProgram, analysis: passes.Analysis, config: TokenMerging) -> MergedModule:
@@ -78,8 +82,9 @@ def assemble(program: ExportedProgram, analysis: passes.Analysis, config: TokenM
     return MergedModule(program, analysis.captured, merged, report)
 
 
-def _report(merged: passes.Merged, config: TokenMerging, nothing: str | None) -> Report:
-    return Report(merged, default=config.is_default_schedule, nothing=nothing, asked=config.entries)
+def _report(merged: passes.Merged, config: TokenMerging, nothing: str | None, *, verbose: bool = False) -> Report:
+    default = config.is_default_schedule
+    return Report(merged, default=default, nothing=nothing, asked=config.entries, verbose=verbose)
 
 
 def merge(analysis: passes.Analysis, config: TokenMerging) -> tuple[passes.Merged, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from math import isnan
@@ -16,10 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tldr_compile import passes
 from tldr_compile.ops.attention import attention_flop
+from tldr_compile.passes import show
 from tldr_compile.passes.axes import Axes, Axis
 from tldr_compile.passes.plan import Entry, Plan, Resolution, at, cost
-from tldr_compile.passes.sites import Site, maximal_runs
+from tldr_compile.passes.refusal import Refusal
+from tldr_compile.passes.sites import AnySite, RefusedSite, maximal_runs
 from tldr_compile.passes.sizes import Size
+from tldr_compile.passes.sources import line_of
 
 _NO_CLASS_TOKEN = (
     "the clip comes as tokens, so that no class token could be seen: protect= says how many tokens lead that are never "
@@ -37,8 +40,9 @@ class Report:
         default: bool = False,
         nothing: str | None = None,
         asked: Entry | Sequence[Entry] | None = None,
+        verbose: bool = False,
     ) -> None:
-        self._merged, self._default, self.nothing = merged, default, nothing
+        self._merged, self._default, self.nothing, self._verbose = merged, default, nothing, verbose
         self._asked = asked if nothing else None
 
     @property
@@ -85,17 +89,15 @@ class Report:
             "default_schedule": self._default,
             "sites": self.sites,
             "restorations": self.restorations,
-            "not_attention": [
-                {"node": node.name, "operator": str(node.target), "reason": reason} for node, reason in self.plan.misses
-            ],
-            "not_sites": [{"node": node.name, "reason": reason} for node, reason in self.plan.others],
+            "not_attention": [_refused(each) for each in self.plan.misses],
+            "not_sites": [_refused(each) for each in self.plan.others],
             "nothing": self.nothing,
             "notes": self.notes,
             "gflops_before": before,
             "gflops_after": after,
         }
 
-    def _site(self, site: Site) -> dict[str, Any]:
+    def _site(self, site: AnySite) -> dict[str, Any]:
         merge = next((merge for merge in self.plan.merges if merge.site is site), None)
         axis, resolutions = self._token_axis(site)
         before, after = (at((axis,), held)[0].size for held in resolutions)
@@ -111,22 +113,24 @@ class Report:
             "tokens_in": _plain(before),
             "tokens_out": _plain(after),
             "protected": _plain(site.tokens.size - clip),
-            "status": "merged" if merge else "refused" if site.reason else "left",
-            "reason": site.reason
-            or ("" if merge else self._why_left(site, entry)),
+            "status": "merged" if merge else "refused" if isinstance(site, RefusedSite) else "left",
+            "reason": "" if merge else self._why_left(site, entry),
+            "line": line_of(site.attention.node),
             "inserted": f"saliency, matching, merge to {merge.target!r}{_capped(entry, merge.count)}" if merge else "",
         }
 
-    def _why_left(self, site: Site, entry: Entry) -> str:
+    def _why_left(self, site: AnySite, entry: Entry) -> str:
+        if isinstance(site, RefusedSite):
+            return site.reason
         if self.nothing:
             return "nothing is merged"
         if site in self.plan.left_out:
             return "merging here costs more than it saves"
         return "its fraction rounds down to 0" if entry else "the schedule gives 0"
 
-    def _token_axis(self, site: Site) -> tuple[Axis, tuple[Sequence[Resolution], Sequence[Resolution]]]:
+    def _token_axis(self, site: AnySite) -> tuple[Axis, tuple[Sequence[Resolution], Sequence[Resolution]]]:
         """The token axis that a site is counted on, and the resolutions it has before and after."""
-        if site.stream is None:
+        if isinstance(site, RefusedSite):
             held = self.plan.steps[site.attention.scored].held
             return site.tokens, (held, held)
         merge = next((each for each in self.plan.merges if each.site is site), None)
@@ -146,6 +150,7 @@ class Report:
                 "node": each.node.name,
                 "operator": "output" if each.node.op == "output" else str(each.node.target),
                 "value": each.value.name,
+                "line": line_of(each.node),
                 "tokens": _text(self.plan.typed.value(each.value).axes),
                 "reason": each.reason,
             }
@@ -165,22 +170,41 @@ class Report:
         columns = ("index", "node", "tokens", "batch", "layout", "tokens_in", "tokens_out", "protected")
         header = ("site", "attention", "tokens", "per batch of", "layout", "in", "out", "protected", "what is done")
         rows = [
-            (*(str(site[key]) for key in columns), site["inserted"] or f"{site['status']}: {site['reason']}")
+            (*(str(site[key]) for key in columns), site["inserted"] or f"{site['status']}: {_told(site)}")
             for site in self.sites
         ]
         rows = list(_folded(rows))
         lines += _table(header, rows) if rows else ["no attention over clip tokens"]
-        for entry in self.restorations:
-            place = f"{entry['value']} [{entry['tokens']}] for {entry['operator']} ({entry['node']})"
-            lines.append(f"restored: {place}: {entry['reason']}")
-        for node, reason in self.plan.others:
-            lines.append(f"not a site: {node.target} ({node.name}): {reason}")
-        for node, reason in self.plan.misses:
-            lines.append(f"not an attention: {node.target} ({node.name}): {reason}")
+        for each in self.plan.restored():
+            what = f"{each.value.name} [{_text(self.plan.typed.value(each.value).axes)}]"
+            lines.append(f"restored: {what} for {Refusal(each.node, each.reason)}")
+            lines += self._around(each.node)
+        for kind, refusals in (("not a site", self.plan.others), ("not an attention", self.plan.misses)):
+            for refusal in refusals:
+                lines.append(f"{kind}: {refusal}")
+                lines += self._around(refusal.node)
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _around(self, node: fx.Node) -> Iterator[str]:
+        """The typed graph around a node, if that is asked for."""
+        return (f"    {line}" for line in show.around(self.plan.typed, node) if self._verbose)
+
+
+def _refused(refusal: Refusal) -> dict[str, Any]:
+    return {
+        "node": refusal.node.name,
+        "operator": refusal.operator,
+        "reason": refusal.reason,
+        "line": refusal.line,
+    }
+
+
+def _told(site: Mapping[str, Any]) -> str:
+    """Why nothing is merged at a site; with the line of the model where that is its own."""
+    return f"{site['reason']} ({site['line']})" if site["status"] == "refused" and site["line"] else site["reason"]
 
 
 def _out_of_sight(plan: Plan) -> bool:
@@ -193,7 +217,7 @@ def _out_of_sight(plan: Plan) -> bool:
     return any(site.tokens.atoms and site.tokens.atoms <= given and _whole(site) for site in plan.sites)
 
 
-def _whole(site: Site) -> bool:
+def _whole(site: AnySite) -> bool:
     """Whether all tokens of a site are the clip's: none is protected."""
     return sum(run.size for run in maximal_runs(site.tokens)) == site.tokens.size
 

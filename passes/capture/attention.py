@@ -23,6 +23,7 @@ from tldr_compile.passes.capture.canonicalize import Captured
 from tldr_compile.passes.capture.heads import CUT, DROPOUT, PRODUCT, Read, onward
 from tldr_compile.passes.capture.sums import decompose, insert
 from tldr_compile.passes.fx_utils import named, operands, operator_name
+from tldr_compile.passes.refusal import Refusal
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -75,7 +76,7 @@ class _Scores:
 @dataclass
 class _Search:
     found: list[_Match] = field(default_factory=list)
-    misses: list[tuple[fx.Node, str]] = field(default_factory=list)
+    misses: list[Refusal] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class _Match:
     dropout: float
 
 
-def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[tuple[fx.Node, str], ...]]:
+def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[Refusal, ...]]:
     """A copy in which every attention is one operator, with all attentions in execution order and the near misses.
 
     An attention that the operator cannot say (see `Attention`) stays, and is found where it stands.
@@ -148,11 +149,11 @@ def _search(graph: fx.Graph) -> _Search:
             continue
         rank = softmax.meta["val"].ndim
         if rank < 3 or softmax.args[1] % rank != rank - 1:
-            search.misses.append((softmax, "the softmax does not run over the last of at least three dimensions"))
+            search.misses.append(Refusal(softmax, "it does not run over the last of at least three dimensions"))
             continue
         down = _down(softmax)
         if isinstance(down, str):
-            search.misses.append((softmax, down))
+            search.misses.append(Refusal(softmax, down))
             continue
         probabilities, output, dropout, escapes = down
         scores = _up(probabilities.args[0], _Scores())

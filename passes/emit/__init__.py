@@ -4,7 +4,7 @@ In: a plan, and the operators to insert. Out: a copy of the graph with the merge
 
     add -> layer_norm      ->      add -> find groups -> reduce -> layer_norm
 
-The only room that makes nodes of a merged graph. It decides nothing: `rewrite` follows the plan, `resample` brings
+The only room that makes nodes of a merged graph. Nothing is decided here: `rewrite` follows the plan, `resample` brings
 values from one resolution to another, `mass` weighs sums, `views` lays tensors along axes, `resize` writes sizes and
 offsets of calls anew.
 """

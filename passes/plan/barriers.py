@@ -40,7 +40,7 @@ def without_rule(asked: Asked) -> str | None:
     """An operator of which nothing is known, or whose equations conflict: 12 = 3·4 here, 2·6 there."""
     if asked.typed.known:
         return None
-    return f"its axes conflict: {asked.conflict}" if asked.conflict else "it has no rule"
+    return f"its sizes contradict each other: {asked.conflict}" if asked.conflict else "it has no typing rule"
 
 
 def mixing_tokens(asked: Asked) -> str | None:
@@ -49,7 +49,7 @@ def mixing_tokens(asked: Asked) -> str | None:
         if use.kind in (Kind.MIX, Kind.LINEAR):
             reads = asked.typed.reads[use.operand]
             if any(reads[dim].atoms & asked.run.atoms for dim in use.dims):
-                return f"it mixes the tokens along {asked.run!r}"
+                return f"it mixes the tokens along {asked.run!r}, each by its place"
     return None
 
 
@@ -59,7 +59,8 @@ def meeting_across_groupings(asked: Asked) -> str | None:
         touched = {atom for dim in use.dims for atom in at(asked.typed.reads[use.operand], [asked.target])[dim].atoms}
         over = touched & asked.target.batch.atoms
         if over and (use.kind is Kind.MIX or asked.target.groups not in touched):
-            return f"it meets entries along {_names(over)}, over which {asked.target!r} was grouped"
+            does = "mixes" if use.kind is Kind.MIX else "reduces over"
+            return f"it {does} {_names(over)}, and the tokens are grouped differently for each of it"
     return None
 
 
@@ -68,7 +69,7 @@ def reducing_a_part(asked: Asked) -> str | None:
     for use in asked.typed.uses:
         dims = set(range(*(spread(asked.typed.reads[use.operand], asked.run) or (0, 0))))
         if dims & set(use.dims) and not dims <= set(use.dims):
-            return f"it meets entries along a part of {asked.run!r}"
+            return f"it reduces over a part of {asked.run!r}, whose tokens are grouped together"
     return None
 
 
@@ -77,9 +78,9 @@ def holding_a_part(asked: Asked) -> str | None:
     for axes in asked.every:
         if not holds(axes, asked.run):
             if touches(axes, asked.run):
-                return f"it holds a part of {asked.run!r}: {text(axes)}"
+                return f"it needs the tokens along {asked.run!r} one by one: {text(axes)}"
         elif touches(at(axes, [asked.target]), asked.run):
-            return f"it holds a part of {asked.run!r} beside the whole: {text(axes)}"
+            return f"it pairs the tokens along {asked.run!r} with a part of them: {text(axes)}"
     return None
 
 
@@ -87,7 +88,7 @@ def taking_the_batch_apart(asked: Asked) -> str | None:
     """Groups without the samples or frames that they were grouped for."""
     for axes in asked.merged:
         if lost := asked.target.batch.atoms - _told_apart(axes, asked.target.groups):
-            return f"it takes apart {_names(lost)}, over which {asked.target!r} was grouped"
+            return f"it separates the tokens from {_names(lost)}, and they are grouped differently for each of it"
     return None
 
 
@@ -95,7 +96,7 @@ def pairing_groupings(asked: Asked) -> str | None:
     """Scores between frames: the groups of one beside the number of another."""
     for axes in asked.merged:
         if (pair := _ambiguous(axes, asked.target)) is not None:
-            return f"it pairs entries along {pair!r}, over which {asked.target!r} was grouped"
+            return f"it pairs entries along {pair!r}, and the tokens are grouped differently for each of it"
     return None
 
 
@@ -112,7 +113,7 @@ def nesting_too_deeply(asked: Asked) -> str | None:
     """A run within a sum within a product within a sum."""
     for axes in asked.merged:
         if any(not _reachable(each, asked.target.groups) for each in axes):
-            return f"it nests {asked.run!r} too deeply: {text(axes)}"
+            return f"it holds the tokens along {asked.run!r} too deep inside of sums and products: {text(axes)}"
     return None
 
 

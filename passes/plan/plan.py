@@ -18,7 +18,8 @@ from torch import fx
 from tldr_compile.passes.axes import Atom, Axis, TypedGraph, Use
 from tldr_compile.passes.plan.resolution import Resolution, holds
 from tldr_compile.passes.plan.schedule import Entry
-from tldr_compile.passes.sites import Site
+from tldr_compile.passes.refusal import Refusal
+from tldr_compile.passes.sites import AnySite, Site
 from tldr_compile.passes.sizes import Size
 
 
@@ -134,13 +135,13 @@ class Plan:
     """
 
     typed: TypedGraph
-    sites: tuple[Site, ...]
-    misses: tuple[tuple[fx.Node, str], ...]
+    sites: tuple[AnySite, ...]
+    misses: tuple[Refusal, ...]
     schedule: tuple[Entry, ...]
     merges: tuple[Merge, ...]
     steps: Mapping[fx.Node, Step]
     left_out: tuple[Site, ...] = ()
-    others: tuple[tuple[fx.Node, str], ...] = ()
+    others: tuple[Refusal, ...] = ()
 
     def held(self, node: fx.Node) -> tuple[Resolution, ...]:
         """At which resolutions a value is held, merges after it included."""
@@ -163,19 +164,21 @@ class Plan:
             step, operands = self.steps.get(node, Step()), self.typed.operands(node)
             for each in step.conversions:
                 if each.how is How.RESTORE:
-                    reason = next((b.reason for b in step.barriers if b.run == each.run), None)
-                    if node.op == "output":
-                        reason = "an output over tokens gets its original length back"
-                    yield Restored(
-                        node, operands[each.operand], each, reason or "two branches that merged differently meet"
-                    )
+                    yield Restored(node, operands[each.operand], each, _why_restored(node, step, each))
+
+
+def _why_restored(node: fx.Node, step: Step, conversion: Conversion) -> str:
+    if node.op == "output":
+        return "an output over tokens gets its original length back"
+    barriers = (barrier.reason for barrier in step.barriers if barrier.run == conversion.run)
+    return next(barriers, "two branches that merged their tokens differently meet")
 
 
 def _of_merge(merge: Merge) -> Iterator[Restored]:
     site = merge.site
-    reason = f"site {site.index} groups these tokens anew"
+    reason = f"site {site.index} groups these tokens anew, from all of them"
     told = ((merge.node, merge.stream), (site.attention.scored, merge.rows), (site.attention.keys, merge.keys))
-    for value, conversions in (*told, (site.stream.before if site.stream else None, merge.before)):
+    for value, conversions in (*told, (site.stream.before, merge.before)):
         for each in conversions:
             if value is not None and each.how is How.RESTORE:
                 yield Restored(merge.node, value, each, reason)

@@ -21,7 +21,8 @@ from tldr_compile.passes.plan.plan import Barrier, Conversion, How, Merge, Plan,
 from tldr_compile.passes.plan.resolution import Resolution, holds, meet, of_run, tokens_at
 from tldr_compile.passes.plan.schedule import Entry, bind_schedule, removed
 from tldr_compile.passes.plan.states import PLAIN, State, bring, doubled, how_down, joined, of_rows, told_apart, twice
-from tldr_compile.passes.sites import Site, no_sites, why_nothing
+from tldr_compile.passes.refusal import Refusal
+from tldr_compile.passes.sites import AnySite, Site, no_sites, why_nothing
 from tldr_compile.passes.sizes import simplify
 
 _WEIGHED = frozenset({Kind.MEAN, Kind.SUM, Kind.SOFTMAX, Kind.KEYS, Kind.CONTRACT, Kind.LINEAR})
@@ -29,9 +30,9 @@ _WEIGHED = frozenset({Kind.MEAN, Kind.SUM, Kind.SOFTMAX, Kind.KEYS, Kind.CONTRAC
 
 def make_plan(
     typed: TypedGraph,
-    sites: tuple[Site, ...],
+    sites: tuple[AnySite, ...],
     attentions: tuple[Attention, ...],
-    misses: tuple[tuple[fx.Node, str], ...],
+    misses: tuple[Refusal, ...],
     schedule: Sequence[Entry] | Entry,
     *,
     default: bool = False,
@@ -43,12 +44,13 @@ def make_plan(
     Raises `ScheduleError`, or `NothingToMerge` if a positive schedule would remove nothing.
     """
     positive = any(schedule) if isinstance(schedule, Sequence) else schedule > 0
-    if positive and not any(site.reason is None for site in sites):
+    if positive and not any(isinstance(site, Site) for site in sites):
         raise NothingToMerge(why_nothing(sites, misses, attentions))
     entries = bind_schedule(schedule, sites, default=default)
 
     def planned(entries: Sequence[Entry]) -> Plan:
-        walk = _Walk(typed, dict(zip(sites, entries, strict=True)), merged_outputs, asks)
+        given = {site: entry for site, entry in zip(sites, entries, strict=True) if isinstance(site, Site)}
+        walk = _Walk(typed, given, merged_outputs, asks)
         merges, steps = walk.run()
         return Plan(typed, sites, misses, tuple(entries), merges, steps, others=others)
 
@@ -125,13 +127,12 @@ class _Walk:
             self.states[node] = (self.states[node.args[0]][node.args[1]],)  # type: ignore[index]
             self.steps[node] = Step(held=self.state(node).held)
         for site, entry in self.entries.items():
-            if entry and site.stream is not None and site.stream.node is node:
+            if entry and site.stream.node is node:
                 self._merge(node, site, entry)
 
     # --- merging ---
 
     def _merge(self, node: fx.Node, site: Site, entry: Entry) -> None:
-        assert site.stream is not None
         run, batch, state = site.stream.run, site.stream.batch, self.state(node)
         weight = state.weight(run)
         source = weight.resolution if weight and not weight.gone and weight.resolution.batch == batch else None

@@ -10,14 +10,14 @@ import sympy
 from torch.utils._sympy.functions import FloorDiv
 
 from tldr_compile.passes.errors import ScheduleError
-from tldr_compile.passes.sites import Site
+from tldr_compile.passes.sites import AnySite, RefusedSite, Site
 from tldr_compile.passes.sizes import Size, simplify
 
 Entry: TypeAlias = int | float
 
 
 def bind_schedule(
-    schedule: Sequence[Entry] | Entry, sites: Sequence[Site], *, default: bool = False
+    schedule: Sequence[Entry] | Entry, sites: Sequence[AnySite], *, default: bool = False
 ) -> tuple[Entry, ...]:
     """One entry for every site.
 
@@ -27,9 +27,9 @@ def bind_schedule(
     Raises:
         ScheduleError: more entries than sites, or a positive entry at a site that cannot merge.
     """
-    able = [site for site in sites if site.reason is None]
+    able = [site for site in sites if isinstance(site, Site)]
     if isinstance(schedule, (int, float)):
-        return tuple(0 if site.reason else schedule for site in sites)
+        return tuple(schedule if isinstance(site, Site) else 0 for site in sites)
     if default:
         given = {site.index: entry for site, entry in zip(able, schedule, strict=False)}
         return tuple(given.get(site.index, 0) for site in sites)
@@ -39,11 +39,10 @@ def bind_schedule(
             f"sites over clip tokens. Give at most {len(sites)}, or one fraction for all of them."
         )
     for site, entry in zip(sites, schedule, strict=False):
-        if entry and site.reason:
+        if entry and isinstance(site, RefusedSite):
             raise ScheduleError(
-                f"schedule[{site.index}] = {entry}, but site {site.index} ({site.attention.node.name}, tokens "
-                f"{site.tokens!r}) cannot merge: {site.reason}. Give it 0; sites that can: "
-                f"{[each.index for each in able]}."
+                f"schedule[{site.index}] = {entry}, but {site.name} cannot merge: "
+                f"{site.refusal.reason_at}. Give it 0; sites that can: {[each.index for each in able]}."
             )
     return (*schedule, *[0] * len(sites))[: len(sites)]
 

@@ -9,9 +9,11 @@ the residual stream behind it; or why nothing can merge there.
 Nothing here knows the schedule, or what a merge costs.
 """
 
-from tldr_compile.passes.sites.find import Site, maximal_runs, no_sites, sites, why_nothing
+from tldr_compile.passes.sites.find import AnySite, RefusedSite, Site, maximal_runs, no_sites, sites, why_nothing
 
 __all__ = [
+    "AnySite",
+    "RefusedSite",
     "Site",
     "maximal_runs",
     "no_sites",

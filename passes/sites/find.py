@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import networkx as nx
 import torch
@@ -12,6 +13,7 @@ from torch import fx
 
 from tldr_compile.passes.axes import (
     CONSTANT,
+    UNIT,
     Atom,
     Axes,
     Axis,
@@ -24,6 +26,7 @@ from tldr_compile.passes.axes import (
     subaxis,
 )
 from tldr_compile.passes.capture import Attention
+from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import mask_analysis
 
 aten = torch.ops.aten
@@ -48,8 +51,8 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Site:
-    """A self-attention over clip tokens. `reason` says why nothing can be merged at it, if so."""
+class SelfAttention:
+    """A self-attention over clip tokens: a `Site`, or a `RefusedSite`. They are numbered together."""
 
     index: int
     attention: Attention
@@ -57,13 +60,37 @@ class Site:
     batch: Axis
     heads: Axis
     layout: str
-    stream: Stream | None
-    reason: str | None
 
     @property
     def clip_batch(self) -> Axis:
         """The clip's part of the batch; what is left of it are heads."""
         return product(factor for factor in self.batch.factors if factor not in self.heads.factors)
+
+    @property
+    def name(self) -> str:
+        """What a message calls it."""
+        return f"site {self.index} ({self.attention.node.name}, tokens {self.tokens!r})"
+
+
+@dataclass(frozen=True)
+class Site(SelfAttention):
+    """One behind which tokens can merge, in the stream."""
+
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class RefusedSite(SelfAttention):
+    """One at which they cannot."""
+
+    reason: str
+
+    @property
+    def refusal(self) -> Refusal:
+        return Refusal(self.attention.node, self.reason)
+
+
+AnySite: TypeAlias = Site | RefusedSite
 
 
 def maximal_runs(axis: Axis) -> list[Axis]:
@@ -146,7 +173,7 @@ class Flow:
         return None
 
 
-def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) -> tuple[Site, ...]:
+def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) -> tuple[AnySite, ...]:
     """All self-attentions over clip tokens, numbered in execution order whether or not they can be merged."""
     flow = Flow(typed)
     selves = [each for each in attentions if _attends_to_itself(typed, each)]
@@ -168,36 +195,39 @@ def _clip_atoms(axes: Sequence[Axis]) -> set[Atom]:
     return {atom for axis in axes for atom in axis.atoms if atom.clip}
 
 
-def no_sites(typed: TypedGraph, attentions: Sequence[Attention]) -> Iterator[tuple[fx.Node, str]]:
+def no_sites(typed: TypedGraph, attentions: Sequence[Attention]) -> Iterator[Refusal]:
     """The attentions that are no self-attention over clip tokens, and why."""
     for each in attentions:
         if not _attends_to_itself(typed, each):
             value = typed.value(each.queries)
             tokens = maximal_runs(value.axes[-2]) if value.clip else []
             other = f"its keys are not its queries' tokens {value.axes[-2]!r}"
-            yield each.node, other if tokens else "it has no tokens of the clip"
+            yield Refusal(each.node, other if tokens else "it has no tokens of the clip")
 
 
-def _site(flow: Flow, index: int, attention: Attention, protect: int) -> Site:
+def _site(flow: Flow, index: int, attention: Attention, protect: int) -> AnySite:
     axes = flow.typed.value(attention.queries).axes
     tokens, batch = axes[-2], product(axes[:-2])
-    found = _stream(flow, attention, tokens)
-    stream = None if isinstance(found, str) else found
-    beside = _beside(flow.typed, stream.node, stream.run) if stream else None
-    heads = product(f for f in batch.factors if not (product([f]).clip if beside is None else f in beside))
-    reason = found if isinstance(found, str) else None
-    if stream is not None:
-        reason = _refusal(flow.typed, attention, tokens, batch, heads, stream, protect)
-    return Site(index, attention, tokens, batch, heads, _layout(flow.typed, tokens, stream), stream, reason)
+    stream = _stream(flow, attention, tokens)
+    if isinstance(stream, str):
+        heads = product(f for f in batch.factors if not product([f]).clip)
+        return RefusedSite(index, attention, tokens, batch, heads, _layout(tokens), stream)
+    beside = _beside(flow.typed, stream.node, stream.run)
+    heads = product(f for f in batch.factors if f not in beside)
+    layout = _layout(tokens, flow.typed.value(stream.node).axes, stream.run)
+    reason = _reason(flow.typed, attention, tokens, batch, heads, stream, protect)
+    if reason is not None:
+        return RefusedSite(index, attention, tokens, batch, heads, layout, reason)
+    return Site(index, attention, tokens, batch, heads, layout, stream)
 
 
 def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
     runs = maximal_runs(tokens)
     if len(runs) > 1:
-        return f"its tokens {tokens!r} hold the clip in {len(runs)} places"
+        return f"its tokens {tokens!r} hold the clip in {len(runs)} places, and a merge shortens one"
     residual = flow.residual(attention.node)
     if residual is None:
-        return "no residual addition follows it on every path"
+        return "no residual addition follows it on every path, so there is no stream to merge"
     node, before = residual
     axes = flow.typed.value(node).axes
     atoms = [atom for axis in axes for segment in axis.segments for atom in product([Axis((segment,))]).atoms]
@@ -253,7 +283,7 @@ def _is_channel(typed: TypedGraph, factor: Factor) -> bool:
     return factor.role is Role.CHANNEL or (not factor.clip and told)
 
 
-def _refusal(
+def _reason(
     typed: TypedGraph, attention: Attention, tokens: Axis, batch: Axis, heads: Axis, stream: Stream, protect: int
 ) -> str | None:
     run = maximal_runs(tokens)[0]
@@ -289,14 +319,12 @@ def _without_space(run: Axis) -> str | None:
     return None
 
 
-def _layout(typed: TypedGraph, tokens: Axis, stream: Stream | None) -> str:
+def _layout(tokens: Axis, stream: Axes = (), run: Axis = UNIT) -> str:
     roles = {atom.role for atom in maximal_runs(tokens)[0].atoms}
     time = roles & {Role.TIME, Role.FOLDED, Role.SAMPLE}
     if time:
         return "joint space-time" if roles - time else "temporal"
-    beside = stream is not None and any(
-        stream.run.atoms < set(segment) for axis in typed.value(stream.node).axes for segment in axis.segments
-    )
+    beside = any(run.atoms < set(segment) for axis in stream for segment in axis.segments)
     return "divided, spatial" if beside else "spatial"
 
 
@@ -304,17 +332,15 @@ def _text(axes: Axes) -> str:
     return " x ".join(map(repr, axes))
 
 
-def why_nothing(sites: Sequence[Site], misses: Sequence[tuple[fx.Node, str]], others: Sequence[Attention]) -> str:
+def why_nothing(sites: Sequence[AnySite], misses: Sequence[Refusal], others: Sequence[Attention]) -> str:
     """Why there is nothing to merge: what was searched for, and what came nearest."""
     searched = "searched for scaled_dot_product_attention and for product - softmax - product over the tokens of a clip"
     if sites:
-        near = "; ".join(
-            f"site {s.index} ({s.attention.node.name}, tokens {s.tokens!r}): {s.reason}" for s in sites[:3]
-        )
+        refused = [site for site in sites if isinstance(site, RefusedSite)]
+        near = "; ".join(f"{site.name}: {site.refusal.reason_at}" for site in refused[:3])
         return f"no attention site of this graph can merge tokens ({searched}). Nearest: {near}."
     if misses:
-        node, reason = misses[0]
-        return f"this graph has no attention site ({searched}). Nearest miss: {node.target} ({node.name}): {reason}."
+        return f"this graph has no attention site ({searched}). Nearest miss: {misses[0]}."
     if others:
         names = ", ".join(each.node.name for each in others[:3])
         return (

@@ -38,23 +38,23 @@ class Attends(nn.Module):
 
 
 TAILS: dict[str, tuple[str, Callable[[nn.Module, Tensor], Tensor], str]] = {
-    "without_rule": ("joint", lambda m, x: torch.renorm(x, 2, 0, 1.0), "it has no rule"),
-    "without_rule, a conflict": ("joint", lambda m, x: x.reshape(-1, 3, 8, C).amax(2), "its axes conflict: "),
-    "mixing_tokens": ("joint", lambda m, x: m.over_tokens(x.mT), "it mixes the tokens along t·h·w"),
-    "meeting_across_groupings": ("frames", lambda m, x: x.amax(1), "it meets entries along t, over which "),
-    "reducing_a_part": ("grid", lambda m, x: x.mean((2, 3)), "it meets entries along a part of t·h·w"),
-    "holding_a_part": ("joint", lambda m, x: x.reshape(-1, T, PLACES, C).transpose(1, 2), "it holds a part of t·h·w: "),
+    "without_rule": ("joint", lambda m, x: torch.renorm(x, 2, 0, 1.0), "it has no typing rule"),
+    "without_rule, a conflict": ("joint", lambda m, x: x.reshape(-1, 3, 8, C).amax(2), "its sizes contradict each other: "),
+    "mixing_tokens": ("joint", lambda m, x: m.over_tokens(x.mT), "it mixes the tokens along t·h·w, each by its place"),
+    "meeting_across_groupings": ("frames", lambda m, x: x.amax(1), "it reduces over t, and the tokens are grouped differently for each of it"),
+    "reducing_a_part": ("grid", lambda m, x: x.mean((2, 3)), "it reduces over a part of t·h·w, whose tokens are grouped together"),
+    "holding_a_part": ("joint", lambda m, x: x.reshape(-1, T, PLACES, C).transpose(1, 2), "it needs the tokens along t·h·w one by one: "),
     "taking_the_batch_apart": (
         "joint",
         lambda m, x: torch.cat([m.token[0], torch.cat([m.token.expand(x.shape[0], -1, -1), x], 1).flatten(0, 1)]),
-        "it takes apart b, over which ",
+        "it separates the tokens from b, and they are grouped differently for each of it",
     ),
-    "pairing_groupings": ("frames", lambda m, x: x.unsqueeze(2) * x.unsqueeze(1), "it pairs entries along t, over "),
+    "pairing_groupings": ("frames", lambda m, x: x.unsqueeze(2) * x.unsqueeze(1), "it pairs entries along t, and the tokens are grouped differently for each of it"),
     "pairing_on_one_axis": ("joint", lambda m, x: (x @ x.mT).flatten(1), "it lays pairs of tokens along t·h·w on one "),
     "nesting_too_deeply": (
         "joint",
         lambda m, x: F.pad(torch.cat([m.token.expand(x.shape[0], -1, -1), x], 1).flatten(1), (1, 0)),
-        "it nests t·h·w too deeply: ",
+        "it holds the tokens along t·h·w too deep inside of sums and products: ",
     ),
 }
 

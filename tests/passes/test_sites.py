@@ -146,7 +146,7 @@ def refused(model: Model, *inputs: Tensor) -> str:
 
 
 def test_without_a_residual_addition_there_is_no_place_to_merge() -> None:
-    assert refused(lambda clip: mlp(attend(tokens(clip)))) == "no residual addition follows it on every path"
+    assert refused(lambda clip: mlp(attend(tokens(clip)))) == "no residual addition follows it on every path, so there is no stream to merge"
 
 
 def test_an_addition_on_one_path_only_is_no_place_to_merge() -> None:
@@ -155,12 +155,12 @@ def test_an_addition_on_one_path_only_is_no_place_to_merge() -> None:
         attended = attend(x)
         return x + attended, attended.sum(1)
 
-    assert refused(model) == "no residual addition follows it on every path"
+    assert refused(model) == "no residual addition follows it on every path, so there is no stream to merge"
 
 
 def test_a_sum_with_a_table_is_no_residual_addition() -> None:
     reason = refused(lambda clip: attend(tokens(clip)) + number(T * N, C))
-    assert reason == "no residual addition follows it on every path"
+    assert reason == "no residual addition follows it on every path, so there is no stream to merge"
 
 
 def test_causal_attention_is_refused() -> None:
@@ -215,7 +215,7 @@ def test_two_blocks_of_clip_tokens_are_refused() -> None:
         x = tokens(clip)
         return pre_norm(torch.cat([x, CLASS.expand(B, -1, -1), x], 1))
 
-    assert refused(model) == "its tokens t·H + 1 + t·H hold the clip in 2 places"
+    assert refused(model) == "its tokens t·H + 1 + t·H hold the clip in 2 places, and a merge shortens one"
 
 
 def test_heads_before_the_batch_are_refused() -> None:
