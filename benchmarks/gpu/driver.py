@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -42,12 +43,20 @@ class Setup:
 Part: TypeAlias = Callable[[Setup], Jobs]
 
 
-def run(parts: Mapping[str, Part], setup: Setup, folder: Path, until: Mapping[str, float] | None = None) -> list[Row]:
-    """All rows of all parts, as far as the time goes; `gpu.json` in the folder holds those that are done.
+def run(
+    parts: Mapping[str, Part],
+    setup: Setup,
+    folder: Path,
+    until: Mapping[str, float] | None = None,
+    join: Mapping[str, Any] | None = None,
+) -> list[Row]:
+    """All rows of all parts, as far as the time goes; `gpu-<card>.json` in the folder holds those that are done.
 
-    `until` tells after which fraction of the time a part makes room for the next ones, if it is not the last.
+    `until` tells after which fraction of the time a part makes room for the next ones, if it is not the last. `join` is
+    the record of an earlier run, into which the rows are written.
     """
-    record: dict[str, Any] = {"machine": timing.machine(setup.device), "versions": versions(), "dry": setup.dry}
+    machine = timing.machine(setup.device)
+    record: dict[str, Any] = {"machine": machine, "versions": versions(), "dry": setup.dry}
     rows: list[Row] = []
     begin, all_time = time.monotonic(), setup.left()
     fractions = {**dict.fromkeys(parts, 1.0), **(until or {}), list(parts)[-1]: 1.0}
@@ -56,11 +65,33 @@ def run(parts: Mapping[str, Part], setup: Setup, folder: Path, until: Mapping[st
         jobs = jobs_of(own)
         while (row := _next(jobs, own)) is not None:
             rows.append({"part": part, **row, "at": round(time.monotonic() - begin, 1)})
-            timing.write("gpu", {**record, "rows": rows}, folder)
+            done = {**record, "rows": rows}
+            timing.write(record_name(setup.device), done if join is None else joined(join, done), folder)
             print(line(rows[-1]), flush=True)
             if LEFT_OUT in row:
                 break
     return rows
+
+
+def joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The first record with the rows of the second: in place of those of their name that are no better."""
+    rows = {row["name"]: row for row in first["rows"]}
+    for row in second["rows"]:
+        old = rows.get(row["name"])
+        if old is None or _fine(row) or not _fine(old):
+            rows[row["name"]] = row
+    told = {
+        "with": second["machine"] | second["versions"],
+        "rows": [row["name"] for row in second["rows"] if rows[row["name"]] is row],
+    }
+    earlier = [each for each in first.get("joined", ()) if each["with"] != told["with"]]
+    return {**first, "joined": [*earlier, told], "rows": list(rows.values())}
+
+
+def record_name(device: torch.device) -> str:
+    """`gpu-` and what a card is called: the first word of its name that has a digit."""
+    words = re.split(r"[\s-]", torch.cuda.get_device_name(device)) if device.type == "cuda" else ()
+    return "gpu-" + next((word.lower() for word in words if re.search(r"\d", word)), device.type)
 
 
 def failed(row: Row) -> bool:
@@ -98,6 +129,10 @@ def _next(jobs: Jobs, setup: Setup) -> Row | None:
 
 def _is_plain(name: str, value: Any) -> bool:
     return name not in ("at", "part", "name") and isinstance(value, (bool, int, float, str))
+
+
+def _fine(row: Row) -> bool:
+    return not failed(row) and LEFT_OUT not in row
 
 
 def _short(value: Any) -> str:

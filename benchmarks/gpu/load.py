@@ -105,13 +105,13 @@ def call_of(setting: Setting, inputs: tuple[Tensor, ...], row: str) -> timing.Ca
     return partial(ROWS[row](setting), *inputs)
 
 
-def loads(device: torch.device, *, dry: bool) -> tuple[Load, ...]:
+def loads(device: torch.device, *, dry: bool, batches: Sequence[int] = BATCHES) -> tuple[Load, ...]:
     """All that is measured, the most important first, each with the attention that is fastest for it."""
     if dry:
         plain = [Load(TINY, 2)]
     else:
-        plain = [Load(name, batch) for batch in BATCHES for name in NAMES]
-        plain += [Load(name, 1, graphs=True) for name in NAMES]
+        plain = [Load(name, batch) for batch in batches for name in NAMES]
+        plain += [Load(name, 1, graphs=True) for name in NAMES if 1 in batches]
     shapes = {load.model: attention_shape(SPECS[load.model]) for load in plain}
     times = {
         (model, batch): attention_times((batch, *shapes[model]), device)

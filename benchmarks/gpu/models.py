@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -10,13 +11,16 @@ from typing import Any
 
 from benchmarks.gpu.driver import Jobs, Setup
 from benchmarks.gpu.load import Load
-from benchmarks.gpu.workers import Row, WorkerError, Workers, difference
+from benchmarks.gpu.workers import Row, Worker, WorkerError, Workers, difference
 from benchmarks.speed import OURS
 from benchmarks.timing import Spread, ratio
 
 ROUNDS = 7
 LEAST = 0.02  # seconds of a round
 TIMING = 5.0  # of all rows of a load
+MOST = 0.75  # of a phase's rows
+STOPPED = "stopped: no time was left"
+PATIENCE = 1.5  # times what most rows took, for which the others are waited for in any case
 
 
 def phases(loads: Sequence[Load]) -> Iterator[list[Load]]:
@@ -42,38 +46,58 @@ def batches(setup: Setup) -> Jobs:
 
 
 def _measured(found: Sequence[list[Load]], setup: Setup) -> Jobs:
-    for phase in found:
+    for following, phase in zip(reversed(range(len(found))), found, strict=True):
         for load in phase:
             setup.workers.begin(load)
-        yield f"{phase[0].setting_name}: first calls", partial(first_calls, phase, setup)
+        yield f"{phase[0].setting_name}: first calls", partial(first_calls, phase, setup, following)
         for load in phase:
             yield load.name, partial(timed, load, setup, rounds=2 if setup.dry else ROUNDS)
 
 
-def first_calls(phase: Sequence[Load], setup: Setup) -> dict[str, Any]:
+def first_calls(phase: Sequence[Load], setup: Setup, following: int) -> dict[str, Any]:
     """Seconds of every row's first call, or why it has none.
 
-    What is not ready when only the timing fits is stopped: it would disturb that.
+    What is not ready when only the timing fits is stopped: it would disturb that. The slowest few are stopped already
+    when each of the phases that follow has only as long left as most rows of this one took.
     """
-    told: dict[str, Any] = {}
-    for load in phase:
-        for row in load.rows:
-            wait = setup.left() - TIMING * len(phase)
-            try:
-                told[f"{load.name}, {row}"] = setup.workers.of(load, row).compiled(load, wait)["first_call"]
-            except WorkerError as error:
-                told[f"{load.name}, {row}"] = str(error)
-            except TimeoutError:
-                setup.workers.of(load, row).stop()
-                told[f"{load.name}, {row}"] = "stopped: no time was left"
-    return {"first_call_seconds": told}
+    begin = time.monotonic()
+    told: dict[tuple[Load, str], Any] = {(load, row): None for load in phase for row in load.rows}
+    most: float | None = None
+    while pending := [key for key, found in told.items() if found is None]:
+        for load, row in pending:
+            told[load, row] = _first_call(setup.workers.of(load, row), load)
+        taken, left = time.monotonic() - begin, setup.left() - TIMING * len(phase)
+        if most is None and sum(found is not None for found in told.values()) >= MOST * len(told):
+            most = taken
+        if most is not None and taken > PATIENCE * most:
+            left -= following * most
+        if left <= 0:
+            for load, row in pending:
+                if told[load, row] is None:
+                    setup.workers.of(load, row).stop()
+                    told[load, row] = STOPPED
+        time.sleep(0.02)
+    return {"first_call_seconds": {f"{load.name}, {row}": found for (load, row), found in told.items()}}
+
+
+def _first_call(worker: Worker, load: Load) -> float | str | None:
+    """Its seconds, why there are none, or None where it still runs."""
+    if worker.stopped:
+        return STOPPED
+    try:
+        seconds: float = worker.compiled(load, 0)["first_call"]
+    except WorkerError as error:
+        return str(error)
+    except TimeoutError:
+        return None
+    return seconds
 
 
 def timed(load: Load, setup: Setup, rounds: int) -> dict[str, Any]:
     """Every row in its turn, every other round backwards."""
     facts, errors = _facts(load, setup.workers)
     if not facts:
-        return {"error": "; ".join(errors)}
+        return {"error": "; ".join(errors) or "no row was compiled in the time"}
     workers = {row: setup.workers.of(load, row) for row in facts}
     taken: dict[str, list[float]] = {row: [] for row in facts}
     once = {row: worker.ask(Row.seconds, load, 1, wait=60) for row, worker in workers.items()}
@@ -83,6 +107,8 @@ def timed(load: Load, setup: Setup, rounds: int) -> dict[str, Any]:
             count = math.ceil(LEAST / once[row])
             taken[row].append(workers[row].ask(Row.seconds, load, count, wait=60))
         order.reverse()
+    for worker in workers.values():
+        worker.ask(Row.release, wait=60)
     outputs = {row: fact.pop("output") for row, fact in facts.items()}
     first = next(iter(outputs.values()))
     return {

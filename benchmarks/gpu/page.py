@@ -1,19 +1,21 @@
 """What `python -m benchmarks.gpu` has kept, as tables.
 
-    python -m benchmarks.gpu.page [--write docs/gpu.md]
+python -m benchmarks.gpu.page [--write docs/gpu.md]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
 from benchmarks.gpu.driver import failed
+from benchmarks.gpu.load import BY_HAND
 from benchmarks.models import MODELS
+from benchmarks.speed import DENSE, OURS
 from benchmarks.table import replaced
 
 MARKER = "<!-- gpu -->"
@@ -22,31 +24,85 @@ NOT_MEASURED = "Not measured: the run ended before."
 Rows = Sequence[Mapping[str, Any]]
 
 
-def page(record: Mapping[str, Any]) -> str:
-    """One section for each part."""
+def page(records: Sequence[Mapping[str, Any]]) -> str:
+    """A part for each card, a section of it for each part of the command."""
+    return "\n\n".join(map(card, records))
+
+
+def records() -> Iterator[Mapping[str, Any]]:
+    """Of every card, by its name."""
+    for path in sorted(timing.RESULTS.glob("gpu-*.json")):
+        if path.stem != "gpu-tiles":
+            yield json.loads(path.read_text())
+
+
+def card(record: Mapping[str, Any]) -> str:
     rows = record["rows"]
     machine, versions = record["machine"], record["versions"]
+    loads = [row for row in rows if "clips_per_second" in str(row.get("rows"))]
     sections = {
-        "Whole models": models([row for row in rows if "clips_per_second" in str(row.get("rows"))]),
+        "Whole models": ratios(loads),
+        "Every row of them": models(loads),
         "Where the time goes": groups([row for row in rows if "groups" in row]),
         "Attention alone": ways([row for row in rows if "ways" in row]),
+        "Tiles": tiles([row for row in rows if "seconds" in row]),
         "Correctness": correctness([row for row in rows if row["part"] == "correct"]),
     }
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
-    head = f"{machine['device']}, {machine['date'][:10]}; {told}; Python {machine['python']}."
-    return "\n\n".join((head, *(f"## {title}\n\n{text or NOT_MEASURED}" for title, text in sections.items())))
+    others = "".join(
+        f" {len(run['rows'])} rows are of another run, {run['with']['date'][:16]}." for run in record.get("joined", ())
+    )
+    head = f"## {machine['device']}\n\n{machine['date'][:10]}; {told}; Python {machine['python']}.{others}"
+    return "\n\n".join((head, *(f"### {title}\n\n{text or NOT_MEASURED}" for title, text in sections.items())))
+
+
+def ratios(rows: Rows) -> str:
+    """Median milliseconds of dense, ours and the floor, and the median of each by another, taken in pairs."""
+    lines = []
+    for row in rows:
+        found = {each["row"]: each for each in row["rows"]}
+        floor = next((each for name, each in found.items() if name.startswith("floor")), None)
+        by_hand = (_ratio(_at(found.get(name), "this_over_ours")) for name in BY_HAND[3:])
+        cells = (
+            *_model(row),
+            *(_ms(_at(each, "latency")) for each in (found.get(DENSE), found.get(OURS), floor)),
+            _ratio(_at(found.get(DENSE), "this_over_ours")),
+            _ratio(_at(floor, "ours_over_this")),
+            *by_hand,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    head = ("model", "clips", "dense, ms", "ours, ms", "floor, ms", "dense ÷ ours", "ours ÷ floor")
+    return _table(" | ".join((*head, *(f"{name.split()[0]} ÷ ours" for name in BY_HAND[3:]))), lines)
 
 
 def models(rows: Rows) -> str:
-    """Median milliseconds of every row of every load, and how many times ours that is."""
-    lines = [
-        f"| {MODELS[row['name'].split()[0]].title} | {row['batch']}{', CUDA graphs' if row['graphs'] else ''} "
-        f"| {each['row']} | {_ms(each['latency'])} | {each['clips_per_second']:.1f} "
-        f"| {_ratio(each['this_over_ours'])} | {(row['weight_bytes'] + each['peak_bytes']) / 1e9:.2f} |"
-        for row in rows
-        for each in row["rows"]
-    ]
-    return _table("model | clips | row | ms | clips/s | this ÷ ours | peak memory, GB", lines)
+    """Every row of every load: min, median and max milliseconds, memory beside weights, and torch's fused attention."""
+    lines = []
+    for row in rows:
+        for each in row["rows"]:
+            spread = " / ".join(f"{1000 * value:.2f}" for value in each["latency"])
+            peak = "-" if row["graphs"] else f"{each['peak_bytes'] / 1e6:.0f}"
+            called = ", ".join(f"{_attention(name)} {count}" for name, count in each["attention"].items())
+            cells = (*_model(row), each["row"], spread, f"{each['clips_per_second']:.1f}", peak, called or "-")
+            lines.append(f"| {' | '.join(cells)} | {each['first_call']:.0f} |")
+    head = "model | clips | row | ms | clips/s | peak beside weights, MB | torch's fused attention | first call, s"
+    return _table(head, lines)
+
+
+def tiles(rows: Rows) -> str:
+    """The fastest tile (rows, keys, warps, stages) of every operator at every shape, in milliseconds."""
+    best: dict[tuple[str, str], tuple[float, str]] = {}
+    for row in rows:
+        for name, seconds in row["seconds"].items():
+            key, found = (str(tuple(row["shape"])), name), (1000 * seconds, str(tuple(row["tile"])))
+            best[key] = min(best.get(key, found), found)
+    names = list(dict.fromkeys(name for _, name in best))
+    lines = []
+    for shape in dict.fromkeys(shape for shape, _ in best):
+        fastest = (best.get((shape, name)) for name in names)
+        cells = ("-" if each is None else f"{each[0]:.3f}: {each[1]}" for each in fastest)
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return _table(" | ".join(("samples, heads, tokens, channels", *names)), lines)
 
 
 def groups(rows: Rows) -> str:
@@ -91,8 +147,21 @@ def _table(head: str, lines: Sequence[str]) -> str:
     return "\n".join((f"| {head} |", "| --- " * (head.count("|") + 1) + "|", *lines))
 
 
-def _ms(latency: Sequence[float]) -> str:
-    return f"{1000 * latency[1]:.3g}"
+def _model(row: Mapping[str, Any]) -> tuple[str, str]:
+    return MODELS[row["name"].split()[0]].title, f"{row['batch']}{', CUDA graphs' if row['graphs'] else ''}"
+
+
+def _attention(operator: str) -> str:
+    """The kind of fused attention that an operator of torch is: cudnn, flash, efficient."""
+    return operator.removeprefix("aten::_scaled_dot_product_").removesuffix("_attention")
+
+
+def _at(found: Mapping[str, Any] | None, name: str) -> Any:
+    return None if found is None else found[name]
+
+
+def _ms(latency: Sequence[float] | None) -> str:
+    return "-" if latency is None else f"{1000 * latency[1]:.3g}"
 
 
 def _ratio(spread: Sequence[float] | None) -> str:
@@ -103,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help=f"file with two lines {MARKER} to put the tables between")
     chosen = parser.parse_args()
-    text = page(json.loads((timing.RESULTS / "gpu.json").read_text()))
+    text = page(list(records()))
     print(text)
     if chosen.write is not None:
         chosen.write.write_text(replaced(chosen.write.read_text(), text, MARKER))

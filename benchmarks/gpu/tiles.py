@@ -36,14 +36,16 @@ def tiles(setup: Setup) -> Jobs:
 @torch.inference_mode()
 def measure(shape: Sequence[int], tile: Sequence[int], setup: Setup) -> dict[str, Any]:
     """Median seconds of each operator when all of its kernels take this tile."""
+    from triton.runtime.errors import OutOfResources  # noqa: PLC0415 - may be missing
+
     calls: dict[str, Callable[[], Any]] = {}
     refused: dict[str, str] = {}
     with taken(tile):
         for name, call in operators(shape, setup.device).items():
             try:
                 calls[name] = graphed(call, setup.device)
-            except RuntimeError as error:  # Triton's own for what the chip has too little of is one
-                refused[name] = str(error)[:100]
+            except OutOfResources as error:
+                refused[name] = f"does not fit: {error}"[:100]
         found = timing.paired(calls, setup.device, rounds=5, least=0.005)
     return {
         "shape": shape,

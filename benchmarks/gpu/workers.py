@@ -45,8 +45,7 @@ class Row:
             output = leading(call()).float().cpu().numpy()
             peak = timing.peak_bytes(call, self.device)
         self._calls[load] = call
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # every process keeps its own
+        self.release()
         return {"first_call": first, "peak_bytes": peak, "attention": attention, "output": output}
 
     def seconds(self, load: Load, count: int) -> float:
@@ -59,6 +58,11 @@ class Row:
     def profile(self, load: Load, calls: int) -> Profile:
         with load.running():
             return profile_of(self._calls[load], self.device, calls=calls)
+
+    def release(self) -> None:
+        """Give back the memory that only this process could use again."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def weight_bytes(self) -> int:
         return sum(value.nbytes for value in self._setting.model.parameters())
@@ -93,18 +97,18 @@ class Worker:
         there.close()
         self._compiled: dict[Load, dict[str, Any]] = {}
         self._asked: list[Load] = []
-        self._stopped = False
+        self.stopped = False
 
     def begin(self, load: Load) -> None:
         """Have the load compiled, if nobody has asked for it before."""
-        if load not in self._asked and not self._stopped:
+        if load not in self._asked and not self.stopped:
             self._asked.append(load)
             self._connection.send(("compile", (load,)))
 
     def compiled(self, load: Load, wait: float) -> dict[str, Any]:
         """What `Row.compile` tells. Raises TimeoutError after `wait` seconds, and `WorkerError`."""
         self.begin(load)
-        if self._stopped:
+        if self.stopped:
             raise TimeoutError("its process was stopped")
         if load not in self._compiled:
             self._compiled[load] = self._answer(wait)
@@ -118,7 +122,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the process in whatever it does."""
-        self._stopped = True
+        self.stopped = True
         self._process.kill()
         self._process.join()
 

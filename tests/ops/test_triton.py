@@ -14,6 +14,12 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch.compiler import assume_constant_result
+from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tldr_compile import ops
 from tldr_compile.ops import attention, blocked, native, reference, tiled, triton_kernels
@@ -308,6 +314,73 @@ def test_fused_attention_never_sees_a_mask_of_another_dtype(with_mass: bool, mon
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
     ops.attend(q, k, v, mask=torch.randn(21, 21), log_mass=log_masses(1, 21) if with_mass else None)
     assert [mask.dtype for mask in seen] == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("device", "grad", "masked", "with_mass", "cudnn"),
+    [
+        ("cpu", True, True, False, False),
+        ("cpu", True, False, True, False),
+        ("cpu", True, True, True, False),
+        ("cpu", True, False, False, True),  # no mask
+        ("cpu", False, True, False, True),  # no gradients
+        ("another", True, True, False, True),
+    ],
+)
+def test_cudnn_never_takes_gradients_under_a_mask(
+    device: str, grad: bool, masked: bool, with_mass: bool, cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be NaN. As if the CPU were where cuDNN is."""
+    monkeypatch.setattr(attention, "CUDNN_DEVICE", device)
+    q, k, v = (each.requires_grad_(grad) for each in qkv(1, 2, 21, 21, 8, 8))
+    seen: list[bool] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "attention" in str(function):
+                seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+            return function(*args, **(kwargs or {}))
+
+    with Noting():
+        ops.attend(
+            q, k, v, mask=torch.randn(21, 21) if masked else None, log_mass=log_masses(1, 21) if with_mass else None
+        )
+    assert seen == [cudnn]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("allowed", "chosen"), [("FLASH_ATTENTION", "flash_attention"), ("MATH", "softmax")])
+def test_a_compiler_chooses_attention_as_it_is_told(
+    allowed: str, chosen: str, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what may attend where gradients pass a mask, in graphs with their gradients; `whole` is traced by Dynamo."""
+    monkeypatch.setattr(attention, "CUDNN_DEVICE", "cpu")
+    monkeypatch.setattr(attention, "_without_cudnn", assume_constant_result(lambda: [getattr(SDPBackend, allowed)]))
+    inputs = *(each.requires_grad_() for each in qkv(1, 2, 21, 21, 8, 8)), torch.randn(21, 21)
+    graphs: list[str] = []
+
+    def noting(graph: GraphModule, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return ops.attend(q, k, v, mask=mask)
+
+    if whole:
+        torch.compile(attend, fullgraph=True, backend=aot_autograd(fw_compiler=noting))(*inputs).sum().backward()
+    else:
+        aot_function(attend, noting)(*inputs).sum().backward()
+    assert len(graphs) == 2
+    assert all(chosen in graph for graph in graphs)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_what_a_user_allows_is_what_attends_without_cudnn() -> None:
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        assert attention._without_cudnn() == [SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        assert attention._without_cudnn() == [SDPBackend.MATH]
 
 
 def test_triton_is_not_imported_before_it_serves() -> None:

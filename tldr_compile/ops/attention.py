@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
 from . import blocked, native, tiled
@@ -23,6 +25,9 @@ Arguments = tuple[Tensor, Tensor, Tensor, float, "Tensor | None", "Tensor | None
 PROVIDERS = (native, blocked)
 """Of attention with sharpness where `tiled` does not serve: the first that serves the arguments computes it. The last
 serves all. No compiler sees into them; it does see into `tiled`."""
+
+CUDNN_DEVICE = "cuda"
+"""Where cuDNN may be what attends."""
 
 
 def attend(
@@ -55,7 +60,9 @@ def attend(
         mask = _biased(q, mask, log_mass)
     elif mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)  # cuDNN reads a mask of any dtype as one of this (pytorch #191612)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    unsafe = mask is not None and q.device.type == CUDNN_DEVICE and _differentiates(q, k, v, mask)
+    with sdpa_kernel(_without_cudnn()) if unsafe else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def attend_and_sharpness(
@@ -93,6 +100,22 @@ def sharpness(
 def _biased(q: Tensor, mask: Tensor | None, log_mass: Tensor) -> Tensor:
     """Mask and masses as the one additive mask that fused attention takes."""
     return masked(torch.atleast_2d(log_mass.to(q.dtype)), mask)
+
+
+@torch.compiler.assume_constant_result
+def _without_cudnn() -> list[SDPBackend]:
+    """What may attend under a mask that gradients pass: cuDNN's are NaN at some lengths (pytorch #196678).
+
+    Graphs that are compiled have chosen by the time they run. What is exported holds torch's operator, which chooses
+    when it runs.
+    """
+    flags = torch.backends.cuda
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: flags.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: flags.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: flags.math_sdp_enabled(),
+    }
+    return [backend for backend, is_enabled in enabled.items() if is_enabled] or [SDPBackend.MATH]
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:

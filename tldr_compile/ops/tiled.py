@@ -54,7 +54,7 @@ def match(metric: Tensor) -> tuple[Tensor, Tensor]:
 def _has_triton(device: torch.device) -> bool:
     """Triton is there, and the device has the matrix units and asynchronous copies that the kernels are written for.
 
-    Of the ways to attend with masses this one was the fastest on a Hopper GPU; docs/gpu.md has the others.
+    Of the ways to attend with masses this one was the fastest on two Hopper GPUs; docs/gpu.md has the others.
     """
     cuda = torch.version.hip is None and importlib.util.find_spec("triton") is not None
     serves = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
