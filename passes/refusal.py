@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tldr_compile.passes.fx_utils import operator_name
 from tldr_compile.passes.sources import line_of, where
 
 
@@ -19,8 +18,8 @@ class Refusal:
 
     @property
     def operator(self) -> str:
-        """What the node calls: "aten::softmax"."""
-        return operator_name(self.node) if self.node.op == "call_function" else self.node.op
+        """What the node calls: "aten.softmax.int"."""
+        return str(self.node.target) if self.node.op == "call_function" else self.node.op
 
     @property
     def line(self) -> str | None:
@@ -33,4 +32,5 @@ class Refusal:
         return f"{self.reason} ({self.line})" if self.line else self.reason
 
     def __str__(self) -> str:
-        return f"{self.operator}: {where(self.node)}: {self.reason}"
+        called = f"{self.operator} " if self.node.op == "call_function" else ""
+        return f"{called}{where(self.node)}: {self.reason}"

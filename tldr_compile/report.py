@@ -146,14 +146,8 @@ class Report:
 
     def _restorations(self) -> Iterator[dict[str, Any]]:
         for each in self.plan.restored():
-            yield {
-                "node": each.node.name,
-                "operator": "output" if each.node.op == "output" else str(each.node.target),
-                "value": each.value.name,
-                "line": line_of(each.node),
-                "tokens": _text(self.plan.typed.value(each.value).axes),
-                "reason": each.reason,
-            }
+            tokens = _text(self.plan.typed.value(each.value).axes)
+            yield {**_refused(Refusal(each.node, each.reason)), "value": each.value.name, "tokens": tokens}
 
     def __str__(self) -> str:
         before, after = self.gflops

@@ -19,6 +19,7 @@ from tldr_compile import MergedModule, TokenMerging, ops, passes
 from tldr_compile.api import assemble
 from tldr_compile.errors import NothingToMerge, OptionError, ScheduleError
 from tldr_compile.passes.capture.canonicalize import from_dynamo, from_export
+from tldr_compile.passes.sites import Site
 
 BOUND = 2e-5  # of the largest magnitude, for two graphs that sum in another order
 
@@ -100,7 +101,7 @@ def fitted(program: ExportedProgram, analysis: passes.Analysis, config: TokenMer
         return assemble(program, analysis, config)
     except ScheduleError:
         sites = analysis.sites
-        open_sites = [index for index, site in enumerate(sites) if site.reason is None]
+        open_sites = [index for index, site in enumerate(sites) if isinstance(site, Site)]
         if not open_sites:
             raise
         schedule = tuple(2 if index in open_sites else 0 for index in range(len(sites)))

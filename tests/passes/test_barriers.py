@@ -39,17 +39,37 @@ class Attends(nn.Module):
 
 TAILS: dict[str, tuple[str, Callable[[nn.Module, Tensor], Tensor], str]] = {
     "without_rule": ("joint", lambda m, x: torch.renorm(x, 2, 0, 1.0), "it has no typing rule"),
-    "without_rule, a conflict": ("joint", lambda m, x: x.reshape(-1, 3, 8, C).amax(2), "its sizes contradict each other: "),
+    "without_rule, a conflict": (
+        "joint",
+        lambda m, x: x.reshape(-1, 3, 8, C).amax(2),
+        "its sizes contradict each other: ",
+    ),
     "mixing_tokens": ("joint", lambda m, x: m.over_tokens(x.mT), "it mixes the tokens along t·h·w, each by its place"),
-    "meeting_across_groupings": ("frames", lambda m, x: x.amax(1), "it reduces over t, and the tokens are grouped differently for each of it"),
-    "reducing_a_part": ("grid", lambda m, x: x.mean((2, 3)), "it reduces over a part of t·h·w, whose tokens are grouped together"),
-    "holding_a_part": ("joint", lambda m, x: x.reshape(-1, T, PLACES, C).transpose(1, 2), "it needs the tokens along t·h·w one by one: "),
+    "meeting_across_groupings": (
+        "frames",
+        lambda m, x: x.amax(1),
+        "it reduces over t, and the tokens are grouped differently for each of it",
+    ),
+    "reducing_a_part": (
+        "grid",
+        lambda m, x: x.mean((2, 3)),
+        "it reduces over a part of t·h·w, whose tokens are grouped together",
+    ),
+    "holding_a_part": (
+        "joint",
+        lambda m, x: x.reshape(-1, T, PLACES, C).transpose(1, 2),
+        "it needs the tokens along t·h·w one by one: ",
+    ),
     "taking_the_batch_apart": (
         "joint",
         lambda m, x: torch.cat([m.token[0], torch.cat([m.token.expand(x.shape[0], -1, -1), x], 1).flatten(0, 1)]),
         "it separates the tokens from b, and they are grouped differently for each of it",
     ),
-    "pairing_groupings": ("frames", lambda m, x: x.unsqueeze(2) * x.unsqueeze(1), "it pairs entries along t, and the tokens are grouped differently for each of it"),
+    "pairing_groupings": (
+        "frames",
+        lambda m, x: x.unsqueeze(2) * x.unsqueeze(1),
+        "it pairs entries along t, and the tokens are grouped differently for each of it",
+    ),
     "pairing_on_one_axis": ("joint", lambda m, x: (x @ x.mT).flatten(1), "it lays pairs of tokens along t·h·w on one "),
     "nesting_too_deeply": (
         "joint",

@@ -30,7 +30,9 @@ INDEXING = [
     ),
     *barred("index", MIXES, lambda h: aten.index.Tensor(h, [None, PLACES])),
     *barred("index", "it has no typing rule", lambda h: aten.index.Tensor(h, [PLACES % B, None, PLACES])),
-    *barred("index", "it has no typing rule", lambda h: aten.index.Tensor(h, [torch.ones(B, TOKENS, dtype=torch.bool)])),
+    *barred(
+        "index", "it has no typing rule", lambda h: aten.index.Tensor(h, [torch.ones(B, TOKENS, dtype=torch.bool)])
+    ),
     *carried("index_select", lambda h: aten.index_select.default(h, 2, PLACES)),
     *barred("index_select", MIXES, lambda h: aten.index_select.default(h, 1, PLACES)),
     *carried("gather", lambda h: aten.gather.default(h, 2, places(h))),

@@ -77,7 +77,9 @@ POINTWISE = [
     *carried("rand_like", lambda h: aten.lt.Scalar(aten.rand_like.default(h), 2.0)),
     *carried("randn_like", lambda h: aten.zeros_like.default(aten.randn_like.default(h))),
     *carried("bernoulli", lambda h: aten.bernoulli.default(aten._to_copy.default(positive(h), dtype=torch.float32))),
-    *barred("add", "its sizes contradict each other", lambda h: aten.add.Tensor(h, aten.cat.default(parts(h)[::-1], 1))),
+    *barred(
+        "add", "its sizes contradict each other", lambda h: aten.add.Tensor(h, aten.cat.default(parts(h)[::-1], 1))
+    ),
     *carried("add", lambda h: aten.add.Tensor(h, number(1, TOKENS, C)), lambda h: aten.add.Tensor(h, parts(h)[0])),
     *carried("floor_divide", lambda h: aten.floor_divide.default(h, 0.3)),
     *carried("pow", lambda h: aten.pow.Tensor_Tensor(unit(h), unit(h)), lambda h: aten.pow.Scalar(2.0, unit(h))),

@@ -105,4 +105,8 @@ def parts(h: Stream) -> tuple[Stream, Stream]:
     return aten.slice.Tensor(h, 1, 0, 1), aten.slice.Tensor(h, 1, 1, TOKENS)
 
 
-MIXES, GROUPED, PART = "it mixes the tokens along", "are grouped differently for each of it", "it needs the tokens along"
+MIXES, GROUPED, PART = (
+    "it mixes the tokens along",
+    "are grouped differently for each of it",
+    "it needs the tokens along",
+)
