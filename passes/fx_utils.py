@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 
 def operands(node: fx.Node) -> Iterator[fx.Node]:
@@ -52,3 +54,47 @@ def named(node: fx.Node, args: Any = None, kwargs: Any = None) -> dict[str, Any]
     """The arguments of a call, or those to replace them, by name."""
     args, kwargs = (node.args, node.kwargs) if args is None else (args, kwargs)
     return {**dict(zip(argument_names(node), args, strict=False)), **kwargs}
+
+
+def unwritten(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module whose code is not written before it is called: most are passed on, and no one calls them."""
+    return _LazyGraphModule(root, graph)
+
+
+# What `repr` tells apart; of anything else the object itself counts.
+_SPELLED = frozenset({int, float, complex, bool, str, type(None), torch.device})
+
+
+def spelled(tree: Any, tensor: Callable[[Any], Any]) -> Any:
+    """Arguments as a key, with `tensor` of each tensor or node: a call with equal ones does the same.
+
+    Good for as long as the arguments live.
+    """
+    if isinstance(tree, (fx.Node, torch.Tensor)):
+        return tensor(tree)
+    if isinstance(tree, (tuple, list)):
+        return (type(tree), *(spelled(each, tensor) for each in tree))
+    if isinstance(tree, dict):
+        return (dict, *((key, spelled(each, tensor)) for key, each in tree.items()))
+    if isinstance(tree, slice):
+        return (slice, spelled((tree.start, tree.stop, tree.step), tensor))
+    return (type(tree), repr(tree) if type(tree) in _SPELLED else id(tree))
+
+
+class Alike:
+    """Gives, for a traced tensor, the first one of its kind: operators tell no two of one kind apart.
+
+    A tensor whose sizes are open, or that is not fake, is the only one of its kind.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[Any, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if type(x) is not FakeTensor or x.layout != torch.strided:
+            return self._first.setdefault(id(x), x)
+        sizes = (*x.shape, *x.stride(), x.storage_offset(), x.untyped_storage().nbytes())
+        if any(isinstance(each, torch.SymInt) for each in sizes):
+            return self._first.setdefault(id(x), x)
+        flags = (x.requires_grad, x.is_leaf, x.is_inference(), x.is_conj(), x.is_neg())
+        return self._first.setdefault((x.dtype, x.device, sizes, flags), x)

@@ -118,7 +118,7 @@ def _emitted(
     if config.verify:
         with torch.no_grad():
             passes.verify(merged, _concrete(example_inputs))
-    return inherit(with_writes(merged.graph, captured.mutated), gm)
+    return inherit(with_writes(merged.graph, captured.mutated) if captured.mutated else merged.graph, gm)
 
 
 def _concrete(inputs: Sequence[Any]) -> list[Any]:

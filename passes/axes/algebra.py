@@ -198,8 +198,12 @@ def spread(axes: Axes, run: Axis) -> tuple[int, int] | None:
     `t·h·w`.
     """
     inner = run.factors
+    if len(inner) < 2:
+        return None
     for first in range(len(axes)):
-        for skipped in range(len(axes[first].factors)):
+        for skipped, factor in enumerate(axes[first].factors):
+            if factor != inner[0]:
+                continue
             factors = axes[first].factors[skipped:]
             if factors != inner[: len(factors)] or len(factors) == len(inner):
                 continue
@@ -221,6 +225,8 @@ def touches(axes: Iterable[Axis], run: Axis) -> bool:
 
 def replace(whole: Axis, run: Axis, by: Atom) -> Axis:
     """`whole` with every whole occurrence of `run` replaced by one atom: a merge is a substitution."""
+    if not run.atoms <= whole.atoms:
+        return whole
     if (place := find(whole, run)) is not None:
         rest = replace(Axis(whole.segments[place[1] :]), run, by).segments if place[1] < len(whole.segments) else ()
         return Axis((*whole.segments[: place[0]], (by,), *rest))
@@ -244,7 +250,7 @@ class Substitution:
 
     def resolve(self, axis: Axis) -> Axis:
         """The axis with every bound atom replaced, in normal form."""
-        if not any(atom in self.bindings for atom in axis.atoms):
+        if self.bindings.keys().isdisjoint(axis.atoms):
             return axis
         return concat(product(self._resolve_factor(factor) for factor in segment) for segment in axis.segments)
 

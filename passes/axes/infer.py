@@ -111,11 +111,11 @@ def infer(captured: Captured, clips: frozenset[str], queries: Sequence[fx.Node] 
     """
     walk = _Walk(captured, clips)
     first = walk.run(Substitution())
-    attended = [first.value(each).axes[:-1] for each in queries]
+    attended = [_resolved(walk.solved, first.value(each).axes[:-1]) for each in queries]
     solved = _carrying(_sequence_first(walk.solved, walk.rows, attended), walk.channels, attended)
     tokens = [axes[-1] for axes in attended if protect and not _over_time(walk.solved.resolve(axes[-1]))]
     try:
-        return walk.run(_protecting(solved, tokens, protect))
+        return walk.run(_protecting(solved, tokens, protect)).resolved(walk.solved)
     except Conflict as reason:
         raise OptionError(
             f"protect={protect} takes tokens apart that belong together at another attention: {reason}"
@@ -138,6 +138,7 @@ class _Walk:
         return frozenset(axes[0] for axes in self.born.values() if len(axes) == 3)
 
     def run(self, solved: Substitution) -> TypedGraph:
+        """The graph with its axes as they were when each call was typed; `self.solved` says what they became."""
         self.solved = solved
         values: dict[fx.Node, tuple[Value, ...]] = {}
         calls: dict[fx.Node, Typed] = {}
@@ -155,7 +156,7 @@ class _Walk:
                 else:
                     values[node] = tuple(self._constant(node, k, each) for k, each in enumerate(tensors(node)))
         mixed = frozenset(each for each in self.channels if not each.clip)
-        return TypedGraph(self.captured, values, calls, conflicts, mixed).resolved(self.solved)
+        return TypedGraph(self.captured, values, calls, conflicts, mixed)
 
     def _input(self, node: fx.Node, tensor: torch.Tensor) -> Value:
         if node.op == "get_attr" or node.name in self.captured.constants:

@@ -25,12 +25,14 @@ from torch.export.exported_program import (
     _split_decomp_table_to_cia_and_python_decomp,
 )
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tldr_compile.passes.capture import composites  # noqa: F401 - spells out what it names
 from tldr_compile.passes.capture.flex import without_blocks
 from tldr_compile.passes.capture.input_names import export_paths, is_of_module, shortest_names, source_path
+from tldr_compile.passes.capture.repeats import Entangled, separable, traced_by_calls
 from tldr_compile.passes.capture.retrace import (
     FAILURES,
     Retracer,
@@ -41,6 +43,7 @@ from tldr_compile.passes.capture.retrace import (
     said,
 )
 from tldr_compile.passes.errors import CaptureError
+from tldr_compile.passes.fx_utils import unwritten
 from tldr_compile.passes.sources import where
 
 _CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
@@ -152,6 +155,8 @@ def with_writes(graph: fx.GraphModule, mutated: Sequence[str]) -> fx.GraphModule
     The result has the calling convention of the tracer's own graph.
     """
     result = inherit(fx.GraphModule(graph, _copy(graph.graph)), graph)
+    if not mutated:
+        return result
     output = result.graph.output_node()
     values = list(output.args[0])  # type: ignore[arg-type]
     placeholders = {node.name: node for node in _placeholders(result)}
@@ -174,22 +179,13 @@ def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) ->
     old, gm = gm, without_blocks(gm)
     attributes = _tensor_attributes(gm)
     fakes = [mode.from_tensor(value, static_shapes=True) for value in attributes.values()]
-
-    def run(*args: Any) -> tuple[Any, ...]:
-        inputs, lifted = args[: len(values)], args[len(values) :]
-        with ExitStack() as open_modes:
-            leave_vmap(open_modes)
-            outputs = Retracer(gm, dict(zip(attributes, lifted, strict=True)), open_modes).run(*inputs)
-        # Under functionalization an input that was written to now holds its new value.
-        return (*args, *_flat(outputs))
-
     whole, _ = _split_decomp_table_to_cia_and_python_decomp({})
-    functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True))
     ambient = torch.set_grad_enabled(torch.is_grad_enabled())  # a graph that fails may leave its own behind
     dialect = _override_composite_implicit_decomp(whole)
-    with ambient, mode, dialect, enable_python_dispatcher(), fx.traceback.preserve_node_meta():
+    lazy = _use_lazy_graph_module(True)  # nobody calls what a tracer makes
+    with ambient, mode, dialect, lazy, enable_python_dispatcher(), fx.traceback.preserve_node_meta():
         try:
-            graph = make_fx(functional, pre_dispatch=True)(*values, *fakes)
+            graph = _traced(gm, attributes, values, fakes)
         except FAILURES as reason:  # no node's own failure: those say where
             raise CaptureError(f"the graph that was captured cannot be traced again: {said(reason)}") from reason
     for node, value in zip(_placeholders(graph), (*values, *fakes), strict=True):
@@ -198,6 +194,46 @@ def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) ->
     _restore_attributes(graph, attributes, written)
     inherit(graph, old)
     return graph, tuple(node.name for node in written)
+
+
+def _traced(
+    gm: fx.GraphModule, attributes: Mapping[str, Any], values: Sequence[Any], fakes: Sequence[Any]
+) -> fx.GraphModule:
+    """`gm` on fake inputs and attributes, which come first in its outputs, as they are in the end."""
+    if separable(gm, values):
+        try:
+            return _traced_by_calls(gm, attributes, values, fakes)
+        except (Entangled, CaptureError):
+            pass  # traced as a whole the graph shows what a call does beside, or why it fails
+    return _traced_as_a_whole(gm, attributes, values, fakes)
+
+
+def _traced_by_calls(
+    gm: fx.GraphModule, attributes: Mapping[str, Any], values: Sequence[Any], fakes: Sequence[Any]
+) -> fx.GraphModule:
+    graphs: list[fx.Graph] = []
+
+    def run(*args: Any) -> None:
+        inputs, lifted = args[: len(values)], args[len(values) :]
+        graphs.append(traced_by_calls(gm, inputs, dict(zip(attributes, lifted, strict=True))))
+
+    make_fx(run, pre_dispatch=True)(*values, *fakes)
+    return unwritten(torch.nn.Module(), graphs[0])
+
+
+def _traced_as_a_whole(
+    gm: fx.GraphModule, attributes: Mapping[str, Any], values: Sequence[Any], fakes: Sequence[Any]
+) -> fx.GraphModule:
+    def run(*args: Any) -> tuple[Any, ...]:
+        inputs, lifted = args[: len(values)], args[len(values) :]
+        with ExitStack() as open_modes:
+            leave_vmap(open_modes)
+            outputs = Retracer(gm, dict(zip(attributes, lifted, strict=True)), open_modes).run(*inputs)
+        # Under functionalization an input that was written to now holds its new value.
+        return (*args, *_flat(outputs))
+
+    functional = dispatch_functionalize(run, FunctionalTensorMode(pre_dispatch=True))
+    return make_fx(functional, pre_dispatch=True)(*values, *fakes)
 
 
 def _split_outputs(graph: fx.GraphModule, count: int) -> list[fx.Node]:

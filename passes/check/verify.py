@@ -17,7 +17,7 @@ from tldr_compile.passes.capture import SDPA
 from tldr_compile.passes.check.independence import raised, runs
 from tldr_compile.passes.check.projection import Projection, full_length
 from tldr_compile.passes.errors import OptionError, VerificationError
-from tldr_compile.passes.fx_utils import named, operands
+from tldr_compile.passes.fx_utils import Alike, named, operands, spelled
 from tldr_compile.passes.options import Policy
 from tldr_compile.passes.plan import Plan
 from tldr_compile.passes.sizes import size
@@ -141,6 +141,23 @@ def _follows_from_data(length: int | torch.SymInt) -> bool:
     return isinstance(length, torch.SymInt) and bool(free_unbacked_symbols(length))
 
 
+class _Shapes(fx.Interpreter):
+    """Runs a graph on traced values, and a call once on operands of one kind."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.alike = Alike()
+        self.found: dict[Any, tuple[Any, Any]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        arguments = self.fetch_args_kwargs_from_env(n)
+        key = (n.op, n.target, spelled(arguments, id))
+        if key not in self.found:
+            result = pytree.tree_map_only(Tensor, self.alike, super().run_node(n))
+            self.found[key] = arguments, result  # what lives keeps its id
+        return self.found[key][1]
+
+
 def check_shapes(before: fx.GraphModule, after: fx.GraphModule, *, restored: bool) -> None:
     """Run a rewritten graph on its traced values: it is well formed, and its outputs have the shapes they had.
 
@@ -154,7 +171,7 @@ def check_shapes(before: fx.GraphModule, after: fx.GraphModule, *, restored: boo
     symbols = mode.shape_env.ignore_fresh_unbacked_symbols() if mode and mode.shape_env else nullcontext()
     # Without Python's dispatcher an older torch makes numbers of the symbolic sizes in composite operators.
     with mode or nullcontext(), symbols, enable_python_dispatcher(), torch.no_grad():
-        results = _tensors(fx.Interpreter(after).run(*values))
+        results = _tensors(_Shapes(after).run(*values))
     (output,) = before.graph.find_nodes(op="output")
     for node, result in zip(operands(output), results, strict=True):
         traced = node.meta["val"]

@@ -5,8 +5,9 @@ x [b, n1, C]  ->  reshape to [b, t, h, w, C]      a part of the run: restored fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 from tldr_compile.passes.axes import Atom, Axes, Axis, Kind, Typed, spread, touches
 from tldr_compile.passes.plan.resolution import Resolution, at, holds
@@ -21,14 +22,14 @@ class Asked:
     target: Resolution
     conflict: str | None
 
-    @property
+    @cached_property
     def every(self) -> tuple[Axes, ...]:
         return (*self.typed.reads, *self.typed.outputs)
 
-    @property
-    def merged(self) -> Iterator[Axes]:
+    @cached_property
+    def merged(self) -> tuple[Axes, ...]:
         """The axes that hold the run, as they would be."""
-        return (at(axes, [self.target]) for axes in self.every if holds(axes, self.run))
+        return tuple(at(axes, [self.target]) for axes in self.every if holds(axes, self.run))
 
 
 def obstacle(asked: Asked) -> str | None:
