@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tldr_compile import ops
-from tldr_compile.ops import attention, blocked, native, reference, tiled, triton_kernels
+from tldr_compile.ops import attention, blocked, native, reference, tiled, triton_kernels, triton_matching, triton_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,9 +39,9 @@ def small_tiles() -> Iterator[None]:
     """Tiles so small that the tests' sizes take many of them; one of each, so that nothing is timed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_kernels, "SPAN", 32)
-        patch.setattr(triton_kernels, "MATCH_SPAN", 32)
+        patch.setattr(triton_matching, "SPAN", 32)
         for name in ("attend_tile", "share_tile", "match_tile"):
-            patch.setattr(triton_kernels, name, lambda *sizes: triton_kernels.Tile(16, 16, 1, 2))
+            patch.setattr(triton_parts, name, lambda *sizes: triton_parts.Tile(16, 16, 1, 2))
         if DEVICE == "cpu":
             patch.setattr("triton.runtime.interpreter.InterpreterBuilder.create_dot", interpreted_dot)
         yield
@@ -192,7 +192,7 @@ def test_float32_is_rounded_before_products_only_where_torch_may(allowed: str, e
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = allowed
     try:
-        assert triton_kernels._common(torch.zeros(1, 1), triton_kernels.Tile(16, 16, 1, 2))["EXACT"] == exact
+        assert triton_parts.common(torch.zeros(1, 1), triton_parts.Tile(16, 16, 1, 2))["EXACT"] == exact
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -201,7 +201,7 @@ def test_float32_is_rounded_before_products_only_where_torch_may(allowed: str, e
 def write_places(to, zero, row_stride, column_stride):  # type: ignore[no-untyped-def]
     row, column = tl.arange(0, 4), tl.arange(0, 4)
     tl.store(
-        to + row[:, None] * 4 + column[None, :], triton_kernels._places(zero, row, row_stride, column, column_stride)
+        to + row[:, None] * 4 + column[None, :], triton_parts._places(zero, row, row_stride, column, column_stride)
     )
 
 
@@ -284,9 +284,9 @@ def test_masses_and_matching_go_to_the_kernels_too(monkeypatch: pytest.MonkeyPat
     log_mass, metric = log_masses(2, 37), torch.randn(2, 9, 5)
     expected = ops.attend(q, k, v, log_mass=log_mass), *ops.match(metric)
     called: list[str] = []
-    for name in ("attend", "match"):
-        kernel = getattr(triton_kernels, name)
-        monkeypatch.setattr(triton_kernels, name, lambda *args, n=name, f=kernel: called.append(n) or f(*args))
+    for module, name in ((triton_kernels, "attend"), (triton_matching, "match")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, n=name, f=kernel: called.append(n) or f(*args))
     monkeypatch.setattr(tiled, "serves", tiled.fits)
     monkeypatch.setattr(tiled, "matches", lambda metric: True)
     found = ops.attend(q, k, v, log_mass=log_mass), *ops.match(metric)

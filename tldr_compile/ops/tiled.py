@@ -45,9 +45,9 @@ def matches(metric: Tensor) -> bool:
 
 def match(metric: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.match`."""
-    from . import triton_kernels  # noqa: PLC0415 - Triton may be missing, and takes a while to import
+    from . import triton_matching  # noqa: PLC0415 - Triton may be missing, and takes a while to import
 
-    return triton_kernels.match(metric)
+    return triton_matching.match(metric)
 
 
 @cache
