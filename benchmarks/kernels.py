@@ -26,8 +26,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from tldr_compile import ops
-from tldr_compile.ops import reference, tiled
-from tldr_compile.ops.attention import PROVIDERS
+from tldr_compile.ops import reference
 
 LINE = "{tokens:>6} {batch:>5} {name:<28} {latency:>26} {over:>8} {peak:>8} {off}"
 
@@ -41,11 +40,10 @@ def calls(q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor) -> dict[str, Callab
         "SDPA, masses": partial(F.scaled_dot_product_attention, q, k, v, bias),
         "ours, masses, no saliency": partial(ops.attend, q, k, v, scale=scale, log_mass=log_mass),
     }
-    for provider in (tiled, *PROVIDERS):
-        name = provider.__name__.rpartition(".")[2]
-        if provider.serves(q, k, v, None, log_mass):
-            rows[name] = partial(provider.forward, q, k, v, scale, None, None)
-            rows[f"{name}, masses"] = partial(provider.forward, q, k, v, scale, None, log_mass)
+    for provider in ops.PROVIDERS["attend_and_sharpness"].order:
+        if provider.serves(q, k, v, scale, None, log_mass) is None:
+            rows[provider.name] = partial(provider.forward, q, k, v, scale, None, None)
+            rows[f"{provider.name}, masses"] = partial(provider.forward, q, k, v, scale, None, log_mass)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Every tile that a kernel may take, timed: what the tables of `tldr_compile.ops.triton_kernels` were chosen by."""
+"""Every tile that a kernel may take, timed: what the tables of `tldr_compile.ops.triton_parts` were chosen by."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def operators(shape: Sequence[int], device: torch.device) -> Mapping[str, Callab
 @contextmanager
 def taken(tile: Sequence[int]) -> Iterator[None]:
     """Every kernel takes this tile."""
-    from tldr_compile.ops import triton_kernels  # noqa: PLC0415 - needs Triton
+    from tldr_compile.ops import triton_parts  # noqa: PLC0415 - needs Triton
 
-    chosen = triton_kernels.Tile(*tile)
-    with mock.patch.multiple(triton_kernels, **{name: lambda *sizes: chosen for name in TABLES}):
+    chosen = triton_parts.Tile(*tile)
+    with mock.patch.multiple(triton_parts, **{name: lambda *sizes: chosen for name in TABLES}):
         yield
 
 

@@ -86,7 +86,7 @@ def pretend() -> None:
         post_grad: {"lazy_init": lambda *device: None},
         triton_helpers: {"set_driver_to_gpu": lambda: None},
         torch._inductor.config: {"joint_graph_constant_folding": False},  # it computes on the device
-        tiled: {"_has_triton": lambda device: True},
+        tiled: {"_lack_of": lambda device: None},
     }
     for place, names in answers.items():
         for name, answer in names.items():

@@ -37,7 +37,8 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(blocked.BLOCK_BYTES, "cpu", 400)
     monkeypatch.setattr(native, "PACKED_BYTES", 4096)
     if request.param == "blocked":
-        monkeypatch.setattr(native, "serves", lambda *arguments: False)
+        for each in ops.PROVIDERS.values():
+            monkeypatch.setattr(each, "order", [one for one in each.order if one.name != "native"])
     return str(request.param)
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.ops.promises import ARGUMENTS, CASES, faked, gives, promise
 from tldr_compile import ops
-from tldr_compile.ops import attention, blocked, native, reference, tiled, triton_kernels
+from tldr_compile.ops import blocked, reference, tiled, triton_kernels, triton_matching, triton_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,9 +47,9 @@ def small_tiles() -> Iterator[None]:
     """Tiles so small that the tests' sizes take many of them; one of each, so that nothing is timed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_kernels, "SPAN", 32)
-        patch.setattr(triton_kernels, "MATCH_SPAN", 32)
+        patch.setattr(triton_matching, "SPAN", 32)
         for name in ("attend_tile", "share_tile", "match_tile"):
-            patch.setattr(triton_kernels, name, lambda *sizes: triton_kernels.Tile(16, 16, 1, 2))
+            patch.setattr(triton_parts, name, lambda *sizes: triton_parts.Tile(16, 16, 1, 2))
         if DEVICE == "cpu":
             patch.setattr("triton.runtime.interpreter.InterpreterBuilder.create_dot", interpreted_dot)
         yield
@@ -75,7 +77,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, log_mass: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     inputs = [None if t is None else t.to(DEVICE) for t in (q, k, v, mask, log_mass)]
-    assert tiled.fits(inputs[0], inputs[1], inputs[2], *inputs[3:])
+    assert tiled.misfit(inputs[0], inputs[1], inputs[2], 0.5, *inputs[3:]) is None
     out, sharpness = tiled.forward(inputs[0], inputs[1], inputs[2], 0.5, *inputs[3:])
     return out.cpu(), sharpness.cpu()
 
@@ -198,7 +200,7 @@ def test_float32_is_rounded_before_products_only_where_torch_may(allowed: str, e
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = allowed
     try:
-        assert triton_kernels._common(torch.zeros(1, 1), triton_kernels.Tile(16, 16, 1, 2))["EXACT"] == exact
+        assert triton_parts.common(torch.zeros(1, 1), triton_parts.Tile(16, 16, 1, 2))["EXACT"] == exact
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -207,7 +209,7 @@ def test_float32_is_rounded_before_products_only_where_torch_may(allowed: str, e
 def write_places(to, zero, row_stride, column_stride):  # type: ignore[no-untyped-def]
     row, column = tl.arange(0, 4), tl.arange(0, 4)
     tl.store(
-        to + row[:, None] * 4 + column[None, :], triton_kernels._places(zero, row, row_stride, column, column_stride)
+        to + row[:, None] * 4 + column[None, :], triton_parts._places(zero, row, row_stride, column, column_stride)
     )
 
 
@@ -248,41 +250,55 @@ def test_inductor_compiles_the_kernels_of_a_graph_for_a_gpu_that_is_not_here(tmp
 # --- who serves what --------------------------------------------------------------------------------------------------
 
 
-REFUSED: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]] = {
-    "float64": lambda q, k, v: (q.double(), k.double(), v.double(), None, None),
-    "two dtypes": lambda q, k, v: (q, k, v.half(), None, None),
-    "keys of fewer samples": lambda q, k, v: (q, k[:1], v[:1], None, None),
-    "values of fewer heads": lambda q, k, v: (q, k, v[:, :1], None, None),
-    "no key": lambda q, k, v: (q, k[:, :, :0], v[:, :, :0], None, None),
-    "no query": lambda q, k, v: (q[:, :, :0], k, v, None, None),
-    "no head": lambda q, k, v: (q[:, :0], k[:, :0], v[:, :0], None, None),
-    "wide heads": lambda q, k, v: (q.repeat(1, 1, 1, 20), k.repeat(1, 1, 1, 20), v, None, None),
-    "wide values": lambda q, k, v: (q, k, v.repeat(1, 1, 1, 20), None, None),
-    "a mask from elsewhere": lambda q, k, v: (q, k, v, torch.zeros(9, 7, device="meta"), None),
-    "masses of pairs": lambda q, k, v: (q, k, v, None, torch.zeros(1, 1, 9, 7)),
+Arguments = tuple[Tensor | None, ...]
+"""q, k, v, mask and log_mass."""
+
+REFUSED: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Arguments]]] = {
+    "float64": ("float32 and less", lambda q, k, v: (q.double(), k.double(), v.double(), None, None)),
+    "two dtypes": ("several dtypes", lambda q, k, v: (q, k, v.half(), None, None)),
+    "keys of fewer samples": ("do not fit", lambda q, k, v: (q, k[:1], v[:1], None, None)),
+    "values of fewer heads": ("do not fit", lambda q, k, v: (q, k, v[:, :1], None, None)),
+    "no key": ("empty", lambda q, k, v: (q, k[:, :, :0], v[:, :, :0], None, None)),
+    "no query": ("empty", lambda q, k, v: (q[:, :, :0], k, v, None, None)),
+    "no head": ("empty", lambda q, k, v: (q[:, :0], k[:, :0], v[:, :0], None, None)),
+    "wide heads": (
+        "head dimension 80 is above 64",
+        lambda q, k, v: (q.repeat(1, 1, 1, 20), k.repeat(1, 1, 1, 20), v, None, None),
+    ),
+    "wide values": ("head dimension 100 is above 64", lambda q, k, v: (q, k, v.repeat(1, 1, 1, 20), None, None)),
+    "a mask from elsewhere": ("several devices", lambda q, k, v: (q, k, v, torch.zeros(9, 7, device="meta"), None)),
+    "masses of pairs": ("masses differ by query", lambda q, k, v: (q, k, v, None, torch.zeros(1, 1, 9, 7))),
 }
 
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_the_kernels_cannot_do_is_not_theirs(why: str) -> None:
     q, k, v = qkv(2, 2, 9, 7)
-    assert tiled.fits(q, k, v, torch.zeros(1, 1, 9, 7), log_masses(2, 7))
-    assert not tiled.fits(*REFUSED[why](q, k, v))  # type: ignore[arg-type]
+    assert tiled.misfit(q, k, v, 0.5, torch.zeros(1, 1, 9, 7), log_masses(2, 7)) is None
+    reason, changed = REFUSED[why]
+    one, other, values, mask, log_mass = changed(q, k, v)
+    assert reason in tiled.misfit(one, other, values, 0.5, mask, log_mass)  # type: ignore[arg-type, operator]
+
+
+def served_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the device had what the kernels need."""
+    monkeypatch.setattr(tiled, "_lack", lambda tensor: None)
 
 
 def test_the_operator_asks_who_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(2, 2, 21, 37)
     asked: list[str] = []
-    forward = blocked.forward
-    for provider in (tiled, *attention.PROVIDERS):
-        monkeypatch.setattr(
-            provider, "forward", lambda *args, name=provider.__name__, f=forward: asked.append(name) or f(*args)
-        )
+
+    def noting(provider: ops.Provider[..., Any]) -> ops.Provider[..., Any]:
+        return replace(provider, forward=lambda *args: asked.append(provider.name) or blocked.forward(*args))  # type: ignore[func-returns-value]
+
+    providers = ops.PROVIDERS["attend_and_sharpness"]
+    monkeypatch.setattr(providers, "order", list(map(noting, providers.order)))
     ops.attend_and_sharpness(q, k, v)
-    monkeypatch.setattr(tiled, "serves", tiled.fits)
+    served_everywhere(monkeypatch)
     ops.attend_and_sharpness(q, k, v)
     ops.attend_and_sharpness(q.double(), k.double(), v.double())
-    assert asked == [native.__name__, tiled.__name__, blocked.__name__]
+    assert asked == ["native", "tiled", "blocked"]
 
 
 def test_masses_and_matching_go_to_the_kernels_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,14 +306,35 @@ def test_masses_and_matching_go_to_the_kernels_too(monkeypatch: pytest.MonkeyPat
     log_mass, metric = log_masses(2, 37), torch.randn(2, 9, 5)
     expected = ops.attend(q, k, v, log_mass=log_mass), *ops.match(metric)
     called: list[str] = []
-    for name in ("attend", "match"):
-        kernel = getattr(triton_kernels, name)
-        monkeypatch.setattr(triton_kernels, name, lambda *args, n=name, f=kernel: called.append(n) or f(*args))
-    monkeypatch.setattr(tiled, "serves", tiled.fits)
-    monkeypatch.setattr(tiled, "matches", lambda metric: True)
+    for module, name in ((triton_kernels, "attend"), (triton_matching, "match")):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, n=name, f=kernel: called.append(n) or f(*args))
+    served_everywhere(monkeypatch)
     found = ops.attend(q, k, v, log_mass=log_mass), *ops.match(metric)
     assert called == ["attend", "match"]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class Unlaunched:
+    """A kernel that is never launched."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *args, **options: None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_the_kernels_give_what_the_fake_kernel_promises(
+    name: str, case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a part of a graph, which has no other fake kernel than the code around them, and when they run."""
+    served_everywhere(monkeypatch)
+    (provider,) = (each for each in ops.PROVIDERS[name].order if each.name == "tiled")
+    arguments = tuple(t.to(DEVICE) if isinstance(t, Tensor) else t for t in ARGUMENTS[name][case](dtype))
+    promised = promise(name, case, dtype)
+    assert gives(name, provider, arguments) == [promised] * 2
+    monkeypatch.setattr(triton_parts, "wrapped", lambda kernel: Unlaunched())
+    assert faked(provider.forward, arguments) == promised
 
 
 @pytest.mark.parametrize("with_mass", [False, True])
@@ -386,7 +423,8 @@ def test_what_a_user_allows_is_what_attends_without_cudnn() -> None:
 def test_triton_is_not_imported_before_it_serves() -> None:
     program = (
         "import sys, torch, tldr_compile; from tldr_compile import ops; x = torch.ones(1, 1, 2, 4);"
-        "ops.attend_and_sharpness(x, x, x); print('tldr_compile.ops.triton_kernels' in sys.modules)"
+        "ops.attend_and_sharpness(x, x, x); ops.match(x[0]);"
+        "print(any(name.startswith('tldr_compile.ops.triton_') for name in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]

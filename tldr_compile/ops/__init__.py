@@ -1,15 +1,24 @@
 """The operators that a merged graph calls: plain ATen where Inductor can fuse it, one registered operator where not."""
 
-from .attention import attend, attend_and_sharpness, sharpness
+from typing import Any
+
+from .attention import ATTEND, ATTEND_AND_SHARPNESS, attend, attend_and_sharpness, sharpness
 from .grouping import Grouping, down, group, pick, up
-from .matching import match
+from .matching import MATCH, match
+from .providers import Provider, Providers
 from .reductions import REDUCTIONS, Split, Tokens, reduction
 from .reference import saliency, sharpness_of, shift
 from .sums import mean, multiply, softmax, sum  # noqa: A004
 
+PROVIDERS: dict[str, Providers[..., Any]] = {each.name: each for each in (ATTEND, ATTEND_AND_SHARPNESS, MATCH)}
+"""Of every operator that has several, by its name; `PROVIDERS["match"].order` is a list, and the first serves first."""
+
 __all__ = [
+    "PROVIDERS",
     "REDUCTIONS",
     "Grouping",
+    "Provider",
+    "Providers",
     "Split",
     "Tokens",
     "attend",

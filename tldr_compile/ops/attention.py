@@ -15,16 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
 from . import blocked, native, tiled
-from .reference import masked, wide
+from .providers import Provider, Providers, everything
+from .reference import empty_gradients, empty_results, masked, wide
 
 Shape = Sequence[int]
 
 Arguments = tuple[Tensor, Tensor, Tensor, float, "Tensor | None", "Tensor | None"]
 """Of the registered operators: q, k, v, scale, mask and log_mass."""
-
-PROVIDERS = (native, blocked)
-"""Of attention with sharpness where `tiled` does not serve: the first that serves the arguments computes it. The last
-serves all. No compiler sees into them; it does see into `tiled`."""
 
 CUDNN_DEVICE = "cuda"
 """Where cuDNN may be what attends."""
@@ -44,8 +41,19 @@ def attend(
 ) -> Tensor:
     """Step 7, attention whose keys count with their mass: `softmax(scale q k' + mask + log_mass) v`.
 
-    `q [..., H, Nq, d]`, `k [..., H, Nk, d]`, `v [..., H, Nk, c]`; `mask` (bool, True keeps, or additive) and `log_mass`
-    broadcast to `[..., H, Nq, Nk]`. The rest is that of `torch.nn.functional.scaled_dot_product_attention`.
+    ToMe's proportional attention (arXiv 2210.09461, section 3), which vid-TLDR keeps.
+
+    `q [..., H, Nq, d]`, `k [..., H, Nk, d]`, `v [..., H, Nk, c]`, floats of one dtype, to `[..., H, Nq, c]` of it;
+    `mask` (bool, True keeps, or additive) and `log_mass` (float) broadcast to `[..., H, Nq, Nk]`.
+    The rest is that of `torch.nn.functional.scaled_dot_product_attention`.
+
+    Raises:
+        NotImplementedError: a forward-mode derivative with masses.
+        RuntimeError: shapes or dtypes do not fit each other.
+
+    >>> q, k, v = torch.randn(3, 2, 12, 196, 64)
+    >>> ops.attend(q, k, v, log_mass=torch.zeros(2, 1, 1, 196)).shape
+    torch.Size([2, 12, 196, 64])
     """
     if log_mass is not None:
         plain = q.dim() >= 3 and not (dropout_p or is_causal or enable_gqa)
@@ -77,23 +85,31 @@ def attend_and_sharpness(
 ) -> tuple[Tensor, Tensor]:
     """The output of `attend`, and the sharpness of its rows: steps 1, 2 and 7 of vid-TLDR in one pass.
 
-    Shapes as in `attend`; the sharpness is `[..., Nq]`, float32 (float64 of float64). `mask` enters both, `log_mass`
-    only the output. `reference.attention_with_sharpness` is the specification.
+    Shapes, dtypes and errors as in `attend`, with and without masses; the sharpness is `[..., Nq]`, float32 (float64 of
+    float64). `mask` enters both, `log_mass` only the output. `reference.attention_with_sharpness` is the specification.
+
+    >>> q, k, v = torch.randn(3, 2, 12, 196, 64)
+    >>> [tuple(each.shape) for each in ops.attend_and_sharpness(q, k, v)]
+    [(2, 12, 196, 64), (2, 196)]
     """
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     lead, arguments = _flat(q, k, v, scale, mask, log_mass)
-    q, k, v, _, mask, log_mass = arguments
-    tiles = tiled.serves(q, k, v, mask, log_mass)
-    operator = torch.ops.tldr.tiled_attend_and_sharpness if tiles else torch.ops.tldr.attend_and_sharpness
-    out, sharpness = operator(*arguments)
+    out, sharpness = ATTEND_AND_SHARPNESS(*arguments)
     return out.reshape(*lead, *out.shape[1:]), sharpness.reshape(*lead, *sharpness.shape[1:])
 
 
 def sharpness(
     q: Tensor, k: Tensor, *, scale: float | None = None, mask: Tensor | None = None, enable_gqa: bool = False
 ) -> Tensor:
-    """The sharpness alone, `[..., Nq]`: attention to values without channels."""
+    """Steps 1 and 2 alone: the sharpness `[..., Nq]` of attention from `q [..., H, Nq, d]` to `k [..., H, Nk, d]`.
+
+    Dtypes, `mask` and errors as in `attend_and_sharpness`. It is attention to values without channels.
+
+    >>> q, k = torch.randn(2, 2, 12, 196, 64)
+    >>> ops.sharpness(q, k).shape
+    torch.Size([2, 196])
+    """
     return attend_and_sharpness(q, k, k[..., :0], scale=scale, mask=mask, enable_gqa=enable_gqa)[1]
 
 
@@ -123,10 +139,11 @@ def _differentiates(*tensors: Tensor | None) -> bool:
 
 
 def _faster(arguments: Arguments) -> Callable[..., Tensor] | None:
-    """The registered operator that is faster than fused attention under a mask that holds the masses, if one is."""
-    q, k, v, _, mask, log_mass = arguments
-    if tiled.serves(q, k, v, mask, log_mass):
-        return torch.ops.tldr.tiled_attend
+    """What is faster than fused attention under a mask that holds the masses, if anything is."""
+    operator = ATTEND.in_graph(*arguments)
+    if operator is not None:
+        return operator
+    q, log_mass = arguments[0], arguments[5]
     return torch.ops.tldr.attend if native.takes(q, log_mass) else None
 
 
@@ -158,30 +175,26 @@ def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:
 @torch.library.custom_op("tldr::attend", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor) -> Tensor:
     """Where gradients are wanted, fused attention has faster ones of its own."""
-    if native.serves(q, k, v, mask, log_mass):
-        return native.attend(q, k, v, scale, mask, log_mass)
-    fused = F.scaled_dot_product_attention(q, k, v, _biased(q, mask, log_mass), scale=scale)
-    return _attend_fake(q, k, v, scale, mask, log_mass).copy_(fused)  # in the layout that was promised
+    return ATTEND.run(q, k, v, scale, mask, log_mass)
 
 
 @_attend.register_fake
 def _attend_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor) -> Tensor:
-    return blocked.empty_results(q, v)[0]
+    return empty_results(q, v)[0]
 
 
 @torch.library.custom_op("tldr::attend_and_sharpness", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    provider = next(each for each in PROVIDERS if each.serves(q, k, v, mask, log_mass))
-    return provider.forward(q, k, v, scale, mask, log_mass)
+    return ATTEND_AND_SHARPNESS.run(q, k, v, scale, mask, log_mass)
 
 
 @_forward.register_fake
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return blocked.empty_results(q, v)
+    return empty_results(q, v)
 
 
 @torch.library.triton_op("tldr::tiled_attend", mutates_args=())
@@ -211,7 +224,7 @@ def _backward(
     log_mass_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, mask and log_mass; empty tensors for the last two where nobody asks for them."""
-    results = blocked.empty_gradients(q, k, v, mask if mask_grad else None, log_mass if log_mass_grad else None)
+    results = empty_gradients(q, k, v, mask if mask_grad else None, log_mass if log_mass_grad else None)
     blocked.backward(results, grad_out, grad_sharpness, q, k, v, scale, mask, log_mass)
     return results
 
@@ -229,7 +242,35 @@ def _backward_fake(
     mask_grad: bool,
     log_mass_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return blocked.empty_gradients(q, k, v, mask if mask_grad else None, log_mass if log_mass_grad else None)
+    return empty_gradients(q, k, v, mask if mask_grad else None, log_mass if log_mass_grad else None)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, _biased(q, mask, log_mass), scale=scale)
+
+
+ATTEND: Providers[..., Tensor] = Providers(
+    "attend",
+    torch.ops.tldr.attend,
+    _attend_fake,
+    [
+        Provider("tiled", tiled.serves, torch.ops.tldr.tiled_attend, visible=True),
+        Provider("native", native.serves, native.attend, laid=True),
+        Provider("fused", everything, _fused),
+    ],
+)
+"""Of attention with masses alone, where no gradients are wanted: fused attention has faster ones of its own."""
+
+ATTEND_AND_SHARPNESS: Providers[..., tuple[Tensor, Tensor]] = Providers(
+    "attend_and_sharpness",
+    torch.ops.tldr.attend_and_sharpness,
+    _forward_fake,
+    [
+        Provider("tiled", tiled.serves, torch.ops.tldr.tiled_attend_and_sharpness, visible=True),
+        Provider("native", native.serves, native.forward, laid=True),
+        Provider("blocked", everything, blocked.forward, laid=True),
+    ],
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .reference import masked, row_sharpness, wide
+from .reference import Gradients, empty_results, masked, row_sharpness, wide
 
 # Bytes of one block of scores: small enough for the cache of a CPU, large enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
@@ -18,18 +18,10 @@ BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
 Block = tuple[slice, slice, slice]
 """Samples, all heads, rows: an index into what is laid like the scores `[B, H, Nq, Nk]`."""
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Of q, k, v, mask and log_mass."""
-
 
 def block_bytes(device: torch.device) -> int:
     """What one block of scores on this device may take."""
     return BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
-
-
-def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
-    """All arguments, on every device."""
-    return True
 
 
 def forward(
@@ -46,13 +38,6 @@ def forward(
             sharpness[samples, rows] = row_sharpness(attention.mean(1))
             out[block] = _proportional(attention, mass, block) @ values[samples]
     return out, sharpness
-
-
-def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads lie next to channels in memory, as the fused operator leaves them: models join the two next."""
-    batch, heads, rows, _ = q.shape
-    out = q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
-    return out, q.new_empty(batch, rows, dtype=wide(q.dtype))
 
 
 def backward(
@@ -87,12 +72,6 @@ def backward(
             d_keys[samples] += d_scores.mT @ queries[block]
     for result, gradient in zip(results, (d_queries, d_keys, d_values, d_mask, d_log_mass), strict=True):
         result.copy_(gradient)
-
-
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> Gradients:
-    """Contiguous gradients in the inputs' dtypes; for a bias that is None, a tensor without elements."""
-    d_mask, d_log_mass = (q.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in (mask, log_mass))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_mask, d_log_mass
 
 
 def _blocks(queries: Tensor, keys: Tensor) -> Iterator[Block]:

@@ -46,13 +46,20 @@ def group(
     reduction: str = "merge",
     seed: int = 0,
 ) -> Grouping:
-    """Decide which `r` of `N` tokens go where (vid-TLDR, section 3; steps 5 and 6 of the method).
+    """Decide which `r` of `N` tokens go where: steps 5 and 6 of vid-TLDR (arXiv 2403.13347, section 3).
 
     `metric [B, N, C]`, `N >= 2`; `saliency [B, N]`, None for 1 everywhere; `mass`, `size [B, N]`; `0 <= r <= N // 2`.
+    All are floats; the fields of the result say their own shapes and dtypes.
     `reduction` names one of `REDUCTIONS`. A source gives its size to the group that it joins; and its value and mass,
     weighed by its saliency, if the reduction gives.
 
-    Raises ValueError for a reduction without that name, and for one that ranks by saliency where that is None.
+    Raises:
+        ValueError: no reduction has that name, or it ranks by saliency and that is None.
+
+    >>> ones = torch.ones(2, 1568)
+    >>> found = ops.group(torch.randn(2, 1568, 768), None, ones, ones, 768)
+    >>> found.kept.shape, found.source.shape, found.assign.shape
+    (torch.Size([2, 800]), torch.Size([2, 768]), torch.Size([2, 1568]))
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, not {reduction!r}")
@@ -83,7 +90,10 @@ def pick(x: Tensor, index: Tensor, *, dim: int) -> Tensor:
     """The values of `x` (any dtype) at `index` along `dim`.
 
     `index` has the rank of `x`; elsewhere than along `dim` the two broadcast. A merge picks at `kept` what must not be
-    averaged: tables of positions, ids, masks.
+    averaged: tables of positions, ids, masks. Raises RuntimeError where they do not broadcast, or an index is none.
+
+    >>> ops.pick(torch.randn(1, 1568, 3), torch.randint(1568, (2, 800, 1)), dim=1).shape
+    torch.Size([2, 800, 3])
     """
     x_shape, index_shape = list(x.shape), list(index.shape)
     x_shape[dim] = index_shape[dim] = 1
@@ -93,7 +103,13 @@ def pick(x: Tensor, index: Tensor, *, dim: int) -> Tensor:
 
 
 def up(x: Tensor, assign: Tensor, *, dim: int) -> Tensor:
-    """Every token gets the value of its group: `x` (any dtype) over groups along `dim`, `assign` laid along it."""
+    """Every token gets the value of its group: `x` (any dtype) over groups along `dim`, `assign` laid along it.
+
+    Errors as in `pick`.
+
+    >>> ops.up(torch.randn(2, 800, 768), torch.randint(800, (2, 1568, 1)), dim=1).shape
+    torch.Size([2, 1568, 768])
+    """
     return pick(x, assign, dim=dim)
 
 
@@ -103,7 +119,12 @@ def down(
     """Step 6: each group's weighted mean, `x` over `N` tokens along `dim` to the same over `N - r` groups.
 
     The fields of a `Grouping` are laid along `dim`: they have the rank of `x` and broadcast elsewhere. Merged in
-    float32, then cast back.
+    float32 (float64 of float64), then cast back to the dtype of `x`. Errors as in `pick`.
+
+    >>> x, ones = torch.randn(2, 1568, 768), torch.ones(2, 1568)
+    >>> found = ops.group(x, None, ones, ones, 768)
+    >>> ops.down(x, *(field.unsqueeze(-1) for field in found[:5]), dim=1).shape
+    torch.Size([2, 800, 768])
     """
     values = x.to(wide(x.dtype))
     base, given = pick(values, kept, dim=dim) * kept_weight, pick(values, source, dim=dim) * source_weight

@@ -11,18 +11,35 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import tiled
 from .blocked import block_bytes
-from .reference import unit
+from .providers import Provider, Providers, everything
+from .reference import empty_match, unit
 
 
 def match(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.match` without gradients: `metric [B, N, C]` to similarity and destination, both `[B, ceil(N/2)]`."""
-    metric = metric.detach()
-    if tiled.matches(metric):
-        similarity, destination = torch.ops.tldr.tiled_match(metric)
-        return similarity, destination
-    tokens = unit(metric)
-    similarity, destination = torch.ops.tldr.best(tokens[:, ::2], tokens[:, 1::2])
+    """Step 5, bipartite matching: the similarity and the index of the best destination of every source.
+
+    ToMe's bipartite soft matching (arXiv 2210.09461, section 3), which vid-TLDR keeps: tokens at even positions are
+    sources, those at odd ones destinations. `reference.match` is the specification; this has no gradients.
+
+    `metric [B, N, C]`, float, `N >= 2`, to similarity (float32, float64 of float64) and destination (int64), both
+    `[B, ceil(N/2)]`. Raises IndexError for one token, which has no other.
+
+    >>> similarity, destination = ops.match(torch.randn(2, 1568, 768))
+    >>> similarity.shape, destination.shape
+    (torch.Size([2, 784]), torch.Size([2, 784]))
+    """
+    similarity, destination = MATCH(metric.detach())
     return similarity, destination
+
+
+@torch.library.custom_op("tldr::match", mutates_args=())
+def _match(metric: Tensor) -> tuple[Tensor, Tensor]:
+    return MATCH.run(metric)
+
+
+@_match.register_fake
+def _match_fake(metric: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_match(metric)
 
 
 @torch.library.custom_op("tldr::best", mutates_args=())
@@ -43,6 +60,13 @@ def _tiled_match(metric: Tensor) -> tuple[Tensor, Tensor]:
     return tiled.match(metric)
 
 
+def _blocked(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """A compiler sees the norms, which it makes one with what comes before."""
+    tokens = unit(metric)
+    similarity, destination = torch.ops.tldr.best(tokens[:, ::2], tokens[:, 1::2])
+    return similarity, destination
+
+
 @_best.register_fake
 def _best_fake(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
     return sources.new_empty(sources.shape[:2]), sources.new_empty(sources.shape[:2], dtype=torch.int64)
@@ -54,7 +78,18 @@ def _best_flop(sources: Sequence[int], destinations: Sequence[int], *args: Any, 
     return 2 * batch * rows * destinations[1] * channels
 
 
-@register_flop_formula(torch.ops.tldr.tiled_match)
-def _tiled_match_flop(metric: Sequence[int], *args: Any, **kwargs: Any) -> int:
+@register_flop_formula([torch.ops.tldr.match, torch.ops.tldr.tiled_match])
+def _match_flop(metric: Sequence[int], *args: Any, **kwargs: Any) -> int:
     batch, tokens, channels = metric
     return 2 * batch * ((tokens + 1) // 2) * (tokens // 2) * channels
+
+
+MATCH: Providers[..., tuple[Tensor, Tensor]] = Providers(
+    "match",
+    torch.ops.tldr.match,
+    _match_fake,
+    [
+        Provider("tiled", tiled.serves_match, torch.ops.tldr.tiled_match, visible=True),
+        Provider("blocked", everything, _blocked, visible=True),
+    ],
+)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocked import empty_results, relative_mass
+from .blocked import relative_mass
+from .reference import empty_results
 
 log = logging.getLogger("tldr_compile")
 
@@ -63,14 +64,31 @@ def compiles() -> bool:
 
 def takes(q: Tensor, log_mass: Tensor | None) -> bool:
     """Whether `forward` and `attend` are made for these: on a CPU, not in float64, masses that only differ by key."""
-    by_key = log_mass is None or torch.atleast_2d(log_mass).shape[-2] == 1
-    return q.device.type == "cpu" and q.dtype in _KINDS and by_key
+    return _refusal(q, log_mass) is None
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
-    """Whether `forward` takes these arguments, which fit each other, and there is a compiler for it."""
-    fits = k.shape == (*q.shape[:2], v.shape[2], q.shape[3]) and v.shape[:2] == q.shape[:2]
-    return takes(q, log_mass) and fits and k.dtype == v.dtype == q.dtype and compiles()
+def _refusal(q: Tensor, log_mass: Tensor | None) -> str | None:
+    if q.device.type != "cpu":
+        return "it runs on CPUs"
+    if q.dtype not in _KINDS:
+        return "it computes in float32, which would round its inputs"
+    if log_mass is not None and torch.atleast_2d(log_mass).shape[-2] != 1:
+        return "its masses differ by query"
+    return None
+
+
+def serves(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> str | None:
+    """Why `forward` and `attend` cannot take these arguments, or not here; None where they can."""
+    refusal = _refusal(q, log_mass)
+    if refusal is not None:
+        return refusal
+    if k.shape != (*q.shape[:2], v.shape[2], q.shape[3]) or v.shape[:2] != q.shape[:2]:
+        return "its queries, keys and values do not fit each other"
+    if not k.dtype == v.dtype == q.dtype:
+        return "its queries, keys and values have several dtypes"
+    return None if compiles() else "its C++ does not compile"
 
 
 def forward(

@@ -1,4 +1,15 @@
-"""Steps 1 to 5 of vid-TLDR (arXiv 2403.13347, section 3) in plain PyTorch: the specification of every provider."""
+"""Steps 1 to 5 and 7 of vid-TLDR (arXiv 2403.13347, section 3) in plain PyTorch: the specification of every provider.
+
+    1  attention    A = mean over heads of softmax(scale q k')
+    2  sharpness    s_i = sum_j A_ij log A_ij
+    3  scaling      s to [0, 1] in every sample
+    4  saliency     what lies above the mean, as a share of the largest; the background has none
+    5  matching     every source to the destination that is most like it
+    6  merging      the mean of each group, weighed by mass; sources by their saliency too
+    7  attention    keys count with the mass of their group
+
+`empty_...` are the results of a function that is not computed: shapes, dtypes, and strides, for fake kernels.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +46,12 @@ def row_sharpness(attention: Tensor) -> Tensor:
 
 
 def sharpness_of(probabilities: Tensor) -> Tensor:
-    """The sharpness of an attention whose matrix is at hand: `[..., H, Nq, Nk]` to `[..., Nq]`.
+    """Step 2 of an attention whose matrix is at hand: `[..., H, Nq, Nk]`, float, to its sharpness `[..., Nq]`.
 
     In float32 (float64 of float64). Rows may have any positive sum: a softmax that mass has weighed has another than 1.
+
+    >>> ops.sharpness_of(torch.rand(2, 12, 196, 196)).shape
+    torch.Size([2, 196])
     """
     rows = probabilities.to(wide(probabilities.dtype))
     total = rows.sum(-1, keepdim=True)
@@ -60,8 +74,35 @@ def attention_with_sharpness(
     return (safe_softmax(proportional) @ v.to(dtype)).to(q.dtype), sharpness
 
 
+def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What `attention_with_sharpness` gives for `q [B, H, Nq, d]` and `v [B, H, Nk, c]`, not computed.
+
+    Heads lie next to channels in memory, as the fused operator leaves them: models join the two next.
+    """
+    batch, heads, rows, _ = q.shape
+    out = q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
+    return out, q.new_empty(batch, rows, dtype=wide(q.dtype))
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of q, k, v, mask and log_mass."""
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> Gradients:
+    """Contiguous gradients in the inputs' dtypes; for a bias that is None, a tensor without elements."""
+    d_mask, d_log_mass = (q.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in (mask, log_mass))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_mask, d_log_mass
+
+
 def shift(after: Tensor, before: Tensor) -> Tensor:
-    """How a layer moved its tokens: the difference, in float32 (float64 of float64)."""
+    """How a layer moved its tokens: the difference of two `[..., C]`, in float32 (float64 of float64).
+
+    Raises RuntimeError where the two do not broadcast.
+
+    >>> moved = ops.shift(torch.randn(2, 196, 768).bfloat16(), torch.randn(2, 196, 768).bfloat16())
+    >>> moved.shape, moved.dtype
+    (torch.Size([2, 196, 768]), torch.float32)
+    """
     dtype = wide(after.dtype)
     return after.to(dtype) - before.to(dtype)
 
@@ -72,10 +113,13 @@ FLOOR = 4096 * torch.finfo(torch.float32).eps
 
 
 def saliency(sharpness: Tensor) -> Tensor:
-    """Steps 3 and 4: `[B, N]` to `[B, N]` in [0, 1], 0 on the background; ones where all of a sample are equal.
+    """Steps 3 and 4: `[B, N]`, float, to the same in [0, 1], 0 on the background; ones where a sample's are all equal.
 
     Equal is what differs by less than `FLOOR` of the largest magnitude, in float64 too. The scaling of step 3 cancels
     in step 4, so only the shift by the smallest is left: it makes equal values exactly 0.
+
+    >>> ops.saliency(torch.tensor([[-3.0, -1.0, -2.0, -2.5, -1.5]]))
+    tensor([[0.0000, 1.0000, 0.0000, 0.0000, 0.5000]])
     """
     shifted = sharpness - sharpness.amin(-1, keepdim=True)
     above = shifted - shifted.mean(-1, keepdim=True)
@@ -100,3 +144,10 @@ def match(metric: Tensor) -> tuple[Tensor, Tensor]:
     tokens = unit(metric)
     similarity, destination = (tokens[:, ::2] @ tokens[:, 1::2].mT).max(-1)
     return similarity, destination
+
+
+def empty_match(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """What `match` gives, not computed."""
+    batch, tokens, _ = metric.shape
+    sources = batch, (tokens + 1) // 2
+    return metric.new_empty(sources, dtype=wide(metric.dtype)), metric.new_empty(sources, dtype=torch.int64)

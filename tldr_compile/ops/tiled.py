@@ -16,51 +16,76 @@ log = logging.getLogger("tldr_compile")
 
 # A row of one head is one operand of a product of tiles; float32 is multiplied in three parts, which take their room.
 MOST_CHANNELS = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 64}
+_OTHER_DTYPE = "it computes in float32 and less"
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
-    """Whether `forward` takes these arguments on their device."""
-    return q.is_cuda and _has_triton(q.device) and fits(q, k, v, mask, log_mass)
+def serves(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> str | None:
+    """Why `forward` and `attend` cannot take these arguments on their device; None where they can."""
+    lack = _lack(q)
+    return misfit(q, k, v, scale, mask, log_mass) if lack is None else lack
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, log_mass: Tensor | None) -> bool:
-    """Whether the kernels take these arguments: well-formed, on one device, of one dtype, masses of keys alone."""
-    biases = [bias for bias in (mask, log_mass) if bias is not None]
+def misfit(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> str | None:
+    """Why the kernels cannot take these arguments, on whatever device; None where they can."""
     batch, heads, _, channels = q.shape
-    return (
-        k.shape == (batch, heads, k.shape[2], channels)
-        and v.shape[:3] == k.shape[:3]
-        and 0 not in (*q.shape, *k.shape)
-        and q.dtype == k.dtype == v.dtype
-        and max(channels, v.shape[3]) <= MOST_CHANNELS.get(q.dtype, 0)
-        and all(tensor.device == q.device for tensor in (k, v, *biases))
-        and (log_mass is None or log_mass.shape[-2] == 1)
-    )
+    if k.shape != (batch, heads, k.shape[2], channels) or v.shape[:3] != k.shape[:3]:
+        return "its queries, keys and values do not fit each other"
+    if 0 in (*q.shape, *k.shape):
+        return "its queries or keys are empty"
+    if not q.dtype == k.dtype == v.dtype:
+        return "its queries, keys and values have several dtypes"
+    if q.dtype not in MOST_CHANNELS:
+        return _OTHER_DTYPE
+    if max(channels, v.shape[3]) > MOST_CHANNELS[q.dtype]:
+        return f"its head dimension {max(channels, v.shape[3])} is above {MOST_CHANNELS[q.dtype]}"
+    if any(tensor is not None and tensor.device != q.device for tensor in (k, v, mask, log_mass)):
+        return "its tensors are on several devices"
+    if log_mass is not None and log_mass.shape[-2] != 1:
+        return "its masses differ by query"
+    return None
 
 
-def matches(metric: Tensor) -> bool:
-    """Whether `match` takes this metric `[B, N, C]` on its device."""
-    return metric.is_cuda and _has_triton(metric.device) and metric.dtype in MOST_CHANNELS and 0 not in metric.shape
+def serves_match(metric: Tensor) -> str | None:
+    """Why `match` cannot take this metric `[B, N, C]` on its device; None where it can."""
+    lack = _lack(metric)
+    if lack is not None:
+        return lack
+    if metric.dtype not in MOST_CHANNELS:
+        return _OTHER_DTYPE
+    return "its metric is empty" if 0 in metric.shape else None
 
 
 def match(metric: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.match`."""
-    from . import triton_kernels  # noqa: PLC0415 - Triton may be missing, and takes a while to import
+    from . import triton_matching  # noqa: PLC0415 - Triton may be missing, and takes a while to import
 
-    return triton_kernels.match(metric)
+    return triton_matching.match(metric)
+
+
+def _lack(tensor: Tensor) -> str | None:
+    return _lack_of(tensor.device) if tensor.is_cuda else "it runs on NVIDIA GPUs"
 
 
 @cache
-def _has_triton(device: torch.device) -> bool:
-    """Triton is there, and the device has the matrix units and asynchronous copies that the kernels are written for.
+def _lack_of(device: torch.device) -> str | None:
+    """What is missing: Triton, or the matrix units and asynchronous copies that the kernels are written for.
 
     Of the ways to attend with masses this one was the fastest on two Hopper GPUs; docs/gpu.md has the others.
     """
-    cuda = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-    serves = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-    chosen = "kernels in Triton" if serves else "fused attention under an additive mask, and blocks of scores"
+    lack = None
+    if torch.version.hip is not None:
+        lack = "it runs on NVIDIA GPUs"
+    elif importlib.util.find_spec("triton") is None:
+        lack = "Triton is not installed"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        lack = "it runs on GPUs of compute capability 8.0 or higher"
+    chosen = "kernels in Triton" if lack is None else f"not in Triton, since {lack}"
     log.info("attention with masses, attention with saliency and matching on %s: %s", device, chosen)
-    return serves
+    return lack
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None) -> Tensor:

@@ -15,19 +15,19 @@ Scores, masks and masses are in units of `log 2`: the chip's exponential is that
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 from triton.language.extra import libdevice
+
+from . import triton_parts as parts
+from .triton_parts import TINY, _places, _plane, _product
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -43,41 +43,7 @@ SMALLEST_SCALE = 2.0**-10
 # Keys whose share of the sharpness one program sums up: so few that the rows of a single clip still fill a GPU.
 SPAN = 128
 
-# Destinations among which one program looks for the best; for the same reason.
-MATCH_SPAN = 256
-
 Strides = tuple[int, int, int, int]
-
-
-class Tile(NamedTuple):
-    """Rows and keys that a program holds at a time, its warps, and how many loads of keys are under way."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def attend_tile(channels: int, size: int) -> Tile:
-    """For heads of `channels` (padded) in numbers of `size` bytes: the fastest on an H200 in half precision, of 64
-    and 128 channels (`benchmarks/results/gpu-tiles.json`); other tiles are small enough to fit, and not measured.
-
-    A table, since timing at the first call costs seconds, differs from run to run and cannot be done while a graph is
-    captured.
-    """
-    if size > 2 or channels > 128:
-        return Tile(64, 32, 4, 2)
-    return Tile(128, 64, 8, 3) if channels > 64 else Tile(64, 64, 4, 3)
-
-
-def share_tile(channels: int, size: int) -> Tile:
-    """As `attend_tile`."""
-    return Tile(64, 32, 4, 2) if size > 2 or channels > 128 else Tile(64, 64, 4, 3)
-
-
-def match_tile(size: int) -> Tile:
-    """As `attend_tile`, of sources and destinations."""
-    return Tile(64, 64, 4, 3) if size > 2 else Tile(128, 128, 8, 3)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None) -> Tensor:
@@ -143,12 +109,12 @@ def _launch_attend(
     keys, values = v.shape[2:]
     # Heads lie next to channels in memory, as the fused operator leaves them: models join the two next.
     out = q.new_empty(batch, rows, heads, values)
-    tile = attend_tile(max(_padded(channels), _padded(values)), q.element_size())
+    tile = parts.attend_tile(max(parts.padded(channels), parts.padded(values)), q.element_size())
     masked, mask_strides, kind = _mask(mask, q, k)
     column_strides = (0, 0)
     if columns is not None:
         column_strides = (columns.stride(0), columns.stride(1) if columns.shape[1] == heads else 0)
-    _wrapped(_attend)[(triton.cdiv(rows, tile.rows) * heads * batch,)](
+    parts.wrapped(_attend)[(triton.cdiv(rows, tile.rows) * heads * batch,)](
         q,
         k,
         v,
@@ -171,8 +137,8 @@ def _launch_attend(
         TOTALS=highest is not None,
         CHANNELS=channels,
         VALUES=values,
-        BLOCK_V=_padded(values),
-        **_common(q, tile),
+        BLOCK_V=parts.padded(values),
+        **parts.common(q, tile),
     )
     return out.transpose(1, 2)
 
@@ -181,11 +147,11 @@ def share(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, highest: Tens
     """`[B, Nq]` of attention whose rows have this highest score and this inverse of their sum (1 if None)."""
     batch, heads, rows, channels = q.shape
     keys = k.shape[2]
-    tile = share_tile(_padded(channels), q.element_size())
+    tile = parts.share_tile(parts.padded(channels), q.element_size())
     spans = triton.cdiv(keys, SPAN)
     shares = q.new_empty(batch, spans, rows, dtype=torch.float32)
     masked, mask_strides, kind = _mask(mask, q, k)
-    _wrapped(_share)[(triton.cdiv(rows, tile.rows) * spans * batch,)](
+    parts.wrapped(_share)[(triton.cdiv(rows, tile.rows) * spans * batch,)](
         q,
         k,
         masked,
@@ -203,50 +169,9 @@ def share(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, highest: Tens
         MASK=kind,
         CHANNELS=channels,
         SPAN=SPAN,
-        **_common(q, tile),
+        **parts.common(q, tile),
     )
     return shares.sum(1)
-
-
-def match(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.match` of a metric in float32 or less; lengths divide the products, so that nothing is laid anew."""
-    batch, tokens, channels = metric.shape
-    inverse_norm = 1 / metric.float().norm(dim=-1).clamp_min(TINY.value)
-    sources, spans = (tokens + 1) // 2, triton.cdiv(tokens // 2, MATCH_SPAN)
-    tile = match_tile(metric.element_size())
-    products = metric.new_empty(batch, spans, sources, dtype=torch.float32)
-    places = metric.new_empty(batch, spans, sources, dtype=torch.int32)
-    _wrapped(_match)[(triton.cdiv(sources, tile.rows) * spans * batch,)](
-        metric,
-        inverse_norm,
-        products,
-        places,
-        *metric.stride(),
-        tokens,
-        channels,
-        SPAN=MATCH_SPAN,
-        **{**_common(metric, tile), "BLOCK_C": 64 if metric.element_size() == 2 else 32},
-    )
-    best = products.amax(1)
-    # Between equals the first wins; what is no number is equal to nothing, and joins a token all the same.
-    place = places.masked_fill(products != best.unsqueeze(1), tokens // 2 - 1).amin(1)
-    return best, place.to(torch.int64)
-
-
-def _wrapped(kernel: Any) -> Any:
-    """What a compiled graph sees of a kernel; the interpreter, which no graph holds, takes it as it is."""
-    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
-
-
-def _common(q: Tensor, tile: Tile) -> dict[str, Any]:
-    return {
-        "BLOCK_C": _padded(q.shape[-1]),
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.keys,
-        "EXACT": torch.backends.cuda.matmul.fp32_precision != "tf32",
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
 
 
 def _upright(q: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -261,11 +186,6 @@ def _mask(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Strides, i
     mask = mask.expand(*q.shape[:3], k.shape[2])
     batch, head, row, key = mask.stride()
     return mask, (batch, head, row, key), BOOL_MASK.value if mask.dtype == torch.bool else ADDITIVE_MASK.value
-
-
-def _padded(channels: int) -> int:
-    """What a product of tiles takes: a power of two, 16 or more."""
-    return max(16, triton.next_power_of_2(channels))
 
 
 if triton.knobs.runtime.interpret:
@@ -283,18 +203,6 @@ else:
 
 
 @triton.jit
-def _plane(tensor, batch_stride, head_stride, batch, head):
-    """Where the matrix of one head of one sample begins; in 64 bits, as all offsets: a mask can be large."""
-    return tensor + tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride
-
-
-@triton.jit
-def _places(plane, row, row_stride, column, column_stride):
-    """Where the entries of a matrix at `row [M]` and `column [N]` lie."""
-    return plane + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-
-
-@triton.jit
 def _load(places, row, rows, column, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     """Entries of a matrix, 0 beyond its ends, which only a `TAIL` of rows and a padded block of columns reach."""
     if TAIL:
@@ -304,14 +212,6 @@ def _load(places, row, rows, column, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     if COLUMNS == BLOCK:
         return tl.load(places)
     return tl.load(places, mask=(column < COLUMNS)[None, :], other=0)
-
-
-@triton.jit
-def _product(a, b, total, EXACT: tl.constexpr):
-    """float32 is multiplied as the user lets torch do it, or in three parts that together are as exact."""
-    if EXACT:
-        return tl.dot(a, b, total, input_precision="tf32x3")
-    return tl.dot(a, b, total, input_precision="tf32")
 
 
 @triton.jit
@@ -573,56 +473,3 @@ def _share(
         summed = tl.where((key < keys)[None, :], summed, 0.0)
         share += tl.sum(summed * (_log2(tl.maximum(summed, TINY)) - log_heads), 1)
     tl.store(shares + plane.to(tl.int64) * rows + row, share / (heads * LOG2_E), mask=row < rows)
-
-
-@triton.jit
-def _match(
-    metric,
-    inverse_norm,
-    best_products,
-    best_places,
-    metric_batch,
-    metric_row,
-    metric_channel,
-    tokens,
-    channels,
-    EXACT: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The best of one span of destinations for a block of sources; what is half precision is multiplied exactly."""
-    sources, destinations = (tokens + 1) // 2, tokens // 2
-    row_blocks = tl.cdiv(sources, BLOCK_M)
-    row = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    plane = tl.program_id(0) // row_blocks
-    spans = tl.cdiv(destinations, SPAN)
-    batch, span = plane // spans, plane % spans
-    channel = tl.arange(0, BLOCK_C)
-    metric = _plane(metric, metric_batch, 0, batch, 0)
-    inverse_norm = inverse_norm + tl.cast(batch, tl.int64) * tokens
-    even = 2 * tl.minimum(row, sources - 1)
-    source_places = _places(metric, even, metric_row, channel, metric_channel)
-
-    best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    place = tl.zeros((BLOCK_M,), tl.int32)
-    for first in range(span * SPAN, tl.minimum(span * SPAN + SPAN, destinations), BLOCK_N):
-        destination = first + tl.arange(0, BLOCK_N)
-        odd = 2 * tl.minimum(destination, destinations - 1) + 1
-        odd_places = _places(metric, odd, metric_row, channel, metric_channel)
-        products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for some in range(0, channels, BLOCK_C):
-            offset = tl.cast(some, tl.int64) * metric_channel
-            inside = (channel < channels - some)[None, :]
-            left = tl.load(source_places + offset, mask=inside, other=0)
-            right = tl.load(odd_places + offset, mask=inside, other=0)
-            products = _product(left, tl.trans(right), products, EXACT)
-        products *= tl.load(inverse_norm + odd)[None, :]
-        products = tl.where((destination < destinations)[None, :], products, -float("inf"))
-        highest, which = tl.max(products, 1, return_indices=True)
-        place = tl.where(highest > best, first + which, place)
-        best = tl.maximum(best, highest)
-    to = plane.to(tl.int64) * sources + row
-    tl.store(best_products + to, best * tl.load(inverse_norm + even), mask=row < sources)
-    tl.store(best_places + to, place, mask=row < sources)
