@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import timing
 from benchmarks.gpu.driver import failed
 from benchmarks.models import MODELS
-from benchmarks.table import replaced
+from benchmarks.tables import replaced
 
 MARKER = "<!-- gpu -->"
 NOT_MEASURED = "Not measured: the run ended before."

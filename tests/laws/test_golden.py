@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import tldr_compile
+from benchmarks.golden import ENCODERS, GoldenEncoder, assert_golden, golden_encoder
 from tests.laws.support import compiled, graphs_for_inductor
-from tests.umt import ENCODERS, GoldenEncoder, assert_golden, golden_encoder
 from tests.zoo import Attn
 from tldr_compile.inspection import inspect
 from tldr_compile.ops import native
