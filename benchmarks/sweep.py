@@ -61,7 +61,7 @@ def point(tokens: int, fraction: float, taken: Mapping[str, Sequence[float]]) ->
 def kept(config: UMTConfig, chosen: argparse.Namespace) -> list[Point]:
     """One clip, one model, a schedule for each of `FRACTIONS`; the dense model is measured once a round."""
     model, (video,) = spec(config).on(chosen.device, chosen.dtype, chosen.batch)
-    calls: dict[str, timing.Call] = {DENSE: partial(Setting(model, (), {}).dense(), video)}
+    calls: dict[str, timing.Call] = {DENSE: partial(ROWS[DENSE](Setting(model, (), {})), video)}
     for fraction in FRACTIONS:
         setting = Setting(model, (fraction,) * SITES, {})
         calls.update({f"{row} {fraction}": partial(ROWS[row](setting), video) for row in (OURS, FLOOR)})
