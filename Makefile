@@ -47,7 +47,7 @@ test: $(VENV)/.test
 	$(TEST_ENV) $(RUN) -m pytest -n auto $(or $(ARGS),tests)
 
 quality: $(VENV)/.quality
-	$(RUN) -m benchmarks.quality.table $(ARGS)
+	$(RUN) -m benchmarks.quality.compare $(ARGS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check .

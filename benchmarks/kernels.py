@@ -1,6 +1,6 @@
 """Attention with its sharpness, by every provider of the device, and attention with masses, beside SDPA.
 
-    python benchmarks/kernels.py --device cuda --dtype bfloat16 [--tokens 1568 968] [--batch 1 8]
+    python -m benchmarks.kernels --device cuda --dtype bfloat16 [--tokens 1568 968] [--batch 1 8]
 
 One line per number of tokens, batch and provider: milliseconds (least, middle, most), how many times SDPA's that is,
 bytes held beside the inputs, and the distance from the specification.
@@ -8,23 +8,17 @@ bytes held beside the inputs, and the distance from the specification.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
-
-if not __package__:  # started by its path
-    sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks import timing
+from benchmarks.tables import spread
 from tldr_compile import ops
 from tldr_compile.ops import reference
 
@@ -47,14 +41,10 @@ def calls(q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor) -> dict[str, Callab
     return rows
 
 
-def measure(
-    q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor, rounds: int, tick: Callable[[], object]
-) -> list[dict[str, Any]]:
+def measure(q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor, rounds: int) -> list[dict[str, Any]]:
     rows = calls(q, k, v, log_mass)
     exact = reference.attention_with_sharpness(q, k, v, scale=q.shape[-1] ** -0.5)[1]
-    for call in rows.values():
-        call()  # compiles and tunes
-    taken = timing.alternate(rows, q.device, rounds=rounds, tick=tick)
+    taken = timing.in_turn(rows, q.device, rounds, f"{q.shape[-2]} tokens")
     return [
         {
             "name": name,
@@ -73,36 +63,31 @@ def off(result: Tensor | tuple[Tensor, Tensor], exact: Tensor) -> float | None:
 
 
 def show(row: dict[str, Any], tokens: int, batch: int) -> str:
-    latency = " / ".join(f"{1000 * value:.3f}" for value in row["latency"])
+    latency = spread(row["latency"], 3, 1000)
     far = "" if row["sharpness_off"] is None else f"{row['sharpness_off']:.1e}"
     over, peak = f"{row['over_sdpa'].median:.2f}", f"{row['peak_bytes'] / 1e6:.1f}"
     return LINE.format(tokens=tokens, batch=batch, name=row["name"], latency=latency, over=over, peak=peak, off=far)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
+    parser = timing.parser(__doc__, rounds=20)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1568, 968, 768])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=20)
     chosen = parser.parse_args()
     torch.manual_seed(0)
-    record: dict[str, Any] = {**vars(chosen), "device": str(chosen.device), "machine": timing.machine(chosen.device)}
-    record["rows"] = []
+    rows: list[dict[str, Any]] = []
     print(LINE.format(tokens="tokens", batch="batch", name="", latency="ms", over="x SDPA", peak="MB", off="off"))
-    with Progress(transient=True) as progress:
-        for tokens, batch in product(chosen.tokens, chosen.batch):
-            joint = torch.randn(batch, tokens, 3, chosen.heads, chosen.channels, device=chosen.device)
-            q, k, v = joint.to(getattr(torch, chosen.dtype)).permute(2, 0, 3, 1, 4)
-            log_mass = torch.rand(batch, 1, 1, tokens, device=chosen.device)
-            task = progress.add_task(f"{tokens} tokens", total=None)
-            for row in measure(q, k, v, log_mass, chosen.rounds, partial(progress.advance, task)):
-                record["rows"].append({"tokens": tokens, "batch": batch, **row})
-                progress.console.print(show(row, tokens, batch), highlight=False, soft_wrap=True)
-    print(timing.write(f"kernels-{chosen.device.type}-{chosen.dtype}", record))
+    for tokens, batch in product(chosen.tokens, chosen.batch):
+        joint = torch.randn(batch, tokens, 3, chosen.heads, chosen.channels, device=chosen.device)
+        q, k, v = joint.to(getattr(torch, chosen.dtype)).permute(2, 0, 3, 1, 4)
+        log_mass = torch.rand(batch, 1, 1, tokens, device=chosen.device)
+        for row in measure(q, k, v, log_mass, chosen.rounds):
+            rows.append({"tokens": tokens, "batch": batch, **row})
+            print(show(row, tokens, batch), flush=True)
+    record = {**vars(chosen), "machine": timing.machine(torch.device(chosen.device)), "rows": rows}
+    print(timing.write(f"kernels-{chosen.device}-{chosen.dtype}", record))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ class Spec:
         """Random pixels of `clips` clips; the same at every call."""
         return (torch.randn(clips * self.clip_batch, *self.shape, generator=torch.Generator().manual_seed(1)),)
 
+    def on(self, device: str, dtype: str, clips: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        """The model and its inputs, there and in a dtype of torch's."""
+        where = (torch.device(device), getattr(torch, dtype))
+        return self.build().to(*where), tuple(value.to(*where) for value in self.inputs(clips))
+
 
 def _videomae(**sizes: Any) -> nn.Module:
     return T.VideoMAEForVideoClassification(T.VideoMAEConfig(num_labels=400, **sizes))

@@ -68,7 +68,7 @@ def unfilled(spec: Spec) -> nn.Module:
 
 @torch.inference_mode()
 def measure(model: nn.Module, inputs: Sequence[torch.Tensor], config: TokenMerging, compiled: bool) -> dict[str, float]:
-    """Seconds of each phase, of all passes, and of `compile` if `compiled`: a first call without what a second takes."""
+    """Seconds of each phase, of all passes, of `compile` if `compiled`: a first call without what a second takes."""
 
     def ours(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         backend.merged_graph(gm, examples, config)

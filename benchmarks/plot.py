@@ -12,8 +12,10 @@ matplotlib.use("Agg")  # no window, wherever it runs
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 PICTURES = Path(__file__).parent.parent / "docs"
+MARKED = 50  # a line of more points is drawn without them
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ def draw(charts: Sequence[Chart], path: Path) -> Path:
     figure, row = pyplot.subplots(1, len(charts), figsize=(6 * len(charts), 4.2), squeeze=False, layout="constrained")
     for chart, axes in zip(charts, row[0], strict=True):
         _draw(chart, axes)
+    return save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Keep a figure as a PNG, and forget it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})  # the same numbers make the same file
     pyplot.close(figure)
@@ -50,7 +57,8 @@ def draw(charts: Sequence[Chart], path: Path) -> Path:
 
 def _draw(chart: Chart, axes: Axes) -> None:
     for name, line in chart.lines.items():
-        (drawn,) = axes.plot(line.x, line.middle, marker="o", markersize=4, label=name)
+        marker = "o" if len(line.x) <= MARKED else ""
+        (drawn,) = axes.plot(line.x, line.middle, marker=marker, markersize=4, label=name)
         if line.low:
             axes.fill_between(line.x, line.low, line.high, alpha=0.2, color=drawn.get_color(), linewidth=0)
     if chart.logarithmic:

@@ -1,7 +1,8 @@
 """Latency and memory of a merged model beside what it competes with, all in one alternating run.
 
-    python benchmarks/speed.py --model umt-b [--write docs/speed.md]
-    python benchmarks/speed.py --model umt-b --device cuda --dtype bfloat16 --batch 8
+    python -m benchmarks.speed --model umt-b [--write docs/speed.md]
+    python -m benchmarks.speed --model umt-b --device cuda --dtype bfloat16 --batch 8
+    python -m benchmarks.speed --kept [--write docs/speed.md]      no measurement: one table of all that were kept
 
 Rows: the dense model (SDPA, compiled: what a user would pick instead; and eager), `ours` through the backend, the
 `floor` (as many tokens, dropped for free) through the backend and by hand, vid-TLDR and ToMe by hand.
@@ -11,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-import sys
+import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started by its path
-    sys.path[0] = str(Path(__file__).parent.parent)
-
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
@@ -31,14 +29,20 @@ import tldr_compile
 from benchmarks import timing
 from benchmarks.handwritten import Handwritten, Method
 from benchmarks.models import MODELS, Spec
-from benchmarks.table import replaced
+from benchmarks.tables import add_write, grid, spread, write
 from benchmarks.timing import Spread
 from benchmarks.umt import UMT
 from tldr_compile import TokenMerging
 from tldr_compile.backend import merged_graph
 
-MARKER = "<!-- speed -->"
+MARKER, KEPT = "<!-- speed -->", "<!-- speeds -->"
 DENSE, OURS, FLOOR = "dense compiled", "ours", "floor by hand"
+THROUGH = "floor"  # through the backend, as every model has it
+HEAD = ("row", "latency, ms", "clips/s", "ours ÷ this", "peak memory, MB", "first call, s", "off from the first row")
+KEPT_HEAD = (
+    *("model", "schedule", "device", "dtype", "clips", "dense, ms", "ours, ms", "dense ÷ ours", "ours ÷ floor"),
+    "memory, ours ÷ dense",
+)
 
 
 @dataclass(frozen=True)
@@ -116,14 +120,14 @@ ROWS: dict[str, Callable[[Setting], Callable[..., Any]]] = {
     "dense eager": lambda setting: setting.model,
     OURS: lambda setting: setting.merged("merge"),
     "ours, shift": lambda setting: setting.merged("merge", saliency="shift"),
-    "floor": lambda setting: setting.merged("slice"),
+    THROUGH: lambda setting: setting.merged("slice"),
     FLOOR: lambda setting: setting.compiled(setting.by_hand("slice")),
     "vid-TLDR eager": lambda setting: setting.by_hand("vid-tldr"),
     "vid-TLDR compiled": lambda setting: setting.compiled(setting.by_hand("vid-tldr")),
     "ToMe eager": lambda setting: setting.by_hand("tome"),
     "ToMe compiled": lambda setting: setting.compiled(setting.by_hand("tome")),
 }
-GENERAL_ROWS = (DENSE, "dense eager", OURS, "ours, shift", "floor")
+GENERAL_ROWS = (DENSE, "dense eager", OURS, "ours, shift", THROUGH)
 
 
 @torch.inference_mode()
@@ -134,18 +138,12 @@ def measure(setting: Setting, inputs: tuple[Tensor, ...], rows: Sequence[str], *
     first: dict[str, float] = {}
     outputs: dict[str, Tensor] = {}
     peaks: dict[str, int] = {}
-    with Progress(transient=True) as progress:
-        task = progress.add_task("", total=len(rows) * (1 + rounds))
-        for name in rows:
-            progress.update(task, description=f"first call: {name}")
-            run = ROWS[name](setting)
-            calls[name] = partial(run, *inputs)
-            first[name] = timing.seconds(calls[name], device)
-            outputs[name] = leading(calls[name]())
-            peaks[name] = timing.peak_bytes(calls[name], device)
-            progress.advance(task)
-        progress.update(task, description="timing")
-        taken = timing.alternate(calls, device, rounds=rounds, tick=lambda: progress.advance(task))
+    for name in track(rows, "first calls", transient=True):
+        calls[name] = partial(ROWS[name](setting), *inputs)
+        first[name] = timing.seconds(calls[name], device)
+        outputs[name] = leading(calls[name]())
+        peaks[name] = timing.peak_bytes(calls[name], device)
+    taken = timing.in_turn(calls, device, rounds, "timing")
 
     def row(name: str) -> Row:
         latency = Spread.of(taken[name])
@@ -174,42 +172,69 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 def markdown(rows: Iterable[Row], weights: int) -> str:
     """The rows as a Markdown table; latencies and ratios are min / median / max."""
-    lines = [
-        "| row | latency, ms | clips/s | ours ÷ this | peak memory, MB | first call, s | off from the first row |",
-        "| --- " * 7 + "|",
-    ]
-    for row in rows:
-        latency = " / ".join(f"{1000 * value:.1f}" for value in row.latency)
-        ratio = " / ".join(f"{value:.3f}" for value in row.ours_over_this) if row.ours_over_this else "-"
-        lines.append(
-            f"| {row.name} | {latency} | {row.clips_per_second:.2f} | {ratio} "
-            f"| {(weights + row.peak_bytes) / 1e6:.0f} | {row.first:.1f} | {row.difference_to_first_row:.2e} |"
-        )
-    return "\n".join(lines)
+    return grid(
+        HEAD,
+        (
+            (
+                row.name,
+                spread(row.latency, 1, 1000),
+                f"{row.clips_per_second:.2f}",
+                spread(row.ours_over_this, 3) if row.ours_over_this else "-",
+                f"{(weights + row.peak_bytes) / 1e6:.0f}",
+                f"{row.first:.1f}",
+                f"{row.difference_to_first_row:.2e}",
+            )
+            for row in rows
+        ),
+    )
+
+
+def middles(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """One measurement that was kept, as a line."""
+    rows = {row["name"]: row for row in record["rows"]}
+    dense, ours, floor = rows[DENSE], rows[OURS], rows[THROUGH]
+    weights = record["weight_bytes"]
+    return (
+        MODELS[record["model"]].title,
+        f"`{json.dumps(record['schedule'])}`",
+        record["machine"]["device"],
+        record["dtype"],
+        str(record["batch"]),
+        f"{1000 * dense['latency'][1]:.0f}",
+        f"{1000 * ours['latency'][1]:.0f}",
+        f"{1 / dense['ours_over_this'][1]:.2f}",
+        f"{floor['ours_over_this'][1]:.2f}",
+        f"{(weights + ours['peak_bytes']) / (weights + dense['peak_bytes']):.2f}",
+    )
+
+
+def kept(folder: Path = timing.RESULTS) -> str:
+    """The middles of all measurements that have the three rows, in the order of the models."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("speed-*.json"))]
+    records = [each for each in records if {DENSE, OURS, THROUGH} <= {row["name"] for row in each["rows"]}]
+    order = list(MODELS)
+    records.sort(key=lambda each: (each["machine"]["device"], order.index(each["model"])))
+    return grid(KEPT_HEAD, map(middles, records))
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.parser(__doc__, rounds=7)
     parser.add_argument("--model", choices=MODELS, default="umt-b")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=1, help="clips per call")
     parser.add_argument("--schedule", type=ast.literal_eval, help="for example [600,200,100]; default: the model's own")
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that the model has")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each row")
     parser.add_argument("--inductor", type=ast.literal_eval, default={}, help="Inductor options, the same for all rows")
     parser.add_argument("--cached", action="store_true", help="reuse compiled code of earlier runs (first calls lie)")
-    parser.add_argument("--write", type=Path, help=f"file with two lines {MARKER} to put the table between")
     parser.add_argument("--name", help="file name of the JSON in benchmarks/results, without its ending")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: a table of all that were kept")
+    add_write(parser, MARKER, f"{KEPT} (--kept)")
     return parser.parse_args()
 
 
 def record(spec: Spec, chosen: argparse.Namespace) -> tuple[Path, str]:
     """Measure, keep the JSON, return its path and the table."""
-    device, dtype = torch.device(chosen.device), getattr(torch, chosen.dtype)
-    model = spec.build().to(device, dtype)
+    model, inputs = spec.on(chosen.device, chosen.dtype, chosen.batch)
     schedule = spec.schedule if chosen.schedule is None else tuple(chosen.schedule)
-    inputs = tuple(value.to(device, dtype) for value in spec.inputs(chosen.batch))
     names = chosen.rows or (tuple(ROWS) if isinstance(model, UMT) else GENERAL_ROWS)
     setting = Setting(model, schedule, chosen.inductor)
     rows = measure(setting, inputs, names, clips=chosen.batch, rounds=chosen.rounds)
@@ -225,7 +250,7 @@ def record(spec: Spec, chosen: argparse.Namespace) -> tuple[Path, str]:
         "inductor": chosen.inductor,
         "weight_bytes": weights,
         **(asdict(cost) if cost else {}),
-        "machine": timing.machine(device),
+        "machine": timing.machine(inputs[0].device),
         "rows": [asdict(row) for row in rows],
     }
     name = chosen.name or f"speed-{chosen.model}-{chosen.device}-{chosen.dtype}-b{chosen.batch}"
@@ -234,12 +259,14 @@ def record(spec: Spec, chosen: argparse.Namespace) -> tuple[Path, str]:
 
 def main() -> None:
     chosen = options()
-    torch._inductor.config.force_disable_caches = not chosen.cached
-    path, table = record(MODELS[chosen.model], chosen)
+    if chosen.kept:
+        table = kept()
+    else:
+        torch._inductor.config.force_disable_caches = not chosen.cached
+        path, table = record(MODELS[chosen.model], chosen)
+        print(f"kept in {path}\n")
     print(table)
-    print(f"\nkept in {path}")
-    if chosen.write is not None:
-        chosen.write.write_text(replaced(chosen.write.read_text(), table, MARKER))
+    write(chosen.write, table, KEPT if chosen.kept else MARKER)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Latency over the number of tokens: how many a schedule keeps, and how many a clip has.
 
-    python benchmarks/sweep.py kept                       # one clip, schedules that keep less and less
-    python benchmarks/sweep.py length --frames 8 32 128   # longer and longer clips, one schedule
+    python -m benchmarks.sweep kept                       # one clip, schedules that keep less and less
+    python -m benchmarks.sweep length --frames 8 32 128   # longer and longer clips, one schedule
 
 Rows of the UMT encoder: dense (fused attention), ours, and the floor by hand (as many tokens, dropped for free), all
 compiled. `kept` measures all its schedules in one alternating run, `length` every length in one of its own. Both keep
@@ -12,30 +12,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # started by its path
-    sys.path[0] = str(Path(__file__).parent.parent)
-
 import torch
-from rich.progress import Progress
-from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.handwritten import removed
+from benchmarks.models import Spec
 from benchmarks.plot import PICTURES, Chart, Line, draw
 from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting
+from benchmarks.tables import grid, spread
 from benchmarks.timing import Spread
 from benchmarks.umt import UMT, UMTConfig
 
 SITES = 3  # that merge, as the paper's schedules do
 FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 LENGTH_FRACTION = 0.15  # about what [600, 200, 100] keeps of 2352 tokens
+HEAD = ("tokens", "kept", "dense, ms", "ours, ms", "floor, ms", "ours ÷ dense", "ours ÷ floor")
 Point = dict[str, Any]
 """`tokens` of the clip, `kept` after the last merge, and by row the `latency`; `ours_over` each other row."""
 
@@ -46,14 +43,8 @@ def tokens_kept(tokens: int, schedule: Sequence[float]) -> int:
     return tokens
 
 
-def encoder(config: UMTConfig, chosen: argparse.Namespace) -> UMT:
-    torch.manual_seed(0)
-    return UMT(config).eval().to(chosen.device, getattr(torch, chosen.dtype))
-
-
-def clip(config: UMTConfig, chosen: argparse.Namespace) -> Tensor:
-    video = torch.randn(chosen.batch, 3, config.frames, config.image, config.image)
-    return video.to(chosen.device, getattr(torch, chosen.dtype))
+def spec(config: UMTConfig) -> Spec:
+    return Spec("UMT", partial(UMT, config), (3, config.frames, config.image, config.image))
 
 
 def point(tokens: int, fraction: float, taken: Mapping[str, Sequence[float]]) -> Point:
@@ -67,39 +58,31 @@ def point(tokens: int, fraction: float, taken: Mapping[str, Sequence[float]]) ->
 
 
 @torch.inference_mode()
-def timed(calls: Mapping[str, timing.Call], device: torch.device, rounds: int, title: str) -> dict[str, list[float]]:
-    """Seconds of every call in every round; the first call of each, which compiles, is not counted."""
-    with Progress(transient=True) as progress:
-        task = progress.add_task(title, total=len(calls) * (1 + rounds))
-        for call in calls.values():
-            call()
-            progress.advance(task)
-        return timing.alternate(calls, device, rounds=rounds, tick=lambda: progress.advance(task))
-
-
 def kept(config: UMTConfig, chosen: argparse.Namespace) -> list[Point]:
     """One clip, one model, a schedule for each of `FRACTIONS`; the dense model is measured once a round."""
-    model, video = encoder(config, chosen), clip(config, chosen)
-    calls: dict[str, timing.Call] = {DENSE: partial(Setting(model, (), {}).dense(), video)}
+    model, (video,) = spec(config).on(chosen.device, chosen.dtype, chosen.batch)
+    calls: dict[str, timing.Call] = {DENSE: partial(ROWS[DENSE](Setting(model, (), {})), video)}
     for fraction in FRACTIONS:
         setting = Setting(model, (fraction,) * SITES, {})
         calls.update({f"{row} {fraction}": partial(ROWS[row](setting), video) for row in (OURS, FLOOR)})
-    taken = timed(calls, video.device, chosen.rounds, "schedules")
+    taken = timing.in_turn(calls, video.device, chosen.rounds, "schedules")
     return [
         point(config.tokens, each, {DENSE: taken[DENSE], **{row: taken[f"{row} {each}"] for row in (OURS, FLOOR)}})
         for each in FRACTIONS
     ]
 
 
+@torch.inference_mode()
 def length(config: UMTConfig, chosen: argparse.Namespace) -> list[Point]:
     """Clips of more and more frames, and the schedule that `LENGTH_FRACTION` gives."""
     points = []
     for frames in chosen.frames:
         longer = replace(config, frames=frames)
-        setting, video = Setting(encoder(longer, chosen), (LENGTH_FRACTION,) * SITES, {}), clip(longer, chosen)
+        model, (video,) = spec(longer).on(chosen.device, chosen.dtype, chosen.batch)
+        setting = Setting(model, (LENGTH_FRACTION,) * SITES, {})
         torch.compiler.reset()
         calls = {row: partial(ROWS[row](setting), video) for row in (DENSE, OURS, FLOOR)}
-        taken = timed(calls, video.device, chosen.rounds, f"{frames} frames")
+        taken = timing.in_turn(calls, video.device, chosen.rounds, f"{frames} frames")
         points.append(point(longer.tokens, LENGTH_FRACTION, taken))
         print(markdown(points[-1:]).splitlines()[-1], flush=True)
     return points
@@ -110,12 +93,13 @@ SWEEPS: dict[str, Callable[[UMTConfig, argparse.Namespace], list[Point]]] = {"ke
 
 def markdown(points: Sequence[Point]) -> str:
     """Latencies and ratios, min / median / max."""
-    lines = ["| tokens | kept | dense, ms | ours, ms | floor, ms | ours ÷ dense | ours ÷ floor |", "| --- " * 7 + "|"]
-    for each in points:
-        latencies = (" / ".join(f"{1000 * t:.0f}" for t in each["latency"][row]) for row in (DENSE, OURS, FLOOR))
-        ratios = (" / ".join(f"{ratio:.3f}" for ratio in each["ours_over"][row]) for row in (DENSE, FLOOR))
-        lines.append(f"| {' | '.join((str(each['tokens']), str(each['kept']), *latencies, *ratios))} |")
-    return "\n".join(lines)
+
+    def line(at: Point) -> tuple[str, ...]:
+        latencies = (spread(at["latency"][row], 0, 1000) for row in (DENSE, OURS, FLOOR))
+        ratios = (spread(at["ours_over"][row], 3) for row in (DENSE, FLOOR))
+        return str(at["tokens"]), str(at["kept"]), *latencies, *ratios
+
+    return grid(HEAD, map(line, points))
 
 
 def chart(sweep: str, record: Mapping[str, Any]) -> Chart:
@@ -144,13 +128,10 @@ def picture(device: str, folder: Path = timing.RESULTS) -> Path:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.parser(__doc__, rounds=5)
     parser.add_argument("sweep", choices=SWEEPS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=1, help="clips per call")
     parser.add_argument("--frames", type=int, nargs="+", default=(8, 16, 32, 64, 128), help="196 tokens each")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each row")
     return parser.parse_args()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 
 from tldr_compile.cli.measure import Call, Spread, alternate, peak_bytes, ratio, seconds
 
@@ -23,8 +25,10 @@ __all__ = [
     "Spread",
     "alternate",
     "device_seconds",
+    "in_turn",
     "machine",
     "paired",
+    "parser",
     "peak_bytes",
     "ratio",
     "repeat",
@@ -77,6 +81,28 @@ def paired(
     repeats = {name: partial(repeat, call, counts[name]) for name, call in calls.items()}
     taken = alternate(repeats, device, rounds=rounds, tick=lambda: None, clock=device_seconds)
     return {name: [value / counts[name] for value in values] for name, values in taken.items()}
+
+
+def in_turn(
+    calls: Mapping[Any, Call], device: torch.device, rounds: int, title: str, *, first: int = 1
+) -> dict[Any, list[float]]:
+    """Seconds of every call in each of `rounds`, all in alternation; `first` calls of each, to compile, go before."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task(title, total=len(calls) * (first + rounds))
+        for call in calls.values():
+            for _ in range(first):
+                call()
+                progress.advance(task)
+        return alternate(calls, device, rounds=rounds, tick=lambda: progress.advance(task))
+
+
+def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options of every measurement: where it runs, in which dtype, how often."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    made.add_argument("--rounds", type=int, default=rounds, help=f"measurements of each row (default {rounds})")
+    return made
 
 
 def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import speeds, sweep, timing
+from benchmarks import sites, speed, sweep, timing
 from benchmarks.gpu import page as gpu_page
 from benchmarks.models import MODELS
 from benchmarks.quality import saliency, tell
 from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting, difference, markdown, measure
-from benchmarks.table import line, replaced, table
+from benchmarks.tables import grid, replaced, write
 from benchmarks.timing import Spread, alternate, peak_bytes, ratio, seconds
 from benchmarks.umt import UMT, UMTConfig
 
@@ -95,17 +95,23 @@ def test_table_line() -> None:
         "gflops_before": 100.4,
         "gflops_after": 70.0,
     }
-    assert line("M", report) == (
-        "| M | 3 (2) | `t` per `h·w`, `1 + h·w` per `t` | 64 → 40 | 100 → 70 | `aten.view` x 2 |"
+    assert sites.line("M", report) == (
+        *("M", "3 (2)", "`t` per `h·w`, `1 + h·w` per `t`"),
+        *("64 → 40", "100 → 70", "`aten.view` x 2"),
     )
 
 
-def test_only_what_stands_between_the_markers_is_replaced() -> None:
-    assert replaced("a\n<!-- models -->\nold\n<!-- models -->\nb", "new") == (
-        "a\n<!-- models -->\nnew\n<!-- models -->\nb"
-    )
-    with pytest.raises(ValueError, match="two lines <!-- models -->, found 1"):
-        replaced("a\n<!-- models -->\nb", "new")
+def test_a_table_is_markdown() -> None:
+    assert grid(("a", "b"), [("1", "2"), ("3", "4")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |"
+
+
+def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- x -->\nb")
+    write(page, "new", "<!-- x -->")
+    assert page.read_text() == "a\n<!-- x -->\nnew\n<!-- x -->\nb"
+    with pytest.raises(ValueError, match="two lines <!-- x -->, found 1"):
+        replaced("a\n<!-- x -->\nb", "new", "<!-- x -->")
 
 
 @pytest.mark.parametrize("which", sweep.SWEEPS)
@@ -144,11 +150,12 @@ def test_line_of_one_measurement() -> None:
 
     rows = [row(DENSE, 300, 0.5, 100), row(OURS, 150, 1, 50), row("floor", 140, 1.07, 50)]
     record = {"model": "umt-b", "schedule": [6, 0.5], "batch": 2, "dtype": "float32", "weight_bytes": 100, "rows": rows}
-    assert speeds.line({**record, "machine": {"device": "C"}}) == (
-        "| UMT-B | `[6, 0.5]` | C | float32 | 2 | 300 | 150 | 2.00 | 1.07 | 0.75 |"
+    assert speed.middles({**record, "machine": {"device": "C"}}) == (
+        *("UMT-B", "`[6, 0.5]`", "C", "float32", "2", "300", "150"),
+        *("2.00", "1.07", "0.75"),
     )
     both = {**record, "machine": {"device": "C"}, "rows": [*rows, row(FLOOR, 130, 1.15, 50)]}
-    assert "| 1.07 |" in speeds.line(both)
+    assert speed.middles(both)[-2] == "1.07"
 
 
 def test_the_pages_show_what_was_measured() -> None:
@@ -156,8 +163,8 @@ def test_the_pages_show_what_was_measured() -> None:
         return json.loads((timing.RESULTS / f"{name}.json").read_text())
 
     for page, text, marker in (
-        ("models", table(kept("models")), "<!-- models -->"),
-        ("speed", speeds.table(speeds.kept()), speeds.MARKER),
+        ("models", sites.table(kept("models")), sites.MARKER),
+        ("speed", speed.kept(), speed.KEPT),
         ("quality", tell.short(kept("quality")), tell.MARKER),
         ("quality", saliency.markdown(kept("saliency")["layers"]), saliency.MARKER),
         ("gpu", gpu_page.page(list(gpu_page.records())), gpu_page.MARKER),

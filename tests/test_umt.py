@@ -7,10 +7,10 @@ from typing import Literal
 import pytest
 import torch
 
+from benchmarks.golden import ENCODERS, assert_golden, golden_encoder
 from benchmarks.handwritten import Handwritten
-from benchmarks.randomize import randomize
 from benchmarks.umt import UMT, UMTConfig, sinusoid
-from tests.umt import ENCODERS, assert_golden, golden_encoder
+from tests.randomize import randomize
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -14,8 +14,8 @@ import torch
 import transformers as T
 from torch import Tensor, nn
 
-from benchmarks.randomize import randomize
 from benchmarks.umt import UMT, UMTConfig
+from tests.randomize import randomize
 
 Attn: TypeAlias = Literal["sdpa", "eager"]
 Schedule: TypeAlias = tuple[int | float, ...]

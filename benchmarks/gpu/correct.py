@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import tldr_compile
+from benchmarks.golden import ENCODERS, golden_encoder
 from benchmarks.gpu.driver import Jobs, Row, Setup
 from benchmarks.gpu.load import SPECS, TINY
 from benchmarks.speed import difference
-from tests.umt import ENCODERS, golden_encoder
 from tldr_compile import ops
 from tldr_compile.ops import reference
 

@@ -16,7 +16,7 @@ from benchmarks.gpu.driver import failed
 from benchmarks.gpu.load import BY_HAND
 from benchmarks.models import MODELS
 from benchmarks.speed import DENSE, OURS
-from benchmarks.table import replaced
+from benchmarks.tables import replaced
 
 MARKER = "<!-- gpu -->"
 NOT_MEASURED = "Not measured: the run ended before."

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import timing
-from benchmarks.table import replaced
+from benchmarks.tables import replaced
 from tldr_compile.cli.outputs import check_file, check_folder, check_png
 from tldr_compile.errors import OptionError, TldrError
 
@@ -47,9 +47,3 @@ def check_writable(path: Path | None, marker: str) -> None:
     except (OSError, ValueError) as error:
         raise OptionError(f"--write {path}: {error}") from error
     check_file("--write", path)
-
-
-def write(path: Path | None, block: str, marker: str) -> None:
-    """Put the block between the file's two markers."""
-    if path is not None:
-        path.write_text(replaced(path.read_text(), block, marker))

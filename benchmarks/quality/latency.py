@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from benchmarks import timing
@@ -43,14 +42,8 @@ def ratios(run: Mapping[Name, Callable[[Tensor], Any]], dense: Name, clips: Tens
     clips: float32 [B, T, 3, H, W].
     """
     torch.compiler.reset()
+    bound = {name: partial(call, clips) for name, call in run.items()}
     # All variants are compiled from one forward(), and torch keeps 8 of those by default.
-    with torch._dynamo.config.patch(recompile_limit=len(run) + 1), Progress(transient=True) as progress:
-        task = progress.add_task("compiling", total=2 * len(run))
-        for call in run.values():
-            for _ in range(2):
-                call(clips)
-                progress.advance(task)
-        task = progress.add_task("timing in turn", total=rounds * len(run))
-        bound = {name: partial(call, clips) for name, call in run.items()}
-        taken = timing.alternate(bound, clips.device, rounds=rounds, tick=lambda: progress.advance(task))
+    with torch._dynamo.config.patch(recompile_limit=len(run) + 1):
+        taken = timing.in_turn(bound, clips.device, rounds, "timing in turn", first=2)
     return {name: timing.ratio(seconds, taken[dense]) for name, seconds in taken.items()}

@@ -6,15 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from benchmarks.plot import Chart, Line
 
-PAPER, INK, FAINT = (18, 18, 20), (235, 235, 235), (70, 70, 76)
-COLOURS = {"joint": (252, 253, 191), "digit": (251, 136, 97), "direction": (120, 170, 255), "val joint": (90, 220, 130)}
-WIDTH, HEIGHT, MARGIN = 900, 420, 50
-Points = Sequence[tuple[float, float]]
+CURVES = {
+    **{f"train {name}": ("train", name) for name in ("joint", "digit", "direction")},
+    "val joint": ("val", "joint"),
+}
+Z95 = 1.959964
 
 
-def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: int, trials: int, z: float = Z95) -> tuple[float, float]:
     """The Wilson interval of a share; z is that of 95 %."""
     share = hits / trials
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
@@ -22,32 +23,14 @@ def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def curve(history: Sequence[Mapping[str, Any]], steps: int) -> Image.Image:
+def curve(history: Sequence[Mapping[str, Any]]) -> Chart:
     """Accuracy over steps: of training clips, whose contrast grows, and of validation clips, always at full."""
-    page = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
-    for tenth in range(0, 11, 2):
-        _, y = _at(0, tenth / 10, steps)
-        draw.line([(MARGIN, y), (WIDTH - MARGIN, y)], fill=FAINT)
-        draw.text((MARGIN - 8, y), f"{10 * tenth} %", fill=INK, font=font, anchor="rm")
-    for quarter in range(5):
-        x, y = _at(quarter * steps / 4, 0, steps)
-        draw.text((x, y + 8), f"{quarter * steps // 4}", fill=INK, font=font, anchor="mt")
-    for place, (name, colour) in enumerate(COLOURS.items()):
-        draw.text((MARGIN + 150 * place, 16), name if "val" in name else f"train {name}", fill=colour, font=font)
-        line = [_at(*point, steps) for point in _series(history, name)]
-        if len(line) > 1:
-            draw.line(line, fill=colour, width=2)
-    return page
 
+    def line(split: str, part: str) -> Line:
+        some = [entry for entry in history if entry["split"] == split]
+        return Line([entry["step"] for entry in some], [100 * entry[part] for entry in some])
 
-def _series(history: Sequence[Mapping[str, Any]], name: str) -> Points:
-    split, key = ("val", "joint") if name == "val joint" else ("train", name)
-    return [(entry["step"], entry[key]) for entry in history if entry["split"] == split]
-
-
-def _at(step: float, share: float, steps: int) -> tuple[float, float]:
-    return MARGIN + step / steps * (WIDTH - 2 * MARGIN), HEIGHT - MARGIN - share * (HEIGHT - 2 * MARGIN)
+    return Chart("", "step", "accuracy, %", {name: line(*which) for name, which in CURVES.items()})
 
 
 def card(facts: Mapping[str, Any]) -> str:

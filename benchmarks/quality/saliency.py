@@ -24,14 +24,14 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.plot import PICTURES
+from benchmarks.plot import PICTURES, save
 from benchmarks.quality import clips
+from benchmarks.quality.accuracy import Estimate, normal
 from benchmarks.quality.clips import Clips
-from benchmarks.quality.command import check_outputs, check_writable, placed, status, write
+from benchmarks.quality.command import check_outputs, check_writable, placed, status
 from benchmarks.quality.data import check_made, checkpoint, load
-from benchmarks.quality.judge import Estimate, normal
-from benchmarks.quality.tell import grid
 from benchmarks.quality.train import EVAL_BATCH, batches
+from benchmarks.tables import add_write, grid, write
 from tldr_compile import ops
 from tldr_compile.cli.main import positive
 from tldr_compile.cli.video import IMAGENET_MEAN, IMAGENET_STD
@@ -131,10 +131,7 @@ def picture(model: nn.Module, some: Clips, path: Path) -> Path:
             each.set_axis_off()
     for each, title in zip(axes[0], titles, strict=True):
         each.set_title(title, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
-    return path
+    return save(figure, path)
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -143,7 +140,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clips", type=positive, default=800, help="test clips, a multiple of 80 (default: 800)")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default: benchmarks/results, or one for --model")
     parser.add_argument("--picture", type=Path, help="PNG; default: docs/saliency.png, or beside the JSON of --model")
-    parser.add_argument("--write", type=Path, help=f"file with two lines {MARKER}, for example docs/quality.md")
+    add_write(parser, MARKER)
     return placed(parser.parse_args(argv), "saliency", PICTURES / "saliency.png")
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from benchmarks.plot import Chart, Line
-from benchmarks.quality.judge import points
+from benchmarks.quality.accuracy import points
 from benchmarks.quality.methods import OURS
+from benchmarks.tables import grid, spread
 
 MARKER: Final = "<!-- quality -->"
 Row = Mapping[str, Any]
-"""A row of the record: the fields of `judge.Row`, and `over_dense`, its latency by the dense model's."""
+"""A row of the record: the fields of `accuracy.Row`, and `over_dense`, its latency by the dense model's."""
 
 
 def long(facts: Mapping[str, Any]) -> str:
@@ -112,9 +113,4 @@ def _agreement(row: Row) -> str:
 
 
 def _latency(row: Row) -> str:
-    return " / ".join(f"{ratio:.2f}" for ratio in row["over_dense"]) if row["over_dense"] else "-"
-
-
-def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+    return spread(row["over_dense"], 2) if row["over_dense"] else "-"

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import VideoMAEForVideoClassification
 
 from benchmarks import timing
+from benchmarks.plot import draw
 from benchmarks.quality import clips, model, report
 from benchmarks.quality.clips import Split
 from benchmarks.quality.command import status
@@ -105,12 +106,11 @@ def finish(training: Training, out: Path) -> dict[str, Any]:
         "test": {"clips": TEST_CLIPS, **tested._asdict(), "joint_95": [low, high]},
         "machine": timing.machine(torch.device("cpu")),
     }
-    card, curve = report.card(facts), report.curve(training.history, sum(training.settings.steps))
     network.save_pretrained(out)
     timing.write("metrics", facts, out)
-    (out / "README.md").write_text(card)
+    (out / "README.md").write_text(report.card(facts))
     (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in training.history))
-    curve.save(out / "curve.png", optimize=True)
+    draw([report.curve(training.history)], out / "curve.png")
     return facts
 
 

@@ -27,7 +27,7 @@ def clip(tmp_path: Path) -> Path:
 def folder(tmp_path: Path) -> Path:
     config = VideoMAEConfig(
         hidden_size=32,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
         image_size=32,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from hypothesis import strategies as st
-
 from tests.generated.recipe import Recipe
 
 Choices = dict[str, list[Any]]
@@ -80,7 +78,3 @@ def drawn_recipe(random: Random) -> Recipe:
 
 def drawn_options(random: Random) -> dict[str, Any]:
     return settled({name: random.choice(values) for name, values in OPTIONS.items()})
-
-
-recipes = st.builds(Recipe, **{name: st.sampled_from(values) for name, values in RECIPE.items()}).filter(possible)
-options = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in OPTIONS.items()}).map(settled)

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 import tldr_compile
-from tests.laws.support import captured, compiled, every_case, graphs_for_inductor, merge, program
+from tests.laws.support import captured, compiled, every_case, every_family, graphs_for_inductor, merge, program
 from tests.zoo import Case, case
 from tldr_compile.backend import tldr
 
@@ -51,7 +51,7 @@ def test_inductor_gets_the_graph_of_dynamo(zeros: Any) -> None:
     assert_handed_on(case("umt"), zeros)
 
 
-@every_case
+@every_family
 def test_inductor_gets_the_graph_of_dynamo_for_every_model(case: Case) -> None:
     assert_handed_on(case, (0, 0))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.umt import ENCODERS, golden_encoder
+from benchmarks.golden import ENCODERS, golden_encoder
 from tldr_compile import ops
 from tldr_compile.ops import blocked, native, reference
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.promises import ARGUMENTS, CASES, faked, gives, promise
 from tldr_compile import ops
-from tldr_compile.ops import blocked, reference, tiled, triton_kernels, triton_matching, triton_parts
+from tldr_compile.ops import attention, blocked, reference, tiled, triton_kernels, triton_matching, triton_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -8,8 +8,9 @@ from transformers import VideoMAEForVideoClassification
 
 from benchmarks.quality import latency
 from benchmarks.quality.budget import Cell
+from tests.laws.support import graphs_for_inductor
 from tests.quality.support import config
-from tldr_compile import TokenMerging
+from tldr_compile import TokenMerging, ops
 
 
 def test_ratios_are_to_the_dense_model() -> None:
@@ -28,7 +29,10 @@ def test_ratios_are_to_the_dense_model() -> None:
 def test_dense_and_merged_are_compiled_and_timed() -> None:
     model = VideoMAEForVideoClassification(config(side=32, frames=4)).eval()
     cell = Cell("vid-TLDR", 0.5, (TokenMerging(schedule=(0.5,)),), 0.1)
-    calls = latency.calls({"dense": model}, "dense", [cell])
-    told = latency.ratios(calls, ("dense", None), torch.randn(1, 4, 3, 32, 32), rounds=2)
+    with graphs_for_inductor() as graphs:
+        calls = latency.calls({"dense": model}, "dense", [cell])
+        told = latency.ratios(calls, ("dense", None), torch.randn(1, 4, 3, 32, 32), rounds=2)
+    merges = [sum(node.target is ops.group for node in graph.graph.nodes) for graph in graphs]
+    assert merges == [0, 1]
     assert told["dense", None] == (1, 1, 1)
     assert 0 < told["vid-TLDR", 0.5].min <= told["vid-TLDR", 0.5].max

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
-from benchmarks.quality import clips, data, latency, sample, table, tell
+from benchmarks.quality import clips, compare, data, latency, sample, tell
+from benchmarks.quality.accuracy import Said
 from benchmarks.quality.budget import Cell
-from benchmarks.quality.judge import Said
 from benchmarks.quality.methods import METHODS, OURS, RANDOM, SEEDS, TIMED
 from benchmarks.timing import Spread
 from tests.quality.support import CLASS_NAMES, checkpoint, config, kinetics
@@ -27,8 +27,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def ratios(calls: Any, dense: Any, clips: Any, rounds: int) -> dict[latency.Name, Spread]:
         return dict.fromkeys(calls, Spread(0.5, 0.6, 0.7))
 
-    monkeypatch.setattr(table, "CANDIDATES", ("every site",))
-    monkeypatch.setattr(table, "VAL_CLIPS", 80)
+    monkeypatch.setattr(compare, "CANDIDATES", ("every site",))
+    monkeypatch.setattr(compare, "VAL_CLIPS", 80)
     monkeypatch.setattr(latency, "ratios", ratios)
     before = dict(ops.REDUCTIONS)
     yield
@@ -48,7 +48,7 @@ def named(tmp_path: Path) -> Path:
 
 def error(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a command failed with."""
-    assert table.main(arguments) == 1
+    assert compare.main(arguments) == 1
     told = capsys.readouterr().err.strip().splitlines()
     assert told[-1].startswith("quality: ")
     assert not any("Traceback" in line for line in told)
@@ -59,20 +59,20 @@ def test_every_method_has_its_row(tmp_path: Path, places: tuple[str, ...], capsy
     folder, page = checkpoint(tmp_path / "model", config()), tmp_path / "page.md"
     page.write_text(f"before\n{tell.MARKER}\nold\n{tell.MARKER}\nafter")
     arguments = ("--model", str(folder), "--clips", "80", "--budgets", "0.8", *places, "--write", str(page))
-    assert table.main(arguments) == 0
+    assert compare.main(arguments) == 0
     facts = json.loads((tmp_path / "quality.json").read_text())
-    assert [row["method"] for row in facts["rows"]] == [table.DENSE, *METHODS]
+    assert [row["method"] for row in facts["rows"]] == [compare.DENSE, *METHODS]
     assert facts["clips"] == 80
     assert facts["shapes"]["chosen"] == {name: "every site" for name, each in METHODS.items() if each.shape is None}
     rows = {row["method"]: row for row in facts["rows"]}
     for name, row in rows.items():
         assert 0 <= row["accuracy"][0] <= 1
-        assert (row["over_dense"] is not None) == (name in (table.DENSE, *TIMED))
-        assert (row["over_random"] is None) == (name in (table.DENSE, RANDOM) or bool(row["missed"]))
+        assert (row["over_dense"] is not None) == (name in (compare.DENSE, *TIMED))
+        assert (row["over_random"] is None) == (name in (compare.DENSE, RANDOM) or bool(row["missed"]))
         if row["budget"] and not row["missed"]:
-            assert row["gflops"] == pytest.approx(0.8 * rows[table.DENSE]["gflops"], rel=0.02)
+            assert row["gflops"] == pytest.approx(0.8 * rows[compare.DENSE]["gflops"], rel=0.02)
     assert len(rows[RANDOM]["variants"]) == len(SEEDS)
-    assert rows[table.DENSE]["agreement"] == 1
+    assert rows[compare.DENSE]["agreement"] == 1
     told = page.read_text()
     assert told.startswith(f"before\n{tell.MARKER}\n| accuracy, % | dense | 0.8 of its GFLOPs |")
     assert told.endswith(f"{tell.MARKER}\nafter")
@@ -89,7 +89,7 @@ def test_real_clips_and_a_corrupt_one(
     (folder / CLASS_NAMES[0] / "broken.mp4").write_bytes(b"no video")
     (folder / CLASS_NAMES[1] / "none.mp4").touch()
     arguments = ("--model", str(named), "--data", str(folder), "--budgets", "0.75", "--batch", "3", *FEW, *places)
-    assert table.main(arguments) == 0
+    assert compare.main(arguments) == 0
     facts = json.loads((tmp_path / "quality.json").read_text())
     skipped = facts["skipped"] + facts["shapes"]["skipped"]
     assert facts["clips"] + facts["shapes"]["clips"] == 6
@@ -111,7 +111,7 @@ def test_the_kept_model_on_real_files(tmp_path: Path, places: tuple[str, ...]) -
             right[index] = int(model(clips.make("test", [index]).pixels).logits.argmax()) == label
     assert all(right.values()), "choose clips that the model tells right"
     folders = ("--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"))
-    assert table.main((*folders, "--budgets", "0.5", "--batch", "2", *FEW, *places)) == 0
+    assert compare.main((*folders, "--budgets", "0.5", "--batch", "2", "--methods", OURS, *places)) == 0
     dense, *merged = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert dense["accuracy"][0] == dense["agreement"] == 1
     assert all(row["gflops"] == pytest.approx(0.5 * dense["gflops"], rel=0.02) for row in merged)
@@ -128,8 +128,8 @@ def test_something_of_a_folder_is_wrong(tmp_path: Path, named: Path, capsys: pyt
 
 
 def test_the_table_is_of_test_clips_and_the_shapes_of_validation_clips() -> None:
-    chosen = table.options(())
-    for part, split in zip(table.parts(chosen, table.subject(chosen)), ("val", "test"), strict=True):
+    chosen = compare.options(())
+    for part, split in zip(compare.parts(chosen, compare.subject(chosen)), ("val", "test"), strict=True):
         batch, made = next(part.batches), clips.make(split, range(80))
         assert torch.equal(batch.pixels, made.pixels)
         assert torch.equal(batch.labels, made.labels)
@@ -149,10 +149,10 @@ def test_every_method_has_the_shape_that_is_best_for_it(monkeypatch: pytest.Monk
         said = {cell.configs[0]: torch.tensor([int(cell.configs[0][1] == best[cell.method])]) for cell in cells}
         return Said(said, torch.tensor([1]))
 
-    monkeypatch.setattr(table, "CANDIDATES", shapes)
-    monkeypatch.setattr(table, "listen", listen)
+    monkeypatch.setattr(compare, "CANDIDATES", shapes)
+    monkeypatch.setattr(compare, "listen", listen)
     part = data.Part(1, 1, iter(()))
-    told = table.choose(Made(), (OURS, RANDOM, "vid-TLDR, late"), (0.9, 0.6, 0.3), part)  # type: ignore[arg-type]
+    told = compare.choose(Made(), (OURS, RANDOM, "vid-TLDR, late"), (0.9, 0.6, 0.3), part)  # type: ignore[arg-type]
     assert told["chosen"] == best
     assert told["budgets"] == [0.6]
 
@@ -168,7 +168,7 @@ def test_every_method_has_the_shape_that_is_best_for_it(monkeypatch: pytest.Monk
 def test_places_that_cannot_be_written_are_refused_first(
     option: str, value: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "record", None)
+    monkeypatch.setattr(compare, "record", None)
     assert message in error((option, value), capsys)
 
 
@@ -179,7 +179,7 @@ def test_clips_that_cannot_be_read_are_named_even_if_none_can(
     for path in folder.glob("*/*.mp4"):
         path.write_bytes(b"no video")
     arguments = ("--model", str(named), "--data", str(folder), "--budgets", "0.75", "--batch", "1", *FEW, *places)
-    assert table.main(arguments) == 1
+    assert compare.main(arguments) == 1
     told = capsys.readouterr()
     assert "no clip could be read, for the reasons above" in told.err
     assert "skipped: " in told.out
@@ -195,7 +195,7 @@ def test_a_budget_that_no_shape_meets(named: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("budget", ["0", "1", "1.5", "-0.1", "much", "nan"])
 def test_no_budget(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        table.options(["--budgets", budget])
+        compare.options(["--budgets", budget])
     assert "write a part of the dense GFLOPs" in capsys.readouterr().err
 
 

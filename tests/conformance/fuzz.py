@@ -1,6 +1,6 @@
 """Thousands of random transformers try to break the laws; every failure is logged with a minimal reproduction.
 
-    python benchmarks/fuzz.py --count 10000 [--first 0] [--jobs 2]
+    python -m tests.conformance.fuzz --count 10000 [--first 0] [--jobs 2]
 
 Every model is checked with eight sets of options, which is what is counted: 10000 checks are 1250 models. Model i is
 the same in every run, so a run can be cut: `--first 1000 --count 800` checks models 1000 to 1099.
@@ -10,25 +10,20 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
-
-if not __package__:  # started by its path
-    sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import timing
-from benchmarks.judge import CRASHED, Record
-from benchmarks.walk import walk
+from tests.conformance.verdict import CRASHED, Record
+from tests.conformance.walk import walk
 from tests.generated.check import Traced, check_model, check_options
 from tests.generated.recipe import Recipe
 from tests.generated.strategy import drawn_options, drawn_recipe
@@ -44,7 +39,7 @@ class Chunk:
     """Some models in a row, for one process."""
 
     numbers: range
-    module: str = "benchmarks.fuzz"
+    module: str = "tests.conformance.fuzz"
 
     @property
     def name(self) -> str:

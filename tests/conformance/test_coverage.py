@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,10 +18,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks import coverage
-from benchmarks.coverage import MARKER, line, part, shard, summary, table, write
-from benchmarks.encoders import Encoder, build, discover
-from benchmarks.judge import (
+from benchmarks.timing import RESULTS
+from tests.conformance import coverage
+from tests.conformance.coverage import MARKER, line, part, shard, summary, table, write
+from tests.conformance.encoders import Encoder, build, discover
+from tests.conformance.shrink import Recipe, shrink
+from tests.conformance.verdict import (
     CRASHED,
     MERGED,
     NO_RULE,
@@ -35,10 +36,8 @@ from benchmarks.judge import (
     judge,
     verdict,
 )
-from benchmarks.tiny import Recipe, shrink
-from benchmarks.walk import walk
+from tests.conformance.walk import walk
 
-ROOT = Path(__file__).parent.parent
 VIT = Encoder("transformers.models.vit.modeling_vit", "ViTModel")
 CONVOLUTIONS = Encoder("transformers.models.resnet.modeling_resnet", "ResNetModel")
 KEPT = {"Zero": "kept", "Restore": "kept", "Projection": "kept", "Samples": "kept"}
@@ -246,10 +245,10 @@ def test_sums() -> None:
 
 
 def test_lines() -> None:
-    assert line(RECORDS[0]) == "| A | merged | 1 (1) | - | Zero, Restore, Projection, Samples | 1 | - |"
-    assert "| 2 (1) | `aten.roll.default` x 2, `aten.reshape.default` x 1 |" in line(RECORDS[1])
-    assert r"no \| attention; its trace is not the eager model, bit for bit: output 0 differs" in line(RECORDS[2])
-    assert line(RECORDS[3]) == "| D | refused | - | - | - | 2 | does not trace: x |"
+    assert line(RECORDS[0]) == ("A", "merged", "1 (1)", "-", "Zero, Restore, Projection, Samples", "1", "-")
+    assert line(RECORDS[1])[2:4] == ("2 (1)", "`aten.roll.default` x 2, `aten.reshape.default` x 1")
+    assert line(RECORDS[2])[-1].startswith(r"no \| attention; its trace is not the eager model, bit for bit: output 0")
+    assert line(RECORDS[3]) == ("D", "refused", "-", "-", "-", "2", "does not trace: x")
 
 
 def test_files_are_brought_up_to_date(tmp_path: Path) -> None:
@@ -267,19 +266,24 @@ def test_files_are_brought_up_to_date(tmp_path: Path) -> None:
     assert other.read_text() == "mine\n"
 
 
-@pytest.mark.parametrize("start", [["-m", "benchmarks.coverage"], ["benchmarks/coverage.py"]])
-def test_shards_are_joined_from_the_command_line(start: list[str], tmp_path: Path) -> None:
+def test_shards_are_joined_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, name in ((0, "whole"), (2, "part")):
         (tmp_path / name).mkdir()
         facts = {"absent": {}, "encoders": RECORDS[number:] if number else RECORDS[:2]}
         (tmp_path / name / "coverage.json").write_text(json.dumps(facts))
     files = [str(tmp_path / name / "coverage.json") for name in ("part", "whole")]
-    done = subprocess.run(
-        [sys.executable, *start, "--join", *files, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{table(RECORDS)}\n\n{summary(RECORDS)}\n"
+    monkeypatch.setattr(sys, "argv", ["coverage", "--join", *files, "--out", str(tmp_path)])
+    assert coverage.main() == 0
+    assert capsys.readouterr().out == f"{table(RECORDS)}\n\n{summary(RECORDS)}\n"
     assert json.loads((tmp_path / "coverage.json").read_text())["encoders"] == RECORDS
+
+
+def test_the_page_shows_what_was_judged() -> None:
+    kept = json.loads((RESULTS / "coverage.json").read_text())
+    shown = (RESULTS.parents[1] / "docs" / "coverage.md").read_text()
+    assert coverage.page(kept["encoders"], kept["absent"]) == shown
 
 
 @pytest.mark.parametrize("fault", coverage.FAULTS)

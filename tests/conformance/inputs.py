@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from benchmarks.tiny import CHANNELS, number, patch, side
+from tests.conformance.shrink import CHANNELS, number, patch, side
 
 TIMES = ("temporal_patch_size", "patch_temporal")
 BATCH = 2

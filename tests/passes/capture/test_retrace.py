@@ -16,7 +16,7 @@ from torch._higher_order_ops.while_loop import while_loop
 from torch.compiler import nested_compile_region
 
 import tldr_compile
-from tests.test_canonicalize import capture, operators
+from tests.passes.capture.test_canonicalize import capture, operators
 from tldr_compile.backend import merged_graph
 from tldr_compile.passes.capture.canonicalize import from_dynamo, from_export
 from tldr_compile.passes.capture.decompositions import DECOMPOSITIONS, decomposition

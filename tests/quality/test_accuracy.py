@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from benchmarks.quality.accuracy import Said, alone, paired, rows, said, verdict
 from benchmarks.quality.budget import Cell
 from benchmarks.quality.data import Batch
 from benchmarks.quality.folders import DataError
-from benchmarks.quality.judge import Said, alone, paired, rows, said, verdict
 from benchmarks.quality.methods import OURS, RANDOM
 from tldr_compile import TokenMerging
 

@@ -16,7 +16,6 @@ from benchmarks.quality.folders import DataError
 from benchmarks.quality.methods import OURS, RANDOM
 
 Key = TypeVar("Key", bound=Hashable)
-Z95 = 1.959964
 
 
 class Estimate(NamedTuple):
@@ -86,7 +85,7 @@ def wilson(right: Tensor) -> Estimate:
 def normal(values: Tensor) -> Estimate:
     """Of the mean of many values `[N]`."""
     middle = float(values.mean())
-    half = Z95 * float(values.std(correction=0)) / len(values) ** 0.5
+    half = report.Z95 * float(values.std(correction=0)) / len(values) ** 0.5
     return Estimate(middle, middle - half, middle + half)
 
 

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from benchmarks import fuzz
+from tests.conformance import fuzz
 from tests.generated import check as laws
 from tests.generated.recipe import Recipe
 from tldr_compile.errors import VerificationError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import tldr_compile
-from tests.test_canonicalize import capture, operators
+from tests.passes.capture.test_canonicalize import capture, operators
 from tldr_compile.backend import merged_graph
 from tldr_compile.passes.capture.canonicalize import from_export
 from tldr_compile.passes.capture.composites import encoder_layer, multi_head_attention

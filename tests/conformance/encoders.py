@@ -22,9 +22,9 @@ import transformers.models
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.pixels import FRAMES, candidates
-from benchmarks.randomize import randomize
-from benchmarks.tiny import Recipe, shrink
+from tests.conformance.inputs import FRAMES, candidates
+from tests.conformance.shrink import Recipe, shrink
+from tests.randomize import randomize
 
 LARGEST = 150_000_000  # parameters
 TOO_LARGE = "million parameters"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.umt import UMT, UMTConfig
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 ENCODERS = ("encoder0", "encoder1")
 
 

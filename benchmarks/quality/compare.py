@@ -1,7 +1,7 @@
 """What merging does to accuracy, beside what else makes a video model cheaper, at equal GFLOPs.
 
-    python -m benchmarks.quality.table [--write docs/quality.md]                     # the model that is trained here
-    python -m benchmarks.quality.table --model HUB_ID_OR_FOLDER --data FOLDER  # real weights on real videos
+    python -m benchmarks.quality.compare [--write docs/quality.md]                     # the model that is trained here
+    python -m benchmarks.quality.compare --model HUB_ID_OR_FOLDER --data FOLDER  # real weights on real videos
 
 FOLDER is laid out as Kinetics (FOLDER/class name/clip.mp4) or as Something-Something (FOLDER/videos/id.webm,
 FOLDER/validation.json, FOLDER/labels.json). Each video is read as one clip, evenly sampled, centre crop. The shape of
@@ -25,12 +25,13 @@ from rich.progress import Progress, TimeElapsedColumn, track
 from benchmarks import timing
 from benchmarks.plot import PICTURES, draw
 from benchmarks.quality import latency, methods, tell
+from benchmarks.quality.accuracy import Said, alone, hits, rows, said, verdict
 from benchmarks.quality.budget import Cell, Merger
-from benchmarks.quality.command import check_outputs, check_writable, placed, status, write
+from benchmarks.quality.command import check_outputs, check_writable, placed, status
 from benchmarks.quality.data import VAL_CLIPS, Part, check_made, checkpoint, folder, load, made
-from benchmarks.quality.judge import Said, alone, hits, rows, said, verdict
 from benchmarks.quality.methods import CANDIDATES, METHODS, TIMED
 from benchmarks.quality.train import CHECKPOINTS, HERE
+from benchmarks.tables import add_write, write
 from tldr_compile.cli.main import positive
 from tldr_compile.cli.models import Subject, device_of
 from tldr_compile.errors import OptionError
@@ -75,7 +76,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default: benchmarks/results, or one for --model")
     parser.add_argument("--picture", type=Path, help="PNG; default: docs/quality.png, or beside the JSON of --model")
-    parser.add_argument("--write", type=Path, help=f"file with two lines {tell.MARKER}, for example docs/quality.md")
+    add_write(parser, tell.MARKER)
     return placed(parser.parse_args(argv), "quality", PICTURES / "quality.png")
 
 

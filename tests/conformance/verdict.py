@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils import _pytree as pytree
 
 import tldr_compile
-from benchmarks.encoders import Built, Encoder, Unbuildable, build
+from tests.conformance.encoders import Built, Encoder, Unbuildable, build
 from tests.laws.independence import Apart
 from tldr_compile.errors import NothingToMerge, VerificationError
 from tldr_compile.module import MergedModule

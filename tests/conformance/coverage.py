@@ -1,9 +1,9 @@
 """What the pass makes of every image and video encoder of `transformers`: one verdict per model.
 
-    python benchmarks/coverage.py [--write docs/coverage.md]
-    python benchmarks/coverage.py --shard 2/4            a quarter of them
-    python benchmarks/coverage.py --only Siglip CLIP     those whose name contains one of these
-    python benchmarks/coverage.py --join FILE ...        no walk: the tables of walks that were kept, such as shards
+    python -m tests.conformance.coverage [--write docs/coverage.md]
+    python -m tests.conformance.coverage --shard 2/4            a quarter of them
+    python -m tests.conformance.coverage --only Siglip CLIP     those whose name contains one of these
+    python -m tests.conformance.coverage --join FILE ...        no walk: the tables of walks that were kept
 
 Every model is built tiny with random weights, traced, merged at every site by one fraction, and held to the laws:
 
@@ -25,16 +25,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-if not __package__:  # started by its path
-    sys.path[0] = str(Path(__file__).parent.parent)
-
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import timing
-from benchmarks.encoders import Encoder, discover
-from benchmarks.judge import (
+from benchmarks.tables import grid, replaced
+from tests.conformance.encoders import Encoder, discover
+from tests.conformance.verdict import (
     CRASHED,
     FRACTION,
     MERGED,
@@ -47,8 +45,7 @@ from benchmarks.judge import (
     Record,
     judge,
 )
-from benchmarks.table import replaced
-from benchmarks.walk import walk
+from tests.conformance.walk import walk
 
 MARKER = "<!-- coverage -->"
 TITLE = "# Coverage"
@@ -99,9 +96,7 @@ def summary(records: Sequence[Record]) -> str:
     share = f"{covered} of {len(attending)} ({covered / len(attending):.0%})" if attending else "none"
     return "\n".join(
         (
-            "| verdict | encoders | |",
-            "| --- | --- | --- |",
-            *(f"| {verdict} | {verdicts[verdict]} | {MEANING[verdict]} |" for verdict in VERDICTS),
+            grid(("verdict", "encoders", "meaning"), ((each, str(verdicts[each]), MEANING[each]) for each in VERDICTS)),
             "",
             f"Of the encoders that trace and have self-attention over tokens, {share} are merged or partly merged. "
             f"{untraced} encoders do not trace: `torch.export` refuses them. "
@@ -112,13 +107,11 @@ def summary(records: Sequence[Record]) -> str:
 
 def table(records: Iterable[Record]) -> str:
     """One line per model, as Markdown."""
-    head = (
-        "| model | verdict | sites (merged) | restored before | laws | seconds | reason |\n| --- " + "| --- " * 6 + "|"
-    )
-    return "\n".join((head, *map(line, records)))
+    head = ("model", "verdict", "sites (merged)", "restored before", "laws", "seconds", "reason")
+    return grid(head, map(line, records))
 
 
-def line(record: Record) -> str:
+def line(record: Record) -> tuple[str, ...]:
     """One model's line of the table."""
     sites = record.get("sites")
     merged = sum(site["status"] == "merged" for site in sites or ())
@@ -128,7 +121,7 @@ def line(record: Record) -> str:
         notes.append(f"its trace is not the eager model, bit for bit: {record['trace']}")
     if record.get("rounding"):
         notes.append(record["rounding"])
-    cells = (
+    return (
         record["name"],
         record["verdict"],
         "-" if sites is None else f"{len(sites)} ({merged})",
@@ -137,7 +130,6 @@ def line(record: Record) -> str:
         f"{record['seconds']:.0f}",
         _short("; ".join(notes)) or "-",
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def page(records: Sequence[Record], absent: Mapping[str, str]) -> str:
@@ -149,7 +141,7 @@ def page(records: Sequence[Record], absent: Mapping[str, str]) -> str:
         f"and merged at every site by {FRACTION:.0%} of the tokens. Nothing is known of any model. "
         "The laws named are those that it keeps; Samples, that nothing which the model keeps apart (samples, frames, "
         "rows) meets by being merged, is told of those that keep something apart: it is missing for a batch of one. "
-        "`python benchmarks/coverage.py --write docs/coverage.md` makes this page.",
+        "`python -m tests.conformance.coverage --write docs/coverage.md` makes this page.",
         summary(records),
         table(records),
         "\n".join(missing),

@@ -18,8 +18,8 @@ from typing import IO
 
 import torch
 
-from benchmarks.encoders import Encoder
-from benchmarks.judge import CRASHED, NOT_BUILT, Record
+from tests.conformance.encoders import Encoder
+from tests.conformance.verdict import CRASHED, NOT_BUILT, Record
 
 BUILDING = "building it"
 MEMORY = 12 * 2**30  # bytes of address space of a process

@@ -1,0 +1,46 @@
+"""A schedule becomes one entry for every site, and an entry a number of tokens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sympy
+
+from tldr_compile.passes.plan.schedule import bind_schedule, removed
+
+
+def sites(*reasons: str | None) -> Any:
+    return [SimpleNamespace(index=index, reason=reason) for index, reason in enumerate(reasons)]
+
+
+THREE = sites(None, "it is causal", None)
+
+
+def test_a_sequence_goes_by_execution_order_and_what_is_missing_is_zero() -> None:
+    assert bind_schedule([5], THREE) == (5, 0, 0)
+    assert bind_schedule([5, 0, 0.5], THREE) == (5, 0, 0.5)
+    assert bind_schedule([5, 0, 3, 0, 0], THREE) == (5, 0, 3)  # zeros beyond the last site ask for nothing
+
+
+def test_one_fraction_and_the_default_pass_over_sites_that_cannot_merge() -> None:
+    assert bind_schedule(0.25, THREE) == (0.25, 0, 0.25)
+    assert bind_schedule([7, 8, 9], THREE, default=True) == (7, 0, 8)
+
+
+@pytest.mark.parametrize(
+    ("entry", "tokens", "expected"),
+    [(3, 10, 3), (7, 10, 5), (7, 11, 5), (0.29, 100, 29), (0.25, 10, 2), (0.9, 11, 5), (0.0, 10, 0)],
+)
+def test_fractions_are_exact_and_never_more_than_half_goes(entry: int | float, tokens: int, expected: int) -> None:
+    """`0.29 * 100` is below 29 in floating point."""
+    assert removed(entry, tokens) == expected
+
+
+@pytest.mark.parametrize("entry", [3, 7, 0.29, 0.9])
+def test_of_a_size_that_is_left_open_as_many_go_as_of_each_number(entry: int | float) -> None:
+    tokens = sympy.Symbol("n", integer=True, positive=True)
+    formula = removed(entry, tokens)
+    for number in (4, 10, 11, 100):
+        assert sympy.sympify(formula).subs(tokens, number) == removed(entry, number)
