@@ -60,7 +60,7 @@ def meeting_across_groupings(asked: Asked) -> str | None:
         touched = {atom for dim in use.dims for atom in at(asked.typed.reads[use.operand], [asked.target])[dim].atoms}
         over = touched & asked.target.batch.atoms
         if over and (use.kind is Kind.MIX or asked.target.groups not in touched):
-            does = "mixes" if use.kind is Kind.MIX else "reduces over"
+            does = "mixes entries along" if use.kind is Kind.MIX else "reduces over"
             return f"it {does} {_names(over)}, and the tokens are grouped differently for each of it"
     return None
 

@@ -141,7 +141,12 @@ def test_a_model_without_attention(schedule: Any) -> None:
 
 
 def test_a_near_miss_is_named() -> None:
-    words = (SEARCHED, "Nearest miss: aten.softmax.int (softmax)", "not multiplied with values but read by aten.amax")
+    words = (
+        SEARCHED,
+        'Nearest miss: aten.softmax.int softmax ("',
+        ": the probabilities (softmax)",
+        "not multiplied with values but read by aten.amax",
+    )
     assert_refused(Masked("peak"), (video(),), NothingToMerge, *words, schedule=[3])
 
 

@@ -105,7 +105,7 @@ ALONG = [
     *carried("triu", lambda h: aten.triu.default(rows(h, 2, 4))),
     framewise("softmax", lambda h: aten.softmax.int(h, 1), GROUPED),
     framewise("roll", lambda h: aten.roll.default(h, [1], [1]), GROUPED),
-    *barred("roll", "it reduces over", lambda h: aten.roll.default(h, [1])),
+    *barred("roll", "it mixes entries along", lambda h: aten.roll.default(h, [1])),
 ]
 
 NORMS = [
@@ -157,7 +157,7 @@ NORMS += [
     ),
     *barred(
         "_native_batch_norm_legit_functional",
-        "it reduces over",
+        "it mixes entries along",
         lambda h: aten._native_batch_norm_legit_functional.default(across(h), *statistics(), True, 0.1, 1e-5),
     ),
     *carried(
@@ -166,7 +166,7 @@ NORMS += [
     ),
     *barred(
         "_native_batch_norm_legit",
-        "it reduces over",
+        "it mixes entries along",
         lambda h: aten._native_batch_norm_legit.no_stats(across(h), number(C), number(C), True, 0.1, 1e-5),
     ),
 ]

@@ -356,11 +356,11 @@ NEAR_MISSES: dict[str, tuple[Spelling, str]] = {
     ),
     "another dimension": (
         lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
-        "the softmax does not run over the last of at least three dimensions",
+        "it does not run over the last of at least three dimensions",
     ),
     "too few dimensions": (
         lambda q, k, v: (q[0, 0] @ k[0, 0].T).softmax(-1) @ v[0, 0],
-        "the softmax does not run over the last of at least three dimensions",
+        "it does not run over the last of at least three dimensions",
     ),
     "the probabilities alone": (
         lambda q, k, v: (q @ k.mT).softmax(-1),
