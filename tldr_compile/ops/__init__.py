@@ -1,5 +1,7 @@
 """The operators that a merged graph calls: plain ATen where Inductor can fuse it, one registered operator where not."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from .attention import ATTEND, ATTEND_AND_SHARPNESS, attend, attend_and_sharpness, sharpness

@@ -59,8 +59,10 @@ class Providers(Generic[P, R]):
 
         Nobody behind the last visible provider is asked, since the registered operator asks them when it runs.
         """
-        visible = [place for place, provider in enumerate(self.order, 1) if provider.visible]
-        provider, _ = self._first(self.order[: max(visible, default=0)], *args, **kwargs)
+        asked = list(self.order)
+        while asked and not asked[-1].visible:
+            asked.pop()
+        provider, _ = self._first(asked, *args, **kwargs)
         if provider is None:
             return None
         return provider.forward if provider.visible else self.operator
