@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import fx
@@ -21,6 +20,7 @@ from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, Factor, Kind, Use, 
 from tldr_compile.passes.emit.resample import Converter, Laid
 from tldr_compile.passes.emit.views import Layout
 from tldr_compile.passes.fx_utils import named
+from tldr_compile.passes.options import Policy
 from tldr_compile.passes.plan import Resolution, Scaling, Weighing, Weight
 
 aten = torch.ops.aten
@@ -29,16 +29,7 @@ aten = torch.ops.aten
 _RELATIVE = frozenset({Kind.MEAN, Kind.KEYS})
 
 
-class Weights(Protocol):
-    """The options that say which sums carry mass."""
-
-    @property
-    def pooling(self) -> str: ...
-    @property
-    def proportional(self) -> bool: ...
-
-
-def carries_mass(kind: Kind, policy: Weights) -> bool:
+def carries_mass(kind: Kind, policy: Policy) -> bool:
     """Whether the options give mass to such a sum."""
     return policy.pooling == "mass" if kind in (Kind.MEAN, Kind.SUM) else policy.proportional
 
@@ -48,7 +39,7 @@ class Weigher:
     """Emits the weights of sums."""
 
     converter: Converter
-    policy: Weights
+    policy: Policy
     _groups: dict[tuple[Resolution, bool], fx.Node] = field(default_factory=dict)
     _tokens: dict[tuple[Resolution, frozenset[Atom], bool], Laid] = field(default_factory=dict)
 

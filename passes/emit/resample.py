@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 from torch import fx
@@ -15,9 +14,13 @@ from torch import fx
 from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, product, replace, spread
 from tldr_compile.passes.axes import axis as atom_axis
 from tldr_compile.passes.emit.views import Layout
+from tldr_compile.passes.operators import Operators
 from tldr_compile.passes.plan import Conversion, How, Resolution, at, tokens_at
 
 aten = torch.ops.aten
+
+FIELDS = ("kept", "source", "target", "kept_weight", "source_weight", "mass", "size", "assign")
+"""Of a grouping, in order."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Converter:
     """Emits conversions; `groupings` holds, by the number of a resolution, the nodes of its grouping's fields."""
 
     layout: Layout
-    operators: ModuleType
+    operators: Operators
     groupings: dict[int, dict[str, fx.Node]] = field(default_factory=dict)
     _assigned: dict[Resolution, fx.Node] = field(default_factory=dict)
     _restored: dict[tuple[fx.Node, Resolution], Laid] = field(default_factory=dict)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import getitem
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,11 +26,12 @@ from torch import fx
 from tldr_compile.passes.axes import Axes, Axis, Kind, find, product, subaxis
 from tldr_compile.passes.capture import SDPA
 from tldr_compile.passes.emit.mass import Weigher
-from tldr_compile.passes.emit.resample import Converter, Laid, holding
+from tldr_compile.passes.emit.resample import FIELDS, Converter, Laid, holding
 from tldr_compile.passes.emit.resize import RESIZE, Held
 from tldr_compile.passes.emit.views import Layout, segment_of
 from tldr_compile.passes.errors import OptionError
 from tldr_compile.passes.fx_utils import named, operator_name
+from tldr_compile.passes.operators import Operators
 from tldr_compile.passes.options import Policy
 from tldr_compile.passes.plan import Conversion, How, Merge, Plan, Resolution, Step, at, of_run, tokens_at
 from tldr_compile.passes.sites import maximal_runs
@@ -48,13 +48,13 @@ class Rewritten:
     groupings: dict[int, fx.Node]
 
 
-def rewrite(plan: Plan, operators: ModuleType, policy: Policy) -> Rewritten:
+def rewrite(plan: Plan, operators: Operators, policy: Policy) -> Rewritten:
     """A copy of the plan's graph with its merges done; same placeholders, same outputs."""
     return _Rewriter(plan, operators, policy).run()
 
 
 class _Rewriter:
-    def __init__(self, plan: Plan, operators: ModuleType, policy: Policy) -> None:
+    def __init__(self, plan: Plan, operators: Operators, policy: Policy) -> None:
         self.plan, self.typed, self.operators, self.policy = plan, plan.typed, operators, policy
         self.graph = fx.Graph()
         self.layout = Layout(self.graph)
@@ -281,9 +281,8 @@ class _Rewriter:
             self.operators.group, metric, saliency, mass, sizes, self.layout.length(merge.count),
             reduction=self.policy.reduction, seed=target.index,
         )  # fmt: skip
-        fields = self.operators.Grouping._fields
         self.converter.groupings[target.index] = {
-            name: self.layout.call(getitem, grouping, k) for k, name in enumerate(fields)
+            name: self.layout.call(getitem, grouping, k) for k, name in enumerate(FIELDS)
         }
         laid = self.converter.down(laid, target, How.MERGE)
         self.env[merge.node], self.axes[merge.node] = laid.node, (laid.axes,)
