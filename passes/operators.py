@@ -51,7 +51,6 @@ class Operators(Protocol):
 
     # --- merging ---
 
-    def saliency(self, sharpness: Tensor) -> Tensor: ...
     def shift(self, after: Tensor, before: Tensor) -> Tensor: ...
     def group(
         self,

@@ -5,11 +5,16 @@ from .grouping import Grouping, down, group, pick, up
 from .matching import match
 from .reductions import REDUCTIONS, Split, Tokens, reduction
 from .reference import saliency, sharpness_of, shift
+from .signals import METRICS, READINGS, SIGNALS, Measure, metric, signal
 from .sums import mean, multiply, softmax, sum  # noqa: A004
 
 __all__ = [
+    "METRICS",
+    "READINGS",
     "REDUCTIONS",
+    "SIGNALS",
     "Grouping",
+    "Measure",
     "Split",
     "Tokens",
     "attend",
@@ -18,6 +23,7 @@ __all__ = [
     "group",
     "match",
     "mean",
+    "metric",
     "multiply",
     "pick",
     "reduction",
@@ -25,6 +31,7 @@ __all__ = [
     "sharpness",
     "sharpness_of",
     "shift",
+    "signal",
     "softmax",
     "sum",
     "up",
