@@ -22,7 +22,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from torch import fx
@@ -36,6 +35,7 @@ from tldr_compile.passes.check import verify as _verify
 from tldr_compile.passes.emit import rewrite
 from tldr_compile.passes.errors import CaptureError
 from tldr_compile.passes.fx_utils import tensors
+from tldr_compile.passes.operators import Operators
 from tldr_compile.passes.options import Options
 from tldr_compile.passes.plan import Plan
 from tldr_compile.passes.plan import make_plan as _make_plan
@@ -46,6 +46,7 @@ __all__ = [
     "Analysis",
     "Captured",
     "Merged",
+    "Operators",
     "Options",
     "Plan",
     "analyse",
@@ -121,7 +122,7 @@ def make_plan(analysis: Analysis, options: Options) -> Plan:
     return planned
 
 
-def merge(analysis: Analysis, options: Options, operators: ModuleType) -> Merged:
+def merge(analysis: Analysis, options: Options, operators: Operators) -> Merged:
     """Plan and rewrite. With nothing to merge the captured graph itself is handed on.
 
     Raises:

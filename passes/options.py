@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 from tldr_compile.passes.plan.schedule import Entry
+
+
+class Measure(Protocol):
+    """What a merge is told: `function(*reads)` of what a site gives; without a function what is read, if anything."""
+
+    @property
+    def reads(self) -> Sequence[str]: ...
+    @property
+    def function(self) -> Callable[..., Any] | None: ...
 
 
 class Policy(Protocol):
@@ -14,7 +23,11 @@ class Policy(Protocol):
     @property
     def saliency(self) -> str: ...
     @property
+    def signal(self) -> Measure: ...
+    @property
     def metric(self) -> str: ...
+    @property
+    def comparison(self) -> Measure: ...
     @property
     def reduction(self) -> str: ...
     @property

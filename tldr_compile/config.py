@@ -10,13 +10,13 @@ from numbers import Integral, Real
 from typing import Any, Final, Literal
 
 from tldr_compile.errors import OptionError, ScheduleError
-from tldr_compile.ops import REDUCTIONS
+from tldr_compile.ops import METRICS, REDUCTIONS, SIGNALS, Measure
 
 DEFAULT_SCHEDULE: Final = (0.25, 0.12, 0.06)
 
 _CHOICES: Final[Mapping[str, Collection[str]]] = {
-    "saliency": ("attention", "shift", "uniform"),
-    "metric": ("tokens", "keys"),
+    "saliency": SIGNALS,
+    "metric": METRICS,
     "reduction": REDUCTIONS,
     "outputs": ("restore", "merged"),
     "pooling": ("mass", "plain"),
@@ -34,8 +34,10 @@ class TokenMerging:
         the tokens there. One float holds for every site that can merge. `None` is `DEFAULT_SCHEDULE`, bound to
         the first sites that can merge.
     saliency: how much a token weighs when it is merged: by its attention (vid-TLDR); by how far attention moved it
-        (Representation Shift), which costs no attention map; or all the same (ToMe).
-    metric: what matching compares: the residual stream, or the mean of the keys over the heads (ToMe).
+        (Representation Shift), which costs no attention map; all the same (ToMe); or by a signal that was registered
+        with `tldr_compile.ops.signal`.
+    metric: what matching compares: the residual stream; the mean of the keys over the heads (ToMe); or a metric that
+        was registered with `tldr_compile.ops.metric`.
     reduction: how tokens are chosen: merge, one of the baselines that drop tokens instead, or one that was registered
         with `tldr_compile.ops.reduction`.
     outputs: whether outputs over tokens get their original length back.
@@ -51,8 +53,8 @@ class TokenMerging:
     """
 
     schedule: float | Sequence[float] | None = None
-    saliency: Literal["attention", "shift", "uniform"] = "attention"
-    metric: Literal["tokens", "keys"] = "tokens"
+    saliency: str = "attention"
+    metric: str = "tokens"
     reduction: str = "merge"
     outputs: Literal["restore", "merged"] = "restore"
     pooling: Literal["mass", "plain"] = "mass"
@@ -77,10 +79,10 @@ class TokenMerging:
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
-        if REDUCTIONS[self.reduction].ranks and self.saliency == "uniform":
+        if REDUCTIONS[self.reduction].ranks and not SIGNALS[self.saliency].reads:
             raise OptionError(
-                f"reduction={self.reduction!r} drops the least salient tokens, and with saliency='uniform' all are "
-                "equal: use saliency='attention', or reduction='random' or 'slice'"
+                f"reduction={self.reduction!r} drops the least salient tokens, and with saliency={self.saliency!r} all "
+                "are equal: use saliency='attention', or reduction='random' or 'slice'"
             )
 
     @classmethod
@@ -105,11 +107,20 @@ class TokenMerging:
         return self.schedule if isinstance(self.schedule, float) else tuple(self.schedule)
 
     @property
+    def signal(self) -> Measure:
+        """How saliency is told; as uniform, where the reduction makes no use of it."""
+        return SIGNALS[self.saliency if REDUCTIONS[self.reduction].salient else "uniform"]
+
+    @property
+    def comparison(self) -> Measure:
+        """What matching compares."""
+        return METRICS[self.metric]
+
+    @property
     def asks(self) -> frozenset[str]:
-        """What a merge asks of its site: the "sharpness" of its attention, its "keys", the stream "before" it."""
-        salient = REDUCTIONS[self.reduction].salient
-        told = {"attention": "sharpness", "shift": "before"}.get(self.saliency) if salient else None
-        return frozenset(each for each in (told, "keys" if self.metric == "keys" else None) if each)
+        """What a merge asks of its site, of `ops.READINGS`. How far a token moved is told by the stream before, too."""
+        reads = {*self.signal.reads, *self.comparison.reads}
+        return frozenset(reads | {"before"} if "shift" in reads else reads)
 
     @property
     def is_zero(self) -> bool:

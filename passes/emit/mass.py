@@ -11,16 +11,16 @@ Without masses (`pooling="plain"`, `proportional=False`) every group has the mas
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, Factor, Kind, Use, product
-from tldr_compile.passes.emit.resample import Converter, Laid
-from tldr_compile.passes.emit.views import Layout
+from tldr_compile.passes.axes import UNIT, Axes, Axis, Factor, Kind, Use, product
+from tldr_compile.passes.emit.resample import Converter
+from tldr_compile.passes.emit.views import Laid, Layout
 from tldr_compile.passes.fx_utils import named
+from tldr_compile.passes.options import Policy
 from tldr_compile.passes.plan import Resolution, Scaling, Weighing, Weight
 
 aten = torch.ops.aten
@@ -29,28 +29,17 @@ aten = torch.ops.aten
 _RELATIVE = frozenset({Kind.MEAN, Kind.KEYS})
 
 
-class Weights(Protocol):
-    """The options that say which sums carry mass."""
-
-    @property
-    def pooling(self) -> str: ...
-    @property
-    def proportional(self) -> bool: ...
-
-
-def carries_mass(kind: Kind, policy: Weights) -> bool:
+def carries_mass(kind: Kind, policy: Policy) -> bool:
     """Whether the options give mass to such a sum."""
     return policy.pooling == "mass" if kind in (Kind.MEAN, Kind.SUM) else policy.proportional
 
 
-@dataclass
+@dataclass(frozen=True)
 class Weigher:
     """Emits the weights of sums."""
 
     converter: Converter
-    policy: Weights
-    _groups: dict[tuple[Resolution, bool], fx.Node] = field(default_factory=dict)
-    _tokens: dict[tuple[Resolution, frozenset[Atom], bool], Laid] = field(default_factory=dict)
+    policy: Policy
 
     @property
     def _layout(self) -> Layout:
@@ -77,7 +66,7 @@ class Weigher:
             return None
         if weighing.counts:
             resolution = weighing.weight.resolution
-            sizes = Laid(self.converter.groupings[resolution.index]["size"], (resolution.batch, resolution.axis))
+            sizes = Laid(self.converter.grouped[resolution].size, (resolution.batch, resolution.axis))
             return self._over(sizes, axes, dims)
         laid = self._laid(weighing.weight, mass)
         weight = self._over(laid, axes, dims)
@@ -116,21 +105,22 @@ class Weigher:
 
     def _of_groups(self, resolution: Resolution, mass: bool) -> fx.Node:
         """What each group weighs, `[B, N - r]` float32."""
-        if (resolution, mass) not in self._groups:
-            call, length = self._layout.call, self._layout.length
-            masses = self.converter.groupings[resolution.index]["mass"]
+
+        def shares() -> fx.Node:
+            call, masses = self._layout.call, self.converter.grouped[resolution].mass
             masses = masses if mass else call(aten.ones_like.default, masses)
             total = call(aten.sum.dim_IntList, masses, [1], True)
             share = call(aten.div.Tensor, masses, total)
-            self._groups[resolution, mass] = call(aten.mul.Tensor, share, length(resolution.run))
-        return self._groups[resolution, mass]
+            return call(aten.mul.Tensor, share, self._layout.length(resolution.run))
+
+        return self._layout.once(("weight of groups", resolution, mass), shares)
 
     def _of_tokens(self, weight: Weight, mass: bool) -> Laid:
         """What each token weighs at full length, `[B, N]` float32; less what has been summed."""
         resolution, gone = weight.resolution, weight.gone
-        key = (resolution, gone, mass)
-        if key not in self._tokens:
-            call, sizes = self._layout.call, self.converter.groupings[resolution.index]["size"]
+
+        def parts() -> Laid:
+            call, sizes = self._layout.call, self.converter.grouped[resolution].size
             part = call(aten.div.Tensor, self._of_groups(resolution, mass), sizes)
             node = call(self.converter.operators.up, part, self.converter.assign(resolution), dim=1)
             axes: Axes = (resolution.batch, resolution.run)
@@ -139,8 +129,9 @@ class Weigher:
                 dims = [dim for dim, each in enumerate(apart) if each.atoms & gone]
                 node = call(aten.mean.dim, self._layout.reshape(node, axes, apart), dims)
                 axes = tuple(each for dim, each in enumerate(apart) if dim not in dims)
-            self._tokens[key] = Laid(node, axes)
-        return self._tokens[key]
+            return Laid(node, axes)
+
+        return self._layout.once(("weight of tokens", resolution, gone, mass), parts)
 
     def _over(self, laid: Laid, axes: Axes, dims: Sequence[int]) -> fx.Node:
         """Weights for a sum over `dims`; of a matrix of pairs of tokens, those of both."""

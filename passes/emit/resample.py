@@ -5,43 +5,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from types import ModuleType
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, product, replace, spread
+from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, product, spread
 from tldr_compile.passes.axes import axis as atom_axis
-from tldr_compile.passes.emit.views import Layout
+from tldr_compile.passes.axes import replace as replaced
+from tldr_compile.passes.emit.views import Laid, Layout
+from tldr_compile.passes.operators import Operators
 from tldr_compile.passes.plan import Conversion, How, Resolution, at, tokens_at
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A node of the new graph and the axes it is held along."""
+class Grouped:
+    """A resolution in the new graph: the call of `group` that finds it, and what it found, `[B, N]` or shorter."""
 
     node: fx.Node
-    axes: Axes
+    kept: fx.Node
+    source: fx.Node
+    target: fx.Node
+    kept_weight: fx.Node
+    source_weight: fx.Node
+    mass: fx.Node
+    size: fx.Node
+    assign: fx.Node
 
 
-@dataclass
+@dataclass(frozen=True)
 class Converter:
-    """Emits conversions; `groupings` holds, by the number of a resolution, the nodes of its grouping's fields."""
+    """Emits conversions between the resolutions that are found so far, in the order they were."""
 
     layout: Layout
-    operators: ModuleType
-    groupings: dict[int, dict[str, fx.Node]] = field(default_factory=dict)
-    _assigned: dict[Resolution, fx.Node] = field(default_factory=dict)
-    _restored: dict[tuple[fx.Node, Resolution], Laid] = field(default_factory=dict)
+    operators: Operators
+    grouped: Mapping[Resolution, Grouped] = field(default_factory=dict)
 
-    def convert(self, laid: Laid, conversion: Conversion, reads: Axes | None = None) -> Laid:
+    def knowing(self, resolution: Resolution, grouped: Grouped) -> Converter:
+        """One that knows a resolution more."""
+        return replace(self, grouped={**self.grouped, resolution: grouped})
+
+    def convert(
+        self, laid: Laid, conversion: Conversion, *, reads: Axes | None = None, full: Axes | None = None
+    ) -> Laid:
+        """A value at the resolution that a conversion says.
+
+        What is merged is repeated first where `reads`, the axes that it is read along, are longer. What is restored has
+        its run on as many dimensions as `full`, its axes in the original graph.
+        """
         if conversion.how is How.RESTORE:
             assert conversion.source is not None
-            return self.up(laid, conversion.source)
+            laid = self.up(laid, conversion.source)
+            return laid if full is None else self.layout.view(laid, at(full, self._held(laid.axes)))
         assert conversion.target is not None
         if conversion.source is None:
             laid = self._with_batch(laid, reads, conversion.target)
@@ -50,10 +68,14 @@ class Converter:
             laid = self.down(laid, resolution, conversion.how)
         return laid
 
-    def converted(self, laid: Laid, conversions: Iterable[Conversion]) -> Laid:
+    def converted(self, laid: Laid, conversions: Iterable[Conversion], full: Axes | None = None) -> Laid:
         for each in conversions:
-            laid = self.convert(laid, each)
+            laid = self.convert(laid, each, full=full)
         return laid
+
+    def _held(self, axes: Axes) -> list[Resolution]:
+        atoms = {atom for axis in axes for atom in axis.atoms}
+        return [each for each in self.grouped if each.groups in atoms]
 
     def _with_batch(self, laid: Laid, reads: Axes | None, target: Resolution) -> Laid:
         """A table that is the same for every sample, repeated for those over which the grouping differs."""
@@ -64,59 +86,66 @@ class Converter:
             read if axis == UNIT and read.atoms & (target.batch.atoms | target.run.atoms) else axis
             for axis, read in zip(axes, reads, strict=True)
         )
-        if wide == axes:
-            return Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
-        node = self.layout.reshape(laid.node, laid.axes, axes)
-        return Laid(self.layout.call(aten.expand.default, node, self.layout.lengths(wide)), wide)
+        laid = self.layout.view(laid, axes)
+        return laid if wide == axes else self._expanded(laid, wide)
 
     def broadcast(self, laid: Laid, reads: Axes) -> Laid:
         """An operand with its dimensions of length 1 as long as the operator reads them."""
         if len(laid.axes) != len(reads) or all(axis != UNIT for axis in laid.axes):
             return laid
-        return Laid(self.layout.call(aten.expand.default, laid.node, self.layout.lengths(reads)), reads)
+        return self._expanded(laid, reads)
+
+    def _expanded(self, laid: Laid, axes: Axes) -> Laid:
+        return Laid(self.layout.call(aten.expand.default, laid.node, self.layout.lengths(axes)), axes)
 
     def up(self, laid: Laid, source: Resolution) -> Laid:
         """From a resolution to full length: every token gets its group's value."""
-        key = (laid.node, source)
-        if key not in self._restored:
 
-            def apply(part: fx.Node, axes: Axes, dim: int) -> fx.Node:
-                index = self._laid(self.assign(source), source.batch, source.run, axes, dim)
-                return self.layout.call(self.operators.up, part, index, dim=dim)
+        def apply(part: fx.Node, axes: Axes, dim: int) -> fx.Node:
+            index = self._laid(self.assign(source), source.batch, source.run, axes, dim)
+            return self.layout.call(self.operators.up, part, index, dim=dim)
 
+        def restored() -> Laid:
             node, axes = laid.node, laid.axes
             while dims := holding(axes, source.axis):
                 node, axes = self.layout.along(node, axes, dims[-1], source.axis, source.run, apply)
-            self._restored[key] = Laid(node, axes)
-        return self._restored[key]
+            return Laid(node, axes)
+
+        return self.layout.once(("up", laid, source), restored)
 
     def down(self, laid: Laid, target: Resolution, how: How) -> Laid:
         """One step from a resolution's parent to it."""
-        tokens, grouping = tokens_at(target.run, target.parent), self.groupings[target.index]
+        tokens, grouping = tokens_at(target.run, target.parent), self.grouped[target]
 
         def apply(part: fx.Node, axes: Axes, dim: int) -> fx.Node:
-            def along(field: str) -> fx.Node:
-                tokens = target.axis if field.startswith("kept") else atom_axis(target.gone)
-                return self._laid(grouping[field], target.batch, tokens, axes, dim)
+            def along(field: fx.Node, tokens: Axis) -> fx.Node:
+                return self._laid(field, target.batch, tokens, axes, dim)
 
+            kept, gone = target.axis, atom_axis(target.gone)
             if how is How.PICK:
-                return self.layout.call(self.operators.pick, part, along("kept"), dim=dim)
-            fields = ("kept", "source", "target", "kept_weight", "source_weight")
-            return self.layout.call(self.operators.down, part, *map(along, fields), dim=dim)
+                return self.layout.call(self.operators.pick, part, along(grouping.kept, kept), dim=dim)
+            fields = (
+                along(grouping.kept, kept),
+                along(grouping.source, gone),
+                along(grouping.target, gone),
+                along(grouping.kept_weight, kept),
+                along(grouping.source_weight, gone),
+            )
+            return self.layout.call(self.operators.down, part, *fields, dim=dim)
 
         wanted, laid = at(laid.axes, [target]), self.flat(laid, tokens)
         node, axes = laid.node, laid.axes
         while dims := holding(axes, tokens):
             node, axes = self.layout.along(node, axes, dims[-1], tokens, target.axis, apply)
         if target.parent is None:
-            node, axes = self.layout.reshape(node, axes, wanted), wanted
+            return self.layout.view(Laid(node, axes), wanted)
         return Laid(node, axes)
 
     def flat(self, laid: Laid, tokens: Axis) -> Laid:
         """A run that lies over several dimensions on one of them."""
         while (dims := spread(laid.axes, tokens)) is not None:
             axes = (*laid.axes[: dims[0]], product(laid.axes[dims[0] : dims[1]]), *laid.axes[dims[1] :])
-            laid = Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
+            laid = self.layout.view(laid, axes)
         return laid
 
     def apart(self, laid: Laid, tokens: Axis) -> Laid:
@@ -125,17 +154,18 @@ class Converter:
             factors = laid.axes[dim].factors
             if len(factors) > 1 and any(isinstance(f, Axis) and tokens.atoms <= f.atoms for f in factors):
                 axes = (*laid.axes[:dim], *(product([f]) for f in factors), *laid.axes[dim + 1 :])
-                return Laid(self.layout.reshape(laid.node, laid.axes, axes), axes)
+                return self.layout.view(laid, axes)
         return laid
 
     def assign(self, resolution: Resolution) -> fx.Node:
         """The group of every token of the run at full length, `[B, N]`."""
-        if resolution not in self._assigned:
-            assign = self.groupings[resolution.index]["assign"]
-            if resolution.parent is not None:
-                assign = self.layout.call(aten.gather.default, assign, 1, self.assign(resolution.parent))
-            self._assigned[resolution] = assign
-        return self._assigned[resolution]
+        assign, parent = self.grouped[resolution].assign, resolution.parent
+        if parent is None:
+            return assign
+        return self.layout.once(
+            ("assign", resolution),
+            lambda: self.layout.call(aten.gather.default, assign, 1, self.assign(parent)),
+        )
 
     def _laid(self, node: fx.Node, batch: Axis, tokens: Axis, axes: Axes, dim: int) -> fx.Node:
         """A tensor `[batch, tokens]` laid along axes whose dimension `dim` stands for the tokens.
@@ -153,4 +183,4 @@ class Converter:
 def holding(axes: Axes, tokens: Axis) -> list[int]:
     """The dimensions that hold the tokens whole."""
     probe = Atom(tokens.size)
-    return [dim for dim in range(len(axes)) if probe in replace(axes[dim], tokens, probe).atoms]
+    return [dim for dim in range(len(axes)) if probe in replaced(axes[dim], tokens, probe).atoms]

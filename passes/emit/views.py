@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import sympy
 import torch
@@ -17,6 +18,15 @@ from tldr_compile.passes.sizes import Size, one_symbol, simplify, size
 
 aten = torch.ops.aten
 Length: TypeAlias = "int | fx.Node"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A node of the new graph and the axes it is held along."""
+
+    node: fx.Node
+    axes: Axes
 
 
 class Layout:
@@ -27,6 +37,7 @@ class Layout:
         self._tracer = fx.proxy.GraphAppendingTracer(graph)
         self._symbols: dict[sympy.Symbol, fx.Proxy] = {}
         self._lengths: dict[Size, Length] = {}
+        self._made: dict[Hashable, Any] = {}
 
     @property
     def symbols(self) -> frozenset[sympy.Symbol]:
@@ -35,6 +46,13 @@ class Layout:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` emits, once in a graph; the key says all that it is made of."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     def learn(self, placeholder: fx.Node) -> None:
         """Note where the symbols of a placeholder can be read."""
@@ -85,6 +103,10 @@ class Layout:
         if [axis.size for axis in source] == [axis.size for axis in target]:
             return node
         return self.call(aten.reshape.default, node, self.lengths(target))
+
+    def view(self, laid: Laid, axes: Axes) -> Laid:
+        """`reshape` of a value that knows its axes."""
+        return Laid(self.reshape(laid.node, laid.axes, axes), axes)
 
     def arrange(self, node: fx.Node, source: Axes, target: Axes) -> fx.Node:
         """Lay a tensor along other axes by its factors.

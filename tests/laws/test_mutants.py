@@ -30,6 +30,8 @@ def apply(program: ExportedProgram, mutants: dict[str, Mutant], **options: Any) 
     with pytest.MonkeyPatch.context() as patch:
         for name, mutant in mutants.items():
             patch.setattr(ops, name, mutant)
+        if "saliency" in mutants:  # a signal is called, not an operator
+            patch.setitem(ops.SIGNALS, "attention", ops.Measure(("sharpness",), mutants["saliency"]))
         return tldr_compile.apply(program, **options)
 
 

@@ -21,9 +21,10 @@ from tests.laws.support import but, check, every_case, flat_inputs, merge, progr
 from tests.tiny import clip
 from tests.zoo import FAMILIES, Attn, Case, case
 from tldr_compile import VerificationError, ops, passes
+from tldr_compile.passes.emit import merging
 from tldr_compile.passes.emit.mass import Weigher
-from tldr_compile.passes.emit.resample import Converter, Laid
-from tldr_compile.passes.emit.rewrite import _Rewriter
+from tldr_compile.passes.emit.resample import Converter
+from tldr_compile.passes.emit.views import Laid
 from tldr_compile.passes.plan.plan import How, Weighing, Weight
 
 SITES = {"umt": 3, "videomae": 3, "videomae-tokens": 3, "vivit": 3, "clip": 3, "vjepa2": 4, "timesformer": 6}
@@ -176,8 +177,8 @@ def always(how: How) -> Callable[..., Any]:
     return lambda self, laid, target, _: down(self, laid, target, how)
 
 
-def ones(self: _Rewriter, source: Any, like: fx.Node, batch: Any, tokens: Any) -> tuple[fx.Node, fx.Node]:
-    return COUNTS(self, None, like, batch, tokens)
+def ones(converter: Converter, source: Any, like: fx.Node, axes: Any) -> tuple[fx.Node, fx.Node]:
+    return COUNTS(converter, None, like, axes)
 
 
 def plain_share(self: Weigher, weight: Weight, mass: bool) -> Laid:
@@ -192,10 +193,10 @@ def shifted(self: Converter, resolution: Any) -> fx.Node:
     return self.layout.call(torch.ops.aten.roll.default, ASSIGN(self, resolution), [1], [1])
 
 
-ASSIGN, COUNTS, TOKENS, WEIGHT = Converter.assign, _Rewriter._counts, Weigher._of_tokens, Weigher._weight
-WRONG_REWRITERS: dict[str, tuple[str, type, str, Any]] = {
+ASSIGN, COUNTS, TOKENS, WEIGHT = Converter.assign, merging.counts, Weigher._of_tokens, Weigher._weight
+WRONG_REWRITERS: dict[str, tuple[str, Any, str, Any]] = {
     "no sum is weighed": ("umt", Weigher, "_weight", lambda *_: None),
-    "the mass of the merge before is forgotten": ("umt", _Rewriter, "_counts", ones),
+    "the mass of the merge before is forgotten": ("umt", merging, "counts", ones),
     "tables are averaged": ("vjepa2", Converter, "down", always(How.MERGE)),
     "the stream is picked": ("umt", Converter, "down", always(How.PICK)),
     "restored tokens are off by one": ("umt", Converter, "assign", shifted),

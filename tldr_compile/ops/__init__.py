@@ -10,15 +10,20 @@ from .matching import MATCH, match
 from .providers import Provider, Providers
 from .reductions import REDUCTIONS, Split, Tokens, reduction
 from .reference import saliency, sharpness_of, shift
+from .signals import METRICS, READINGS, SIGNALS, Measure, metric, signal
 from .sums import mean, multiply, softmax, sum  # noqa: A004
 
 PROVIDERS: dict[str, Providers[..., Any]] = {each.name: each for each in (ATTEND, ATTEND_AND_SHARPNESS, MATCH)}
 """Of every operator that has several, by its name; `PROVIDERS["match"].order` is a list, and the first serves first."""
 
 __all__ = [
+    "METRICS",
     "PROVIDERS",
+    "READINGS",
     "REDUCTIONS",
+    "SIGNALS",
     "Grouping",
+    "Measure",
     "Provider",
     "Providers",
     "Split",
@@ -29,6 +34,7 @@ __all__ = [
     "group",
     "match",
     "mean",
+    "metric",
     "multiply",
     "pick",
     "reduction",
@@ -36,6 +42,7 @@ __all__ = [
     "sharpness",
     "sharpness_of",
     "shift",
+    "signal",
     "softmax",
     "sum",
     "up",

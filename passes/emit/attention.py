@@ -1,0 +1,165 @@
+"""Attention at its step: with the masses of its keys, and with what the merge of its site will ask about it.
+
+q k v -- attention -->      becomes      q k v -- attend_and_sharpness --> output, and Evidence(sharpness, keys)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from tldr_compile.passes.axes import Axes, product
+from tldr_compile.passes.emit.mass import Weigher
+from tldr_compile.passes.emit.resample import Converter
+from tldr_compile.passes.emit.views import Laid, Layout
+from tldr_compile.passes.fx_utils import named
+from tldr_compile.passes.options import Policy
+from tldr_compile.passes.plan import Conversion, Resolution, Step, Weighing, at
+from tldr_compile.passes.sites import Site
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an attention hands to the merge of its site, done at the resolutions `held`.
+
+    `sharpness [batch, tokens]`, None where nobody asks; `keys [..., tokens, d]`, None where they are not known.
+    """
+
+    held: tuple[Resolution, ...]
+    sharpness: Laid | None
+    keys: Laid | None
+
+
+def asked(policy: Policy) -> bool:
+    """Whether a merge asks anything that has to be noted where the attention is."""
+    return "sharpness" in policy.asks or "keys" in policy.asks
+
+
+def heads_apart(layout: Layout, site: Site, laid: Laid) -> Laid:
+    """`[..., N, d]` as `[batch, heads, N, d]`: the clip's batch first, and heads follow it, so this is a view."""
+    batch = set(site.clip_batch.factors)
+    leading = [factor for axis in laid.axes[:-2] for factor in axis.factors]
+    apart = product(f for f in leading if f in batch), product(f for f in leading if f not in batch)
+    return layout.view(laid, (*apart, *laid.axes[-2:]))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A call of `scaled_dot_product_attention`: how its operands are held now, and what its keys weigh."""
+
+    weigher: Weigher
+    node: fx.Node
+    operands: Sequence[Laid]
+    weighings: Sequence[Weighing]
+
+    @property
+    def _layout(self) -> Layout:
+        return self.weigher.converter.layout
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        given = named(self.node)
+        return {
+            "scale": given.get("scale"),
+            "mask": self.operands[3].node if len(self.operands) > 3 else None,
+            "enable_gqa": given.get("enable_gqa", False),
+        }
+
+    def plain(self) -> fx.Node:
+        """The attention alone, along the axes of the call."""
+        return self._attend(self._log_mass())
+
+    def of_site(self, site: Site, step: Step, reads: Sequence[Axes], result: Axes) -> tuple[fx.Node, Evidence]:
+        """The attention of a site that merges, along `result`, and what it tells."""
+        log_mass = self._log_mass()
+        if "sharpness" not in self.weigher.policy.asks:
+            return self._attend(log_mass), Evidence(step.held, None, self.operands[1])
+        if named(self.node).get("dropout_p", 0.0):  # which fused attention alone draws
+            sharpness = self._sharpness(site)
+            return self._attend(log_mass), self._evidence(site, step, self.operands[1], sharpness)
+        return self._both(site, step, reads, result, log_mass)
+
+    def _log_mass(self) -> fx.Node | None:
+        weights = self.weigher.weights(self.weighings, self.operands).values()
+        return next((self._layout.call(aten.log.default, weight) for weight in weights), None)
+
+    def _attend(self, log_mass: fx.Node | None) -> fx.Node:
+        given = named(self.node)
+        return self._layout.call(
+            self.weigher.converter.operators.attend,
+            *(each.node for each in self.operands[:3]),
+            log_mass=log_mass,
+            dropout_p=given.get("dropout_p", 0.0),
+            is_causal=given.get("is_causal", False),
+            **self._options,
+        )
+
+    def _both(
+        self, site: Site, step: Step, reads: Sequence[Axes], result: Axes, log_mass: fx.Node | None
+    ) -> tuple[fx.Node, Evidence]:
+        """Output and sharpness in one pass."""
+        broadcast, options = self.weigher.converter.broadcast, self._options
+        pairs = zip(self.operands[:3], reads[:3], strict=True)
+        operands = [broadcast(each, at(axes, step.held)) for each, axes in pairs]
+        query, key, value = (heads_apart(self._layout, site, each) for each in operands)
+        options["mask"] = self._scores_apart(site, operands, options["mask"])
+        pair = self._layout.call(
+            self.weigher.converter.operators.attend_and_sharpness,
+            query.node,
+            key.node,
+            value.node,
+            **options,
+            log_mass=self._scores_apart(site, operands, log_mass),
+        )
+        attended, sharpness = (self._layout.call(getitem, pair, k) for k in range(2))
+        evidence = self._evidence(site, step, operands[1], sharpness)
+        axes = (*query.axes[:-1], value.axes[-1])
+        return self._layout.reshape(attended, axes, result), evidence
+
+    def _sharpness(self, site: Site) -> fx.Node:
+        """The sharpness alone."""
+        query, key, _ = (heads_apart(self._layout, site, each) for each in self.operands[:3])
+        options = self._options
+        options["mask"] = self._scores_apart(site, self.operands, options["mask"])
+        return self._layout.call(self.weigher.converter.operators.sharpness, query.node, key.node, **options)
+
+    def _scores_apart(self, site: Site, operands: Sequence[Laid], addend: fx.Node | None) -> fx.Node | None:
+        """An addend of the scores with heads apart; broadcast first where batch and heads share or split dimensions."""
+        query, key = operands[0].axes, operands[1].axes
+        batch, heads = site.clip_batch, site.heads
+        if addend is None or query[:-2] == (batch, heads):
+            return addend
+        lengths, call = self._layout.lengths, self._layout.call
+        addend = call(aten.expand.default, addend, lengths((*query[:-1], key[-2])))
+        return call(aten.reshape.default, addend, lengths((batch, heads, query[-2], key[-2])))
+
+    def _evidence(self, site: Site, step: Step, keys: Laid, sharpness: fx.Node) -> Evidence:
+        return Evidence(step.held, _by_token(site, step.held, sharpness), keys)
+
+
+def spelled_out(
+    converter: Converter,
+    policy: Policy,
+    site: Site,
+    held: tuple[Resolution, ...],
+    probabilities: Laid,
+    keys: Laid | None,
+    to_scores: Sequence[Conversion],
+) -> Evidence:
+    """What is read off the probabilities where they are at hand; `to_scores` brings the keys to their resolution."""
+    sharpness = None
+    if "sharpness" in policy.asks:
+        apart = heads_apart(converter.layout, site, probabilities)
+        sharpness = _by_token(site, held, converter.layout.call(converter.operators.sharpness_of, apart.node))
+    return Evidence(held, sharpness, converter.converted(keys, to_scores) if keys else None)
+
+
+def _by_token(site: Site, held: tuple[Resolution, ...], sharpness: fx.Node) -> Laid:
+    return Laid(sharpness, (site.clip_batch, *at((site.tokens,), held)))

@@ -1,0 +1,173 @@
+"""Saliency signals and metrics: what is registered from outside is an option like the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import tldr_compile
+from tests.generated.model import build
+from tests.generated.recipe import Recipe
+from tldr_compile import OptionError, TokenMerging, ops
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    kept = [(registry, dict(registry)) for registry in (ops.SIGNALS, ops.METRICS)]
+    yield
+    for registry, before in kept:
+        registry.clear()
+        registry.update(before)
+
+
+def merged(recipe: Recipe | None = None, **options: object) -> tldr_compile.MergedModule:
+    recipe = recipe or Recipe()
+    return tldr_compile.apply(build(recipe), recipe.inputs(), schedule=[4], verify=True, **options)
+
+
+def saliency_of(model: tldr_compile.MergedModule) -> Tensor:
+    (decision,) = tldr_compile.inspect(model, *Recipe().inputs())
+    return decision.saliency
+
+
+def test_what_each_reads_is_what_a_merge_asks() -> None:
+    asks = {
+        ("attention", "tokens"): {"sharpness", "tokens"},
+        ("shift", "tokens"): {"shift", "before", "tokens"},
+        ("uniform", "keys"): {"keys"},
+    }
+    for (saliency, metric), wanted in asks.items():
+        assert TokenMerging(saliency=saliency, metric=metric).asks == wanted
+    assert TokenMerging(saliency="attention", reduction="random").asks == {"tokens"}
+
+
+@torch.no_grad()
+def test_a_signal_from_outside() -> None:
+    with pytest.raises(OptionError, match="saliency is one of 'attention', 'shift', 'uniform'"):
+        TokenMerging(saliency="norm")
+    seen: list[Tensor] = []
+
+    @ops.signal("norm", reads="tokens")
+    def norm(tokens: Tensor) -> Tensor:
+        seen.append(tokens)
+        return ops.saliency(tokens.float().norm(dim=-1))
+
+    with pytest.raises(OptionError, match="saliency is one of 'attention', 'shift', 'uniform', 'norm'; did you mean"):
+        TokenMerging(saliency="norms")
+    found = saliency_of(merged(saliency="norm"))
+    torch.testing.assert_close(found, ops.saliency(seen[-1].norm(dim=-1)))
+    assert not torch.equal(found, saliency_of(merged()))
+    targets = [node.target for node in merged(saliency="norm", reduction="drop").graph_module.graph.nodes]
+    assert targets.count(ops.SIGNALS["norm"].function) == 1
+
+
+@torch.no_grad()
+def test_the_stream_before_and_after_tells_what_the_shift_is() -> None:
+    @ops.signal("moved", reads=("before", "tokens"))
+    def moved(before: Tensor, tokens: Tensor) -> Tensor:
+        return ops.saliency((tokens.float() - before.float()).norm(dim=-1))
+
+    torch.testing.assert_close(saliency_of(merged(saliency="moved")), saliency_of(merged(saliency="shift")))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(before=1, layout="sequence"), Recipe(attention="matmul")], ids=str)
+@pytest.mark.parametrize("reading", list(ops.READINGS))
+def test_every_reading_has_the_shape_that_it_promises(recipe: Recipe, reading: str) -> None:
+    shapes = []
+
+    @ops.signal("any", reads=reading)
+    def any_of(read: Tensor) -> Tensor:
+        shapes.append((read.dim(), *read.shape[:2]))
+        return ops.saliency(read.float().flatten(2).norm(dim=-1) if read.dim() == 3 else read)
+
+    assert merged(recipe, saliency="any").report.to_dict()["sites"][0]["status"] == "merged"
+    promised = ops.READINGS[reading].split("]")[0].count(",") + 1
+    assert set(shapes) == {(promised, recipe.batch, recipe.clip_tokens)}
+
+
+@torch.no_grad()
+def test_a_metric_from_outside() -> None:
+    with pytest.raises(OptionError, match="metric is one of 'tokens', 'keys'"):
+        TokenMerging(metric="both")
+
+    @ops.metric("both", reads=("tokens", "keys"))
+    def both(tokens: Tensor, keys: Tensor) -> Tensor:
+        return torch.cat((unit(tokens), unit(keys)), -1)
+
+    def assigned(metric: str) -> list[int]:
+        (decision,) = tldr_compile.inspect(merged(metric=metric), *Recipe().inputs())
+        return decision.assign[0].tolist()
+
+    assert assigned("both") != assigned("tokens")
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def test_a_copy_of_the_tokens_is_the_metric_tokens() -> None:
+    @ops.metric("copy", reads="tokens")
+    def copy(tokens: Tensor) -> Tensor:
+        return tokens.clone()
+
+    inputs = Recipe().inputs()
+    assert torch.equal(merged(metric="copy")(*inputs), merged()(*inputs))
+
+
+@torch.no_grad()
+def test_a_signal_in_a_graph_with_symbolic_sizes() -> None:
+    @ops.signal("norm", reads="tokens")
+    def norm(tokens: Tensor) -> Tensor:
+        return ops.saliency(tokens.float().norm(dim=-1))
+
+    (clip,) = Recipe(batch=2).inputs()
+    program = torch.export.export(build(Recipe()), (clip,), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=9)},))
+    model = tldr_compile.apply(program, schedule=[4], saliency="norm", verify=True)
+    longer = torch.cat((clip, clip, clip))
+    torch.testing.assert_close(model(longer)[:2], model(clip))
+
+
+@pytest.mark.parametrize("reads", ["stream", (), ("tokens", "value")])
+def test_what_is_no_reading_is_refused(reads: str | tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"saliency='mine' reads .* what can be read is 'tokens': \[B, N, C\]"):
+        ops.signal("mine", reads=reads)
+    with pytest.raises(ValueError, match="metric='mine' reads"):
+        ops.metric("mine", reads=reads)
+
+
+def test_a_result_of_another_shape_is_refused_by_name() -> None:
+    @ops.signal("whole", reads="tokens")
+    def whole(tokens: Tensor) -> Tensor:
+        return tokens
+
+    with pytest.raises(ValueError, match=r"saliency='whole' returned .*\[2, 18, 16\]; it has to be floats \[B, N\],"):
+        merged(saliency="whole")
+
+    @ops.metric("narrow", reads="sharpness")
+    def narrow(sharpness: Tensor) -> Tensor:
+        return sharpness
+
+    with pytest.raises(ValueError, match=r"metric='narrow' returned .* has to be floats \[B, N, C\]"):
+        merged(metric="narrow")
+
+
+def test_a_signal_that_reads_nothing_ranks_nothing() -> None:
+    ops.SIGNALS["none"] = ops.Measure(())
+    with pytest.raises(OptionError, match="with saliency='none' all are equal"):
+        TokenMerging(saliency="none", reduction="drop")
+
+
+def test_keys_that_are_not_known_are_refused_with_the_option_that_reads_them() -> None:
+    @ops.signal("keyed", reads="keys")
+    def keyed(keys: Tensor) -> Tensor:
+        return ops.saliency(keys.norm(dim=-1))
+
+    with pytest.raises(OptionError, match=r"saliency='keyed' needs the keys of site 0 .*; use saliency='attention'"):
+        merged(Recipe(attention="talking"), saliency="keyed")
+    with pytest.raises(OptionError, match=r"metric='keys' needs the keys of site 0 .*; use metric='tokens'"):
+        merged(Recipe(attention="talking"), metric="keys")

@@ -1,0 +1,101 @@
+"""What a merge is told of its tokens: how much each says (a saliency signal), and by what they are alike (a metric).
+
+Both are functions of readings that a site gives, registered under the name that `saliency=` or `metric=` gives them.
+Whoever has one of their own registers it from outside:
+
+    @signal("norm", reads="tokens")   # long tokens say much
+    def norm(tokens: Tensor) -> Tensor:
+        return saliency(tokens.float().norm(dim=-1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
+
+from torch import Tensor
+
+from .reference import saliency
+
+READINGS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "tokens": "[B, N, C], the residual stream after the attention, in its dtype",
+        "before": "[B, N, C], the stream that the attention is added to",
+        "shift": "[B, N] float32, how far the attention moved each token of the stream",
+        "sharpness": "[B, N] float32, the negative entropy of each token's row of attention, mean over the heads",
+        "keys": "[B, N, d], the attention's keys, mean over the heads",
+    }
+)
+"""What a site can be asked about its `N` clip tokens: name, shape, meaning. A token merged before has its group's."""
+
+Function: TypeAlias = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`function(*readings)`; without a function what is read itself, or, where nothing is read, nothing."""
+
+    reads: tuple[str, ...]
+    function: Function | None = None
+
+
+SIGNALS: dict[str, Measure] = {
+    "attention": Measure(("sharpness",), saliency),  # vid-TLDR
+    "shift": Measure(("shift",), saliency),  # Representation Shift (ICCV 2025): moved little, says little
+    "uniform": Measure(()),  # all tokens alike: ToMe
+}
+METRICS: dict[str, Measure] = {"tokens": Measure(("tokens",)), "keys": Measure(("keys",))}
+
+
+def signal(name: str, *, reads: str | Sequence[str]) -> Callable[[Function], Function]:
+    """Register as `saliency=name` a function of the readings `reads`, in that order, to saliency, float `[B, N]`.
+
+    Saliency is at least 0: what a token gives to its group counts so often. `ops.saliency` makes it of numbers of any
+    scale. Gradients pass through it.
+
+    Raises ValueError for what is no reading, and, when a model is merged, for a result that is not `[B, N]`.
+    """
+    return _register(SIGNALS, f"saliency={name!r}", name, reads, "[B, N]")
+
+
+def metric(name: str, *, reads: str | Sequence[str]) -> Callable[[Function], Function]:
+    """Register as `metric=name` a function of the readings `reads`, in that order, to floats `[B, N, C]`.
+
+    Tokens are compared by the cosine between their rows. No gradient passes through it.
+
+    Raises ValueError for what is no reading, and, when a model is merged, for a result that is not `[B, N, C]`.
+    """
+    return _register(METRICS, f"metric={name!r}", name, reads, "[B, N, C]")
+
+
+def _register(
+    registry: dict[str, Measure], option: str, name: str, reads: str | Sequence[str], shape: str
+) -> Callable[[Function], Function]:
+    names = (reads,) if isinstance(reads, str) else tuple(reads)
+    if not names or any(each not in READINGS for each in names):
+        known = "; ".join(f"{each!r}: {meaning}" for each, meaning in READINGS.items())
+        raise ValueError(f"{option} reads {names}, and what can be read is {known}")
+
+    def register(function: Function) -> Function:
+        registry[name] = Measure(names, _checked(function, option, shape))
+        return function
+
+    return register
+
+
+def _checked(function: Function, option: str, shape: str) -> Function:
+    """The function, which names itself where what it returns is of no use."""
+
+    @wraps(function)
+    def checked(*readings: Any) -> Tensor:
+        result = function(*readings)
+        dims, rows = shape.count(",") + 1, readings[0].shape[:2]
+        if result.dim() != dims or result.shape[:2] != rows or not result.is_floating_point():
+            given = f"{result.dtype} {list(result.shape)}"
+            raise ValueError(f"{option} returned {given}; it has to be floats {shape}, and [B, N] is {list(rows)} here")
+        return result
+
+    return checked
