@@ -92,14 +92,6 @@ def test_a_schedule_of_zeros_hands_on_dynamos_own_graph() -> None:
     assert handed == [True]
 
 
-def test_a_schedule_of_zeros_is_bit_for_bit_inductors_result() -> None:
-    model, video = Tiny(), clip()
-    with torch.no_grad():
-        expected = torch.compile(model)(video)
-        torch.compiler.reset()
-        assert torch.equal(compiled(model, schedule=0.0)(video), expected)
-
-
 def test_parameters_stay_static_inputs() -> None:
     static: list[tuple[int, int]] = []
 
@@ -108,11 +100,11 @@ def test_parameters_stay_static_inputs() -> None:
         return compile_fx_inner(graph, inputs, **kwargs)
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        merged = module.merged_graph(gm, inputs, TokenMerging(schedule=[5, 3]))
+        merged = module.merged_graph(gm, inputs, TokenMerging(schedule=[5]))
         assert merged is not gm
         return compile_fx(merged, inputs, inner_compile=inner)
 
-    model = Tiny()
+    model = Tiny(depth=1)
     with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
         torch.compile(model, backend=backend)(clip())
     count = len(list(model.parameters()))

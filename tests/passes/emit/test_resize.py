@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.passes.grouped import RUN, B, C, resolution
+from tests.passes.grouped import RUN, B, C, H, T, resolution
 from tldr_compile.passes.axes import UNIT, Axes, axis
 from tldr_compile.passes.axes.algebra import concat
 from tldr_compile.passes.emit.resize import RESIZE, Held
@@ -28,6 +28,15 @@ def held(name: str, *outputs: Axes, span: tuple[int, int] | None = None, **given
 def test_offsets_move_with_the_end_of_the_run(before: int, after: int) -> None:
     typed = SimpleNamespace(cut=1, reads=(WHOLE,))
     assert Held(None, {}, typed, NOW, (), int).offset(before) == after  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 1), (8, 4), (9, 5)])
+def test_segments_that_have_become_one_count_as_one(before: int, after: int) -> None:
+    """Pictures of two sizes, `t + h`, merged as one run."""
+    run = concat([axis(T), axis(H)])
+    whole, now = concat([UNIT, run, UNIT]), concat([UNIT, resolution(0, run=run).axis, UNIT])
+    typed = SimpleNamespace(cut=0, reads=((whole,),))
+    assert Held(None, {}, typed, (now,), (), int).offset(before) == after  # type: ignore[arg-type]
 
 
 def test_a_slice_cuts_at_the_same_segments() -> None:
