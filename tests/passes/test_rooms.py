@@ -20,7 +20,7 @@ ORDER = (
     {"axes"},
     {"sites"},
     {"plan"},
-    {"options", "show"},
+    {"options", "operators", "show"},
     {"emit", "check"},
     {""},  # passes/__init__.py
 )

@@ -49,7 +49,7 @@ class Toy:
         add, (clip,) = self.nodes["add"], self.typed.captured.graph.graph.find_nodes(op="placeholder")
         r, node = self.resolution, self.nodes[attention]
         stream = Stream(add, clip, r.run, r.batch)
-        site = Site(0, Attention(node, clip, clip), r.run, r.batch, UNIT, "b n c", stream, None)
+        site = Site(0, Attention(node, clip, clip), r.run, r.batch, UNIT, "b n c", stream)
         merge = Merge(site, add, R, None, r, (), stream=(), rows=(), keys=(), before=())
         known = {self.nodes[name]: step for name, step in steps.items()}
         return Plan(self.typed, (site,), (), (R,), (merge,), {node: Step(), **known})
