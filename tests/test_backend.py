@@ -197,7 +197,7 @@ def test_verification_runs_while_compiling(monkeypatch: pytest.MonkeyPatch) -> N
     def differs(*_: Any) -> None:
         raise tldr_compile.VerificationError("x differs")
 
-    monkeypatch.setattr("tldr_compile.passes.check.verify", differs)
+    monkeypatch.setattr("tldr_compile.passes._verify", differs)
     with pytest.raises(BackendCompilerFailed, match="x differs"):
         compiled(Tiny(), schedule=[4], verify=True)(video)
 
