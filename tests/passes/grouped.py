@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from tldr_compile import ops
 from tldr_compile.passes.axes import Atom, Axis, axis
-from tldr_compile.passes.emit.resample import Converter
+from tldr_compile.passes.emit.resample import Converter, Grouped
 from tldr_compile.passes.emit.views import Layout
 from tldr_compile.passes.plan import Resolution
 
@@ -35,15 +35,16 @@ def grouping(tokens: int = 12, gone: int = 4, before: ops.Grouping | None = None
 
 
 def emitted(
-    emit: Callable[[Converter, fx.Node], fx.Node], x: Tensor, groupings: Mapping[int, ops.Grouping]
+    emit: Callable[[Converter, fx.Node], fx.Node], x: Tensor, groupings: Mapping[Resolution, ops.Grouping]
 ) -> Tensor:
     """What a step emits for `x`, run on groupings."""
     graph = fx.Graph()
     values: list[Any] = [x]
     node = graph.placeholder("x")
-    fields: dict[int, dict[str, fx.Node]] = {}
-    for index, found in groupings.items():
-        fields[index] = {name: graph.placeholder(f"{name}{index}") for name in found._fields}
+    converter = Converter(Layout(graph), ops)
+    for each, found in groupings.items():
+        fields = {name: graph.placeholder(f"{name}{each.index}") for name in found._fields}
+        converter = converter.knowing(each, Grouped(node, **fields))
         values.extend(found)
-    graph.output(emit(Converter(Layout(graph), ops, fields), node))
+    graph.output(emit(converter, node))
     return fx.GraphModule({}, graph)(*values)

@@ -29,7 +29,7 @@ def weights(weight: Weight, axes: Axes, policy: SimpleNamespace = MASS, kind: Ki
         (found,) = Weigher(converter, policy).weights([Weighing(use, weight)], [Laid(node, axes)]).values()
         return found
 
-    return emitted(emit, torch.zeros([int(each.size) for each in axes]), {0: ONE})
+    return emitted(emit, torch.zeros([int(each.size) for each in axes]), {HELD: ONE})
 
 
 def shares(mass: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def converted(x: Tensor, axes: Axes, *conversions: Conversion) -> Tensor:
     def emit(converter: Converter, node: fx.Node) -> fx.Node:
         return converter.converted(Laid(node, axes), conversions).node
 
-    return emitted(emit, x, {0: ONE, 1: TWO})
+    return emitted(emit, x, {FIRST: ONE, SECOND: TWO})
 
 
 def along(index: Tensor) -> Tensor:
