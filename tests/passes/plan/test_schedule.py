@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import sympy
+from torch import fx
 
+from tldr_compile.passes.axes import UNIT
+from tldr_compile.passes.capture import Attention
+from tldr_compile.passes.errors import ScheduleError
 from tldr_compile.passes.plan.schedule import bind_schedule, removed
+from tldr_compile.passes.sites import RefusedSite, Site
+from tldr_compile.passes.sites.find import Stream
 
-
-def sites(*reasons: str | None) -> Any:
-    return [SimpleNamespace(index=index, reason=reason) for index, reason in enumerate(reasons)]
-
-
-THREE = sites(None, "it is causal", None)
+NODE = fx.Graph().placeholder("attention")
+PLACE = UNIT, UNIT, UNIT, "joint space-time"
+THREE = (
+    Site(0, Attention(NODE, NODE, NODE), *PLACE, Stream(NODE, NODE, UNIT, UNIT)),
+    RefusedSite(1, Attention(NODE, NODE, NODE), *PLACE, "it is causal"),
+    Site(2, Attention(NODE, NODE, NODE), *PLACE, Stream(NODE, NODE, UNIT, UNIT)),
+)
 
 
 def test_a_sequence_goes_by_execution_order_and_what_is_missing_is_zero() -> None:
@@ -27,6 +31,13 @@ def test_a_sequence_goes_by_execution_order_and_what_is_missing_is_zero() -> Non
 def test_one_fraction_and_the_default_pass_over_sites_that_cannot_merge() -> None:
     assert bind_schedule(0.25, THREE) == (0.25, 0, 0.25)
     assert bind_schedule([7, 8, 9], THREE, default=True) == (7, 0, 8)
+
+
+def test_what_cannot_be_bound_says_why() -> None:
+    with pytest.raises(ScheduleError, match=r"site 1 \(attention, tokens 1\) cannot merge: it is causal. .* \[0, 2\]"):
+        bind_schedule([5, 5], THREE)
+    with pytest.raises(ScheduleError, match="has 4 entries, but the graph has 3 attention"):
+        bind_schedule([5, 0, 3, 1], THREE)
 
 
 @pytest.mark.parametrize(
