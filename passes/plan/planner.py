@@ -163,9 +163,7 @@ class _Walk:
                 kept,
                 stream=tuple(bring(axes, state.held, wanted, How.MERGE)),
                 rows=tuple(of_rows(scored, target, source)) if rows else (),
-                keys=tuple(bring(self.typed.value(keys).axes, self.state(keys).held, scored, How.MERGE))
-                if keys
-                else (),
+                keys=self._keys_as_scored(keys, scored) if keys else (),
                 before=tuple(bring(axes, before, wanted, How.MERGE)) if "before" in self.asks else (),
             )
         )
