@@ -105,6 +105,8 @@ class _ByCalls:
             if node.op == "placeholder":
                 self.env[node] = next(feed)
             elif node.op == "get_attr":
+                if node.target not in lifted:
+                    raise Entangled  # no tensor
                 self.env[node] = lifted[node.target]
             elif node.op == "output":
                 (outputs,) = self._read(node.args)

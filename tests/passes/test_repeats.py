@@ -109,7 +109,7 @@ def test_the_graph_is_that_of_a_whole_trace(
 ) -> None:
     model = make().eval()
     with torch.set_grad_enabled(grad):
-        once, _, output = capture(model, *inputs(model))
+        once, _, _ = capture(model, *inputs(model))
         assert "whole" not in traces
         monkeypatch.setattr(canonicalize, "separable", lambda *_: False)
         torch._dynamo.reset()
