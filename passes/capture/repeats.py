@@ -153,6 +153,13 @@ class _ByCalls:
             tensor = self.tensors[each]
             again = any(tensor is other for other in tensors)
             tensors.append(torch.ops.aten.alias.default(tensor) if again else tensor)
+        def node_of(tensor: Tensor) -> fx.Node:
+            slot = get_proxy_slot(tensor, mode.tracer, None)
+            if slot is None:
+                raise Entangled
+            return slot.proxy.node
+
+        read = tuple(map(node_of, tensors))  # before it: a tensor that is returned as it is gets a new node
         before = len(mode.tracer.graph.nodes)
 
         def run(*functional: Tensor) -> Any:
@@ -169,15 +176,9 @@ class _ByCalls:
         if any(each.op != "call_function" for each in made):
             raise Entangled  # it has a constant of its own
 
-        def node_of(tensor: Tensor) -> fx.Node:
-            slot = get_proxy_slot(tensor, mode.tracer, None)
-            if slot is None:
-                raise Entangled
-            return slot.proxy.node
-
         memory = {each.untyped_storage()._cdata for each in tensors}
         return _Traced(
-            operands=tuple(map(node_of, tensors)),
+            operands=read,
             made=tuple((each, each.args, each.kwargs) for each in made),
             result=pytree.tree_map_only(Tensor, lambda each: _Result(node_of(each), self._known(each)), result),
             written=tuple(k for k, (one, other) in enumerate(zip(tensors, after, strict=True)) if one is not other),

@@ -34,6 +34,7 @@ class Layers(nn.Module):
             place /= 4
             y = layer(x)
             first, second = y.flatten(1).unflatten(1, (-1, 4)).chunk(2, 1)
+            y, _ = torch.ops.aten.native_dropout(y, 0.5, False)  # returns what it reads
             x = x - torch.cat([second, first], 1) * self.scale + y.contiguous().sin() / (x + x).exp() + place
         return x
 
