@@ -68,7 +68,7 @@ def unfilled(spec: Spec) -> nn.Module:
 
 @torch.inference_mode()
 def measure(model: nn.Module, inputs: Sequence[torch.Tensor], config: TokenMerging, compiled: bool) -> dict[str, float]:
-    """Seconds of each phase, of all passes, of `compile` if `compiled`: a first call without what a second takes."""
+    """Seconds of each phase and all passes; if `compiled`, of `compile`: a first call without what a second takes."""
 
     def ours(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         backend.merged_graph(gm, examples, config)
@@ -94,8 +94,9 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """A line for each phase and a column for each model, with the phase's part of compiling where that was measured."""
 
     def cell(taken: Mapping[str, float], name: str) -> str:
-        share = f" ({taken[name] / taken['compile']:.1%})" if "compile" in taken else ""
-        return f"{taken[name]:.2f}{share}" if name in taken else "-"
+        if name not in taken:
+            return "-"
+        return f"{taken[name]:.2f}" + (f" ({taken[name] / taken['compile']:.1%})" if "compile" in taken else "")
 
     names = (*PHASES, "other", "all passes", "compile")
     lines = [f"| seconds of the processor | {' | '.join(rows)} |", "| --- " * (1 + len(rows)) + "|"]

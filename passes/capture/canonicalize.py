@@ -8,6 +8,7 @@ are resolved by functionalization, dropout becomes what it does in the model's m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from tldr_compile.passes.capture import composites  # noqa: F401 - spells out what it names
 from tldr_compile.passes.capture.flex import without_blocks
 from tldr_compile.passes.capture.input_names import export_paths, is_of_module, shortest_names, source_path
+from tldr_compile.passes.capture.repeats import Entangled, separable, traced_by_calls
 from tldr_compile.passes.capture.retrace import (
     FAILURES,
     Retracer,
@@ -42,7 +44,10 @@ from tldr_compile.passes.capture.retrace import (
     said,
 )
 from tldr_compile.passes.errors import CaptureError
+from tldr_compile.passes.fx_utils import unwritten
 from tldr_compile.passes.sources import where
+
+log = logging.getLogger(__name__)
 
 _CONSTANT_KINDS = frozenset({InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR})
 _MUTATION_KINDS = frozenset({OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION})
@@ -195,6 +200,33 @@ def _retrace(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) ->
 
 
 def _traced(
+    gm: fx.GraphModule, attributes: Mapping[str, Any], values: Sequence[Any], fakes: Sequence[Any]
+) -> fx.GraphModule:
+    """`gm` on fake inputs and attributes, which come first in its outputs, as they are in the end."""
+    if separable(gm, values):
+        try:
+            return _traced_by_calls(gm, attributes, values, fakes)
+        except Entangled as reason:
+            log.debug("the graph is traced as a whole: %s", reason)
+        except (CaptureError, *FAILURES) as reason:  # traced as a whole it may not fail, or says why
+            log.debug("the graph is traced as a whole, since by calls it failed: %s", said(reason))
+    return _traced_as_a_whole(gm, attributes, values, fakes)
+
+
+def _traced_by_calls(
+    gm: fx.GraphModule, attributes: Mapping[str, Any], values: Sequence[Any], fakes: Sequence[Any]
+) -> fx.GraphModule:
+    graphs: list[fx.Graph] = []
+
+    def run(*args: Any) -> None:
+        inputs, lifted = args[: len(values)], args[len(values) :]
+        graphs.append(traced_by_calls(gm, inputs, dict(zip(attributes, lifted, strict=True))))
+
+    make_fx(run, pre_dispatch=True)(*values, *fakes)
+    return unwritten(torch.nn.Module(), graphs[0])
+
+
+def _traced_as_a_whole(
     gm: fx.GraphModule, attributes: Mapping[str, Any], values: Sequence[Any], fakes: Sequence[Any]
 ) -> fx.GraphModule:
     def run(*args: Any) -> tuple[Any, ...]:
