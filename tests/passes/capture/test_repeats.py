@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from tests.emitted import text
-from tests.test_canonicalize import capture
+from tests.passes.capture.test_canonicalize import capture
 from tests.tiny import Tiny, clip
 from tldr_compile.passes.capture import canonicalize
 from tldr_compile.passes.capture.retrace import Retracer
