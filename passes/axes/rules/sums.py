@@ -54,8 +54,8 @@ def _along(kind: Kind) -> Rule:
 
     def along(call: Call) -> Typed:
         operand: Operand = call.operands[0]
-        dims = call.given.get("dim", call.given.get("dims"))
-        call.use(kind, operand, *_dims(dims, len(operand.axes)))
+        dim = call.given.get("dim", -1)  # that of sort where none is given; the others always have one
+        call.use(kind, operand, *_dims(dim, len(operand.axes)))
         return call.typed(*[call.axes(operand)] * len(call.sizes))
 
     return along

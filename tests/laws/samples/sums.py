@@ -97,6 +97,8 @@ ALONG = [
     *along("logcumsumexp", lambda h, dim: aten.logcumsumexp.default(h, dim)),
     *along("sort", lambda h, dim: aten.sort.default(h, dim)),
     *along("argsort", lambda h, dim: aten.argsort.default(h, dim)),
+    *carried("sort", lambda h: aten.sort.default(h)),
+    *carried("argsort", lambda h: aten.argsort.default(h)),
     *along("flip", lambda h, dim: aten.flip.default(h, [dim])),
     *along("roll", lambda h, dim: aten.roll.default(h, [1], [dim])),
     *barred("tril", MIXES, lambda h: aten.tril.default(h)),
