@@ -3,9 +3,9 @@
 from tests.laws.samples.indexing import INDEXING
 from tests.laws.samples.pointwise import FAMILIES, POINTWISE
 from tests.laws.samples.products import PRODUCTS
-from tests.laws.samples.sums import ALONG, NORMS, REDUCTIONS
 from tests.laws.samples.sample import Sample
 from tests.laws.samples.spatial import SPATIAL
+from tests.laws.samples.sums import ALONG, NORMS, REDUCTIONS
 from tests.laws.samples.views import VIEWS
 
 __all__ = ["SAMPLES", "Sample"]
