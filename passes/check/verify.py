@@ -37,7 +37,7 @@ def verify(
     plan: Plan, graph: fx.GraphModule, groupings: Mapping[int, fx.Node], policy: Policy, inputs: Sequence[Any]
 ) -> None:
     """Compare a rewritten graph with the projection, output by output, with the same groupings; and see that nothing
-    depends on what it did not depend on.
+    depends on what it did not depend on, and that saliencies are weights.
 
     Raises:
         VerificationError: an output differs or moves, naming which and by how much.
@@ -45,6 +45,7 @@ def verify(
     """
     with torch.random.fork_rng(), torch.no_grad():  # what the model draws at random, both draw alike
         actual, found = record(graph, groupings, inputs)
+    _sane(plan, found, policy)
     _independent(plan, graph, inputs)
     meaning = Projection(plan, full_length(plan, found), policy)
     with torch.random.fork_rng(), torch.no_grad():
@@ -65,6 +66,17 @@ def verify(
                 f"verify=True cannot compare: {random.target} ({random.name}) draws at random for every token after a "
                 "merge, and a merged graph has other tokens. Call model.eval() first."
             ) from difference
+
+
+def _sane(plan: Plan, found: Mapping[int, Mapping[str, Tensor]], policy: Policy) -> None:
+    """A saliency is a number for every token, and none is below 0."""
+    for merge in plan.merges:
+        saliency = found[merge.target.index].get("saliency")
+        if saliency is not None and not bool((saliency.isfinite() & (saliency >= 0)).all()):
+            raise VerificationError(
+                f"saliency={policy.saliency!r} gives {merge.site.name} numbers that are not finite or below 0; "
+                "ops.saliency makes weights of numbers of any scale"
+            )
 
 
 def _independent(plan: Plan, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:

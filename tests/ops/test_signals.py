@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 import tldr_compile
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
-from tldr_compile import OptionError, TokenMerging, ops
+from tldr_compile import OptionError, TokenMerging, VerificationError, ops
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +172,49 @@ def test_keys_that_are_not_known_are_refused_with_the_option_that_reads_them() -
         merged(Recipe(attention="talking"), saliency="keyed")
     with pytest.raises(OptionError, match=r"metric='keys' needs the keys of site 0 .*; use metric='tokens'"):
         merged(Recipe(attention="talking"), metric="keys")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda tokens: ops.saliency(tokens.float().norm(dim=-1)),
+        torch.nn.Sequential(torch.nn.Linear(16, 1), torch.nn.Flatten(1), torch.nn.Sigmoid()),
+    ],
+    ids=["a lambda", "a module of torch"],
+)
+@torch.no_grad()
+def test_any_callable_is_called_by_a_name_that_can_be_written(function: Any) -> None:
+    ops.signal("mine, of tokens", reads="tokens")(function)
+    assert "saliency_mine_of_tokens" in merged(saliency="mine, of tokens").graph_module.code
+
+
+@torch.no_grad()
+def test_a_function_of_torch_is_checked_too() -> None:
+    ops.metric("unit", reads="tokens")(torch.nn.functional.normalize)
+    assert "metric_unit" in merged(metric="unit").graph_module.code
+
+
+def test_a_name_that_is_given_again_is_compiled_again() -> None:
+    """Dynamo keeps what it compiled for options that are equal."""
+    recipe, found = Recipe(), []
+    for reads in ("tokens", "keys"):
+        ops.signal("first", reads=reads)(lambda x: ops.saliency(x.float()[..., 0]))
+        compiled = torch.compile(build(recipe), backend="tldr", options={"schedule": [4], "saliency": "first"})
+        with torch.no_grad():
+            found.append(compiled(*recipe.inputs()))
+    assert not torch.equal(*found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spoiled", [lambda t: -t.norm(dim=-1), lambda t: t.norm(dim=-1) * float("nan")])
+def test_verification_refuses_a_saliency_that_is_no_weight(spoiled: Any) -> None:
+    ops.signal("spoiled", reads="tokens")(spoiled)
+    with pytest.raises(VerificationError, match=r"saliency='spoiled' gives site 0 .* not finite or below 0"):
+        merged(saliency="spoiled")
+
+
+@torch.no_grad()
+def test_a_result_that_is_no_tensor_is_refused() -> None:
+    ops.signal("none", reads="tokens")(lambda tokens: None)
+    with pytest.raises(TypeError, match="saliency='none' returned NoneType"):
+        merged(saliency="none")

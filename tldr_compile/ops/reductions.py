@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .matching import match
+from .registries import put
 
 
 class Tokens(NamedTuple):
@@ -68,7 +69,7 @@ def reduction(name: str, *, gives: bool = False, ranks: bool = False) -> Callabl
     """Register a function as `reduction=name`."""
 
     def register(choose: Choose) -> Choose:
-        REDUCTIONS[name] = Reduction(choose, gives, ranks)
+        put(REDUCTIONS, name, Reduction(choose, gives, ranks))
         return choose
 
     return register

@@ -10,15 +10,16 @@ Whoever has one of their own registers it from outside:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from torch import Tensor
 
 from .reference import saliency
+from .registries import put
 
 READINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -80,22 +81,27 @@ def _register(
         raise ValueError(f"{option} reads {names}, and what can be read is {known}")
 
     def register(function: Function) -> Function:
-        registry[name] = Measure(names, _checked(function, option, shape))
+        put(registry, name, Measure(names, _checked(function, option, shape)))
         return function
 
     return register
 
 
 def _checked(function: Function, option: str, shape: str) -> Function:
-    """The function, which names itself where what it returns is of no use."""
+    """The function, which names itself where what it returns is of no use.
 
-    @wraps(function)
+    A graph calls it by a name that can be written down, whatever the function is: a lambda, a module, one of torch's.
+    """
+    dims = shape.count(",") + 1
+
     def checked(*readings: Any) -> Tensor:
-        result = function(*readings)
-        dims, rows = shape.count(",") + 1, readings[0].shape[:2]
-        if result.dim() != dims or result.shape[:2] != rows or not result.is_floating_point():
+        result, rows = function(*readings), readings[0].shape[:2]
+        if not isinstance(result, Tensor):
+            raise TypeError(f"{option} returned {type(result).__name__}; it has to be floats {shape}")
+        if result.dim() != dims or result.shape[:2] != rows or not result.is_floating_point() or not result.numel():
             given = f"{result.dtype} {list(result.shape)}"
             raise ValueError(f"{option} returned {given}; it has to be floats {shape}, and [B, N] is {list(rows)} here")
         return result
 
+    checked.__name__ = checked.__qualname__ = re.sub(r"\W+", "_", option).strip("_")
     return checked
