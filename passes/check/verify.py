@@ -154,7 +154,10 @@ def _follows_from_data(length: int | torch.SymInt) -> bool:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph on traced values, and a call once on operands of one kind."""
+    """Runs a graph whose sizes are known on traced values, and a call once on operands of one kind.
+
+    Open sizes would be taken for one another: a traced tensor keeps the size of its `nonzero`.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
@@ -170,6 +173,12 @@ class _Shapes(fx.Interpreter):
         return self.found[key][1]
 
 
+def _sizes_are_known(graph: fx.GraphModule) -> bool:
+    values = pytree.tree_leaves([node.meta.get("val") for node in graph.graph.nodes])
+    sizes = (size for each in values for size in (each.shape if isinstance(each, Tensor) else (each,)))
+    return not any(isinstance(size, (torch.SymInt, torch.SymBool, torch.SymFloat)) for size in sizes)
+
+
 def check_shapes(before: fx.GraphModule, after: fx.GraphModule, *, restored: bool) -> None:
     """Run a rewritten graph on its traced values: it is well formed, and its outputs have the shapes they had.
 
@@ -183,7 +192,7 @@ def check_shapes(before: fx.GraphModule, after: fx.GraphModule, *, restored: boo
     symbols = mode.shape_env.ignore_fresh_unbacked_symbols() if mode and mode.shape_env else nullcontext()
     # Without Python's dispatcher an older torch makes numbers of the symbolic sizes in composite operators.
     with mode or nullcontext(), symbols, enable_python_dispatcher(), torch.no_grad():
-        results = _tensors(_Shapes(after).run(*values))
+        results = _tensors((_Shapes if _sizes_are_known(before) else fx.Interpreter)(after).run(*values))
     (output,) = before.graph.find_nodes(op="output")
     for node, result in zip(operands(output), results, strict=True):
         traced = node.meta["val"]

@@ -45,6 +45,13 @@ def real_by_number(x: Tensor) -> Tensor:
     return x[(x[:, 0, 0] > 0).nonzero().squeeze(1)]
 
 
+def more_than_few(x: Tensor) -> Tensor:
+    """Two counts of one kind of values, of which one is the larger."""
+    real, few = (x[:, 0, 0] > 0).nonzero(), (x[:, 0, 1] > 100).nonzero()
+    torch._check(real.shape[0] >= few.shape[0] + 1)
+    return x[real.squeeze(1)]
+
+
 def first(x: Tensor) -> Tensor:
     count = (x[:, 0, 0] > 0).sum().clamp(min=1).item()
     torch._check(count >= 1)
@@ -70,6 +77,7 @@ def some_tokens(x: Tensor) -> Tensor:
 CASES = {
     "boolean": (real, mean),
     "nonzero": (real_by_number, mean),
+    "nonzero, of two": (more_than_few, mean),
     "item": (first, mean),
     "item of tokens": (first_tokens, mean),
     "twice": (lambda x: real_by_number(real(x)), mean),
