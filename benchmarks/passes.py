@@ -12,12 +12,14 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import fx, nn
 
+from benchmarks import timing
 from benchmarks.models import MODELS, Spec
 from tldr_compile import TokenMerging, backend, passes
 
@@ -108,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=("vjepa2-l", "umt-l"))
     parser.add_argument("--compile", action="store_true", help="compile, which takes minutes and the memory of a run")
+    parser.add_argument("--out", type=Path, default=timing.RESULTS, help="folder of passes.json")
     chosen = parser.parse_args()
     torch._inductor.config.force_disable_caches = True
     torch._inductor.config.compile_threads = 1  # compilers that are waited for, whose seconds count
@@ -117,6 +120,8 @@ def main() -> None:
         config = TokenMerging(schedule=spec.schedule)
         rows[spec.title] = measure(unfilled(spec), spec.inputs(), config, chosen.compile)
     print(table(rows))
+    machine = timing.machine(torch.device("cpu"))
+    timing.write("passes", {"machine": machine, "seconds_of_the_processor": rows}, chosen.out)
 
 
 if __name__ == "__main__":
