@@ -56,16 +56,16 @@ def named(node: fx.Node, args: Any = None, kwargs: Any = None) -> dict[str, Any]
     return {**dict(zip(argument_names(node), args, strict=False)), **kwargs}
 
 
-def unwritten(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+def lazy_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A graph module whose code is not written before it is called: most are passed on, and no one calls them."""
     return _LazyGraphModule(root, graph)
 
 
 # What `repr` tells apart; of anything else the object itself counts.
-_SPELLED = frozenset({int, float, complex, bool, str, type(None), torch.device})
+_BY_TEXT = frozenset({int, float, complex, bool, str, type(None), torch.device})
 
 
-def spelled(tree: Any, tensor: Callable[[Any], Any]) -> Any:
+def call_key(tree: Any, tensor: Callable[[Any], Any]) -> Any:
     """Arguments as a key, with `tensor` of each tensor or node: a call with equal ones does the same.
 
     Good for as long as the arguments live.
@@ -73,12 +73,12 @@ def spelled(tree: Any, tensor: Callable[[Any], Any]) -> Any:
     if isinstance(tree, (fx.Node, torch.Tensor)):
         return tensor(tree)
     if isinstance(tree, (tuple, list)):
-        return (type(tree), *(spelled(each, tensor) for each in tree))
+        return (type(tree), *(call_key(each, tensor) for each in tree))
     if isinstance(tree, dict):
-        return (dict, *((key, spelled(each, tensor)) for key, each in tree.items()))
+        return (dict, *((key, call_key(each, tensor)) for key, each in tree.items()))
     if isinstance(tree, slice):
-        return (slice, spelled((tree.start, tree.stop, tree.step), tensor))
-    return (type(tree), repr(tree) if type(tree) in _SPELLED else id(tree))
+        return (slice, call_key((tree.start, tree.stop, tree.step), tensor))
+    return (type(tree), repr(tree) if type(tree) in _BY_TEXT else id(tree))
 
 
 class Alike:

@@ -32,6 +32,12 @@ def divide(size: Size, by: Size) -> Size | None:
     return simplify(numerator) if denominator == 1 else None
 
 
+def is_open(value: Any) -> bool:
+    """Whether a traced number, or a size of a traced tensor, was left open."""
+    numbers = value.shape if isinstance(value, torch.Tensor) else (value,)
+    return any(isinstance(each, (torch.SymInt, torch.SymFloat, torch.SymBool)) for each in numbers)
+
+
 def one_symbol(length: Size) -> tuple[sympy.Symbol, int, int] | None:
     """`(symbol, a, b)` of a size `a * symbol + b`; None of any other size."""
     if isinstance(length, int) or len(length.free_symbols) != 1:

@@ -13,7 +13,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def line_of(node: fx.Node) -> str | None:
-    """The innermost line of the user's code that a node comes from, or else its module; None if nothing is known.
+    """The innermost line of the user's code that the tracer noted for a node, or else its module; None without either.
 
     `"model.py", line 80, in forward`.
     """

@@ -15,18 +15,26 @@ T, H, W, C = 2, 4, 4, 16
 CLIP = torch.randn(2, 3, T, H, W)
 
 
+class Limited(nn.Module):
+    """A module in another: its line is the one to name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.renorm(x, 2, 0, 1.0)
+
+
 class Model(nn.Module):
     """A block over all tokens, an operator without a rule, attention of one query, a softmax that is no attention."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.out = nn.Conv3d(3, C, 1), nn.Linear(C, C)
+        self.limited = Limited()
         self.query = nn.Parameter(torch.randn(1, 1, C))
 
     def forward(self, clip: Tensor) -> Tensor:
         x = self.embed(clip).flatten(2).mT
         x = x + F.scaled_dot_product_attention(x, x, x)
-        x = torch.renorm(self.out(x), 2, 0, 1.0)
+        x = self.limited(self.out(x))
         pooled = F.scaled_dot_product_attention(self.query.expand(len(x), -1, -1), x, x)
         return pooled.softmax(1)
 
@@ -45,9 +53,10 @@ def line(text: str) -> str:
 
 def test_a_restoration_names_its_line(report: tldr_compile.Report) -> None:
     (restored,) = (each for each in report.restorations if each["operator"] == "aten.renorm.default")
-    assert restored["line"] == line("x = torch.renorm")
+    place = line("return torch.renorm")
+    assert restored["line"] == place
     assert restored["reason"] == "it has no typing rule"
-    assert f"aten.renorm.default renorm ({line('x = torch.renorm')}): it has no typing rule" in str(report)
+    assert f"aten.renorm.default renorm ({place}): it has no typing rule" in str(report)
 
 
 def test_what_is_no_site_and_no_attention_names_its_line(report: tldr_compile.Report) -> None:

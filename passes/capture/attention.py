@@ -22,7 +22,7 @@ from torch import fx
 from tldr_compile.passes.capture.canonicalize import Captured
 from tldr_compile.passes.capture.heads import CUT, DROPOUT, PRODUCT, Read, onward
 from tldr_compile.passes.capture.sums import decompose, insert
-from tldr_compile.passes.fx_utils import named, operands, operator_name, unwritten
+from tldr_compile.passes.fx_utils import lazy_module, named, operands, operator_name
 from tldr_compile.passes.refusal import Refusal
 
 aten = torch.ops.aten
@@ -114,7 +114,7 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[Ref
     graph.eliminate_dead_code(lambda node: not _draws(node) and node.is_impure())
     kept = {match.output: match for match in search.found if match.scores is None}
     attentions = tuple(_attentions(graph, kept))
-    module = unwritten(captured.graph, graph)
+    module = lazy_module(captured.graph, graph)
     module.meta.update(captured.graph.meta)
     return replaced(captured, graph=module), attentions, tuple(search.misses)
 

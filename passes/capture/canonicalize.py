@@ -44,7 +44,7 @@ from tldr_compile.passes.capture.retrace import (
     said,
 )
 from tldr_compile.passes.errors import CaptureError
-from tldr_compile.passes.fx_utils import unwritten
+from tldr_compile.passes.fx_utils import lazy_module
 from tldr_compile.passes.sources import where
 
 log = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ def _traced_by_calls(
         graphs.append(traced_by_calls(gm, inputs, dict(zip(attributes, lifted, strict=True))))
 
     make_fx(run, pre_dispatch=True)(*values, *fakes)
-    return unwritten(torch.nn.Module(), graphs[0])
+    return lazy_module(torch.nn.Module(), graphs[0])
 
 
 def _traced_as_a_whole(

@@ -26,7 +26,8 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils import _pytree as pytree
 
 from tldr_compile.passes.capture.retrace import Retracer, graphs, leave_vmap
-from tldr_compile.passes.fx_utils import Alike, spelled
+from tldr_compile.passes.fx_utils import Alike, call_key
+from tldr_compile.passes.sizes import is_open
 
 # What a tracer knows of a result that does not follow from where in the model it stands.
 _OF_THE_CALL = ("val", "tensor_meta", "original_aten", "torch_fn", "eager_input_vals")
@@ -68,9 +69,7 @@ def separable(gm: fx.GraphModule, values: Sequence[Any]) -> bool:
 
 def _is_told(value: Any) -> bool:
     """A tensor or a number, of known size."""
-    if isinstance(value, Tensor):
-        return not any(isinstance(each, torch.SymInt) for each in value.shape)
-    return isinstance(value, (int, float))
+    return isinstance(value, (Tensor, int, float)) and not is_open(value)
 
 
 def traced_by_calls(gm: fx.GraphModule, inputs: Sequence[Tensor], attributes: Mapping[str, Tensor]) -> fx.Graph:
@@ -134,7 +133,7 @@ class _ByCalls:
         arguments = self._read((node.args, dict(node.kwargs)))
         operands: dict[fx.Node, tuple[int, int]] = {}
         fx.map_arg(arguments, lambda each: operands.setdefault(each, (len(operands), id(self.tensors[each]))))
-        key = (node.op, node.target, spelled(arguments, operands.__getitem__))
+        key = (node.op, node.target, call_key(arguments, operands.__getitem__))
         if key not in self.traced:
             self.traced[key] = self._trace(node, tuple(operands))
         traced = self.traced[key]

@@ -17,10 +17,10 @@ from tldr_compile.passes.capture import SDPA
 from tldr_compile.passes.check.independence import raised, runs
 from tldr_compile.passes.check.projection import Projection, full_length
 from tldr_compile.passes.errors import OptionError, VerificationError
-from tldr_compile.passes.fx_utils import Alike, named, operands, spelled
+from tldr_compile.passes.fx_utils import Alike, call_key, named, operands
 from tldr_compile.passes.options import Policy
 from tldr_compile.passes.plan import Plan
-from tldr_compile.passes.sizes import size
+from tldr_compile.passes.sizes import is_open, size
 
 
 def agreement(graph: fx.Graph) -> float:
@@ -166,17 +166,11 @@ class _Shapes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         arguments = self.fetch_args_kwargs_from_env(n)
-        key = (n.op, n.target, spelled(arguments, id))
+        key = (n.op, n.target, call_key(arguments, id))
         if key not in self.found:
             result = pytree.tree_map_only(Tensor, self.alike, super().run_node(n))
             self.found[key] = arguments, result  # what lives keeps its id
         return self.found[key][1]
-
-
-def _sizes_are_known(graph: fx.GraphModule) -> bool:
-    values = pytree.tree_leaves([node.meta.get("val") for node in graph.graph.nodes])
-    sizes = (size for each in values for size in (each.shape if isinstance(each, Tensor) else (each,)))
-    return not any(isinstance(size, (torch.SymInt, torch.SymBool, torch.SymFloat)) for size in sizes)
 
 
 def check_shapes(before: fx.GraphModule, after: fx.GraphModule, *, restored: bool) -> None:
@@ -192,7 +186,8 @@ def check_shapes(before: fx.GraphModule, after: fx.GraphModule, *, restored: boo
     symbols = mode.shape_env.ignore_fresh_unbacked_symbols() if mode and mode.shape_env else nullcontext()
     # Without Python's dispatcher an older torch makes numbers of the symbolic sizes in composite operators.
     with mode or nullcontext(), symbols, enable_python_dispatcher(), torch.no_grad():
-        results = _tensors((_Shapes if _sizes_are_known(before) else fx.Interpreter)(after).run(*values))
+        is_known = not any(map(is_open, pytree.tree_leaves([node.meta.get("val") for node in before.graph.nodes])))
+        results = _tensors((_Shapes if is_known else fx.Interpreter)(after).run(*values))
     (output,) = before.graph.find_nodes(op="output")
     for node, result in zip(operands(output), results, strict=True):
         traced = node.meta["val"]
