@@ -191,31 +191,50 @@ def border(whole: Axis, offset: Size) -> Border | None:
     return (len(whole.segments), 0) if at == offset else None
 
 
-def spread(axes: Axes, run: Axis) -> tuple[int, int] | None:
-    """The neighbouring dimensions `[first, last)`, two or more, over which the factors of a run lie together.
+def gathered(axes: Axes, run: Axis) -> Axes:
+    """The same factors, with those of every whole run brought together where its first one lies.
 
-    What else lies there stands before the run in the first dimension, or after it in the last: `b·t` and `h·w` spread
-    `t·h·w`.
+    A run may lie in any order in one product, or over several dimensions: `b x h1·h2·w1·w2` becomes `b x h1·w1·h2·w2`
+    for `h1·w1`, and `b·t x h·w` becomes `b·t·h x w` for `t·h`. One that lies half inside of a sum is not held whole.
     """
     inner = run.factors
-    if len(inner) < 2:
-        return None
-    for first in range(len(axes)):
-        for skipped, factor in enumerate(axes[first].factors):
-            if factor != inner[0]:
-                continue
-            factors = axes[first].factors[skipped:]
-            if factors != inner[: len(factors)] or len(factors) == len(inner):
-                continue
-            for last in range(first + 1, len(axes)):
-                more = axes[last].factors
-                left = len(inner) - len(factors)
-                if not more or more[:left] != inner[len(factors) : len(factors) + len(more)]:
-                    break
-                if left <= len(more):
-                    return first, last + 1
-                factors = (*factors, *more)
-    return None
+    if len(run.segments) != 1 or not touches(axes, run):
+        return axes
+    columns = [_together([each.factors], inner)[0] for each in axes]
+    partial = [dim for dim, column in enumerate(columns) if len({column.count(f) for f in inner}) > 1]
+    for dim, column in zip(partial, _together([columns[dim] for dim in partial], inner), strict=True):
+        columns[dim] = column
+    return tuple(product(_gathered_inside(f, run) for f in column) for column in columns)
+
+
+def _gathered_inside(factor: Factor, run: Axis) -> Factor:
+    if isinstance(factor, Atom):
+        return factor
+    segments = (_together([segment], run.factors)[0] for segment in factor.segments)
+    return Axis(tuple(tuple(_gathered_inside(f, run) for f in segment) for segment in segments))
+
+
+def _together(products: Sequence[Segment], inner: Segment) -> list[Segment]:
+    """Every whole occurrence of some factors over some products, moved to where the first of them is."""
+    found: dict[Factor, tuple[int, int]] = {}
+    heads: set[tuple[int, int]] = set()
+    moved: set[tuple[int, int]] = set()
+    for number, segment in enumerate(products):
+        for place, factor in enumerate(segment):
+            if factor in inner:
+                found = {factor: (number, place)} if factor in found else {**found, factor: (number, place)}
+            if len(found) == len(inner):
+                heads.add(found[inner[0]])
+                moved.update(found.values())
+                found = {}
+
+    def held(number: int, place: int, factor: Factor) -> Segment:
+        return inner if (number, place) in heads else () if (number, place) in moved else (factor,)
+
+    return [
+        tuple(f for place, factor in enumerate(segment) for f in held(number, place, factor))
+        for number, segment in enumerate(products)
+    ]
 
 
 def touches(axes: Iterable[Axis], run: Axis) -> bool:

@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from tldr_compile.passes.axes import Atom, Axes, Axis, Factor, Kind, Use, product, replace, spread
+from tldr_compile.passes.axes import Atom, Axes, Axis, Factor, Kind, Use, gathered, product, replace, subaxis
 from tldr_compile.passes.capture import SDPA
 from tldr_compile.passes.fx_utils import named
 from tldr_compile.passes.options import Policy
@@ -226,17 +226,39 @@ class Projection(fx.Interpreter):
         return share[sample.clamp(min=0), token.clamp(min=0)].masked_fill(token < 0, 1.0)
 
     def _project(self, x: Tensor, axes: Axes, resolution: Resolution, how: How) -> Tensor:
-        """`up(down(x))` along every dimension that holds the run whole, or neighbouring ones that do together."""
-        if (dims := spread(axes, resolution.run)) is not None:
-            flat = (*axes[: dims[0]], product(axes[dims[0] : dims[1]]), *axes[dims[1] :])
-            return self._project(x.flatten(dims[0], dims[1] - 1), flat, resolution, how).reshape(x.shape)
-        probe = Atom(resolution.run.size)
-        for dim, axis in enumerate(axes):
+        """`up(down(x))` wherever the run is held whole: its tokens brought together, and put back."""
+        together, probe = gathered(axes, resolution.run), Atom(resolution.run.size)
+        x = self._moved(x, axes, together)
+        for dim, axis in enumerate(together):
             marked = replace(axis, resolution.run, probe)
             if probe in marked.atoms:
-                whole = (*axes[:dim], marked, *axes[dim + 1 :])
+                whole = (*together[:dim], marked, *together[dim + 1 :])
                 x = self._project_dimension(x, whole, dim, probe, resolution, how)
-        return x
+        return self._moved(x, together, axes)
+
+    def _moved(self, x: Tensor, source: Axes, target: Axes) -> Tensor:
+        """The entries of `x` with the factors of its axes in another order; sums are moved part by part."""
+        if source == target:
+            return x
+        for dim, (one, two) in enumerate(zip(source, target, strict=True)):
+            if len(one.segments) > 1 and one != two:
+                sizes = [self._number(subaxis([each]).size) for each in one.segments]
+                parts = [
+                    self._moved(part, _with(source, dim, subaxis([old])), _with(source, dim, subaxis([new])))
+                    for part, old, new in zip(x.split(sizes, dim), one.segments, two.segments, strict=True)
+                ]
+                return self._moved(torch.cat(parts, dim), _with(source, dim, two), target)
+        have = [(dim, f) for dim, axis in enumerate(source) for f in axis.factors]
+        x = x.reshape([self._number(f.size) for _, f in have])
+        order: list[int] = []
+        for dim, axis in enumerate(target):
+            for factor in axis.factors:
+                same = [k for k, (_, f) in enumerate(have) if k not in order and _same_atoms(f, factor)]
+                order.append(next((k for k in same if have[k][0] == dim), same[0]))
+        moved = tuple(product([have[k][1]]) for k in order)
+        wanted = tuple(product([f]) for axis in target for f in axis.factors)
+        x = self._moved(x.permute(order), moved, wanted)
+        return x.reshape([self._number(axis.size) for axis in target])
 
     def _project_dimension(
         self, x: Tensor, axes: Axes, dim: int, probe: Atom, resolution: Resolution, how: How
@@ -256,11 +278,8 @@ class Projection(fx.Interpreter):
 
     def shorten(self, x: Tensor, axes: Axes, resolution: Resolution) -> Tensor:
         """A projected value `[..., run, ...]` with one entry for each group, as it is held."""
-        if (dims := spread(axes, resolution.run)) is not None:
-            flat = (*axes[: dims[0]], product(axes[dims[0] : dims[1]]), *axes[dims[1] :])
-            shorter = self.shorten(x.flatten(dims[0], dims[1] - 1), flat, resolution)
-            return shorter[(..., *(None,) * (dims[1] - dims[0] - 1), *(slice(None),) * (len(axes) - dims[1]))]
-        probe = Atom(resolution.run.size)
+        together, probe = gathered(axes, resolution.run), Atom(resolution.run.size)
+        x, axes = self._moved(x, axes, together), together
         for dim, axis in enumerate(axes):
             full = replace(axis, resolution.run, probe)
             if probe in full.atoms:
@@ -293,6 +312,17 @@ class Projection(fx.Interpreter):
         for factor in _multiplied_with(axis, probe):
             number = number * (self._number(factor.size) + 1) + self._coordinates(axis, factor)
         return number
+
+
+def _with(axes: Axes, dim: int, axis: Axis) -> Axes:
+    return (*axes[:dim], axis, *axes[dim + 1 :])
+
+
+def _same_atoms(one: Factor, other: Factor) -> bool:
+    """Whether two factors are one atom, or sums of the same atoms in whatever order."""
+    if isinstance(one, Axis) and isinstance(other, Axis):
+        return one.atoms == other.atoms
+    return one == other
 
 
 def _multiplied_with(axis: Axis, probe: Atom) -> list[Atom]:

@@ -94,7 +94,7 @@ class Reader:
     def _over_tokens(self, laid: Laid) -> fx.Node:
         """A value along the residual stream as rows of its clip tokens, `[B, N, C]`."""
         batch, tokens = self.batch_and_tokens
-        laid = self.converter.apart(self.converter.flat(laid, tokens), tokens)
+        laid = self.converter.apart(self.converter.together(laid, tokens), tokens)
         (dim,) = holding(laid.axes, tokens)
         place = segment_of(laid.axes[dim], tokens)
         part = self._layout.segments(laid.node, laid.axes, dim, place)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, product, spread
+from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, gathered, product
 from tldr_compile.passes.axes import axis as atom_axis
 from tldr_compile.passes.axes import replace as replaced
 from tldr_compile.passes.emit.views import Laid, Layout
@@ -53,13 +53,13 @@ class Converter:
     ) -> Laid:
         """A value at the resolution that a conversion says.
 
-        What is merged is repeated first where `reads`, the axes that it is read along, are longer. What is restored has
-        its run on as many dimensions as `full`, its axes in the original graph.
+        What is merged is repeated first where `reads`, the axes that it is read along, are longer. What is restored is
+        laid as `full`, its axes in the original graph.
         """
         if conversion.how is How.RESTORE:
             assert conversion.source is not None
             laid = self.up(laid, conversion.source)
-            return laid if full is None else self.layout.view(laid, at(full, self._held(laid.axes)))
+            return laid if full is None else self.layout.rearrange(laid, at(full, self._held(laid.axes)))
         assert conversion.target is not None
         if conversion.source is None:
             laid = self._with_batch(laid, reads, conversion.target)
@@ -133,20 +133,15 @@ class Converter:
             )
             return self.layout.call(self.operators.down, part, *fields, dim=dim)
 
-        wanted, laid = at(laid.axes, [target]), self.flat(laid, tokens)
+        laid = self.together(laid, tokens)
         node, axes = laid.node, laid.axes
         while dims := holding(axes, tokens):
             node, axes = self.layout.along(node, axes, dims[-1], tokens, target.axis, apply)
-        if target.parent is None:
-            return self.layout.view(Laid(node, axes), wanted)
         return Laid(node, axes)
 
-    def flat(self, laid: Laid, tokens: Axis) -> Laid:
-        """A run that lies over several dimensions on one of them."""
-        while (dims := spread(laid.axes, tokens)) is not None:
-            axes = (*laid.axes[: dims[0]], product(laid.axes[dims[0] : dims[1]]), *laid.axes[dims[1] :])
-            laid = self.layout.view(laid, axes)
-        return laid
+    def together(self, laid: Laid, tokens: Axis) -> Laid:
+        """Tokens that lie apart in a product, or over several dimensions, where the first of them lies."""
+        return self.layout.rearrange(laid, gathered(laid.axes, tokens))
 
     def apart(self, laid: Laid, tokens: Axis) -> Laid:
         """Tokens within a sum that is a factor, `b·(1 + n)`: the sum on a dimension of its own."""

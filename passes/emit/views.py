@@ -132,6 +132,39 @@ class Layout:
             node = self.call(aten.expand.default, node, self.lengths(source))
         return self.reshape(node, source, tuple(product(factors) for factors in wanted))
 
+    def rearrange(self, laid: Laid, target: Axes) -> Laid:
+        """The same factors in another order, over several dimensions or within the segments of a sum."""
+        source = laid.axes
+        dim = next((d for d, (one, two) in enumerate(zip(source, target, strict=True)) if _sums_differ(one, two)), None)
+        if dim is None:
+            return Laid(self._permuted(laid.node, source, target), target)
+        one, two = source[dim], target[dim]
+        if len(one.segments) > 1:
+            parts = []
+            for number, (part, wanted) in enumerate(zip(one.segments, two.segments, strict=True)):
+                node = self.segments(laid.node, source, dim, (number, number + 1))
+                axes, new = ((*source[:dim], subaxis([each]), *source[dim + 1 :]) for each in (part, wanted))
+                parts.append(self.rearrange(Laid(node, axes), new).node)
+            axes = (*source[:dim], two, *source[dim + 1 :])
+            return self.rearrange(Laid(self.call(aten.cat.default, parts, dim), axes), target)
+        apart, wanted_apart = (
+            (*axes[:dim], *(product([f]) for f in axes[dim].factors), *axes[dim + 1 :]) for axes in (source, target)
+        )
+        return self.view(self.rearrange(self.view(laid, apart), wanted_apart), target)
+
+    def _permuted(self, node: fx.Node, source: Axes, target: Axes) -> fx.Node:
+        have = [(dim, f) for dim, axis in enumerate(source) for f in axis.factors]
+        order: list[int] = []
+        for dim, axis in enumerate(target):
+            for factor in axis.factors:
+                same = [k for k, (_, f) in enumerate(have) if f == factor and k not in order]
+                order.append(min(same, key=lambda k: have[k][0] != dim))  # of pairs each stays on its dimension
+        if order != sorted(order):
+            node = self.reshape(node, source, tuple(product([f]) for _, f in have))
+            node = self.call(aten.permute.default, node, order)
+            source = tuple(product([have[k][1]]) for k in order)
+        return self.reshape(node, source, target)
+
     def narrow(self, node: fx.Node, dim: int, first: Size, last: Size, whole: Size) -> fx.Node:
         """Entries `[first, last)` of a dimension of size `whole`."""
         if first == 0 and last == whole:
@@ -191,6 +224,12 @@ def _segment_with(axis: Axis, old: Axis) -> tuple[int, int] | None:
         return None
     inside = [k for k, segment in enumerate(axis.segments) if old.atoms <= Axis((segment,)).atoms]
     return (inside[0], inside[0] + 1) if inside else None
+
+
+def _sums_differ(one: Axis, two: Axis) -> bool:
+    """Whether two axes hold sums that are not the same."""
+    sums = [f for f in one.factors if isinstance(f, Axis)], [f for f in two.factors if isinstance(f, Axis)]
+    return sums[0] != sums[1]
 
 
 def _offset(axis: Axis, border: int) -> Size:

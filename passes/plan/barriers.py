@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
-from tldr_compile.passes.axes import Atom, Axes, Axis, Kind, Typed, spread, touches
+from tldr_compile.passes.axes import Atom, Axes, Axis, Kind, Typed, touches
 from tldr_compile.passes.plan.resolution import Resolution, at, holds
 
 
@@ -68,8 +68,9 @@ def meeting_across_groupings(asked: Asked) -> str | None:
 def reducing_a_part(asked: Asked) -> str | None:
     """`[b, t, h, w]` held as one run, reduced over h and w only."""
     for use in asked.typed.uses:
-        dims = set(range(*(spread(asked.typed.reads[use.operand], asked.run) or (0, 0))))
-        if dims & set(use.dims) and not dims <= set(use.dims):
+        axes = asked.typed.reads[use.operand]
+        summed = {atom for dim in use.dims for atom in axes[dim].atoms} & asked.run.atoms
+        if summed and summed != asked.run.atoms:
             return f"it reduces over a part of {asked.run!r}, whose tokens are grouped together"
     return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, axis, product, replace, spread
+from tldr_compile.passes.axes import Atom, Axes, Axis, axis, gathered, replace
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,21 +51,19 @@ def tokens_at(run: Axis, resolution: Resolution | None) -> Axis:
 def at(axes: Axes, resolutions: Iterable[Resolution]) -> Axes:
     """Axes of the original graph as they are held at some resolutions.
 
-    A run that lies over several dimensions is held on the first of them, and the others have length 1.
+    The groups lie where the first factor of the run lay, and its others are gone: `b x h1·h2 x w1·w2` is held as
+    `b x n1·h2 x w2` where `h1·w1` is grouped.
     """
     for resolution in resolutions:
-        axes = tuple(replace(each, resolution.run, resolution.groups) for each in axes)
-        while (dims := spread(axes, resolution.run)) is not None:
-            first, last = dims
-            together = replace(product(axes[first:last]), resolution.run, resolution.groups)
-            axes = (*axes[:first], together, *(UNIT,) * (last - first - 1), *axes[last:])
+        run, groups = resolution.run, resolution.groups
+        axes = tuple(replace(each, run, groups) for each in gathered(axes, run))
     return axes
 
 
 def holds(axes: Axes, run: Axis) -> bool:
-    """Whether some axis holds the whole run, or some neighbouring ones together."""
+    """Whether some axis holds the whole run, or some do together."""
     probe = Atom(run.size)
-    return spread(axes, run) is not None or any(probe in replace(each, run, probe).atoms for each in axes)
+    return any(probe in replace(each, run, probe).atoms for each in gathered(axes, run))
 
 
 def of_run(resolutions: Iterable[Resolution], run: Axis) -> Resolution | None:

@@ -236,21 +236,21 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
             f"its tokens {tokens!r} are not those of the residual stream {_text(axes)}: it attends within another "
             "grid, as of padded or shifted windows, or of a pooled map"
         )
-    run = _lying_together(axes, runs[0])
+    run = _laid_along(axes, runs[0])
     if run is None:
-        return f"its tokens {tokens!r} do not lie together in the residual stream {_text(axes)}"
+        return f"its tokens {tokens!r} are not held whole by the residual stream {_text(axes)}"
     return Stream(node, before, run, product(f for f in _beside(flow.typed, node, run) if f not in run.atoms))
 
 
-def _lying_together(axes: Axes, run: Axis) -> Axis | None:
-    """The run as the stream holds it: whole segments, or neighbouring factors in whatever order the stream has them."""
+def _laid_along(axes: Axes, run: Axis) -> Axis | None:
+    """The run as the stream holds it: whole segments, or factors of one product in the order that the stream has."""
     if len(run.segments) > 1:
         return run if sum(find(axis, run) is not None for axis in axes) == 1 else None
-    products = [axis.factors for axis in axes] + [segment for axis in axes for segment in _segments(axis)]
-    for factors in (*products, tuple(factor for axis in axes for factor in axis.factors)):
-        own = [place for place, factor in enumerate(factors) if factor in run.atoms]
-        if len(own) == len(run.factors) and own == list(range(own[0], own[0] + len(own))):
-            return product(factors[own[0] : own[-1] + 1])
+    inside = [segment for axis in axes for segment in _segments(axis)]
+    for factors in (tuple(factor for axis in axes for factor in axis.factors), *inside):
+        own = [factor for factor in factors if factor in run.atoms]
+        if len(own) == len(run.factors) == len(set(own)):
+            return product(own)
     return None
 
 

@@ -56,8 +56,8 @@ TAILS: dict[str, tuple[str, Callable[[nn.Module, Tensor], Tensor], str]] = {
         "it reduces over a part of t·h·w, whose tokens are grouped together",
     ),
     "holding_a_part": (
-        "joint",
-        lambda m, x: x.reshape(-1, T, PLACES, C).transpose(1, 2),
+        "grid",
+        lambda m, x: F.pad(x, (0, 0, 1, 0)),
         "it needs the tokens along t·h·w one by one: ",
     ),
     "taking_the_batch_apart": (
