@@ -114,6 +114,7 @@ def make_plan(analysis: Analysis, options: Options) -> Plan:
         analysis.misses,
         options.entries,
         default=options.is_default_schedule,
+        grouping=options.grouping,
         merged_outputs=options.outputs == "merged",
         asks=options.asks,
     )

@@ -51,6 +51,7 @@ class Operators(Protocol):
 
     # --- merging ---
 
+    def unit(self, metric: Tensor) -> Tensor: ...
     def shift(self, after: Tensor, before: Tensor) -> Tensor: ...
     def group(
         self,

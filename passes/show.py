@@ -73,7 +73,7 @@ def _step(plan: Plan, node: fx.Node, step: Step) -> Iterator[str]:
 
 def _merges(plan: Plan, node: fx.Node) -> Iterator[str]:
     for merge in plan.merges_after(node):
-        yield f"{node.name}: site {merge.site.index} merges {merge.count} tokens of {merge.target.run!r}"
+        yield f"{node.name}: site {merge.site.index} merges {merge.count} of {merge.grouping}"
 
 
 def _conversion(conversion: Conversion, value: fx.Node) -> str:

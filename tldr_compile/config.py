@@ -21,6 +21,7 @@ _CHOICES: Final[Mapping[str, Collection[str]]] = {
     "outputs": ("restore", "merged"),
     "pooling": ("mass", "plain"),
     "on_nothing": ("raise", "warn"),
+    "grouping": ("auto", "each", "shared", "blocks"),
 }
 _SWITCHES: Final = ("proportional", "verify")
 
@@ -45,6 +46,9 @@ class TokenMerging:
     proportional: whether later attention adds the logarithm of the mass of its keys.
     protect: the tokens that are never merged: those that no pixel made, or at least so many that lead.
     clip: the names of the inputs that carry the video, where that cannot be told.
+    grouping: what one grouping holds for. Each value of a site's batch (each frame) by itself; all frames alike, where
+        all outputs depend on all of them anyway; or blocks of tokens that a later operator joins. "auto" takes the
+        finest, and a coarser one where that removes an operator that would need the full length, and costs less.
     on_nothing: what happens when there is no site to merge at.
     verify: check the rewritten graph against its definition on the example inputs.
     inductor: options for Inductor; kept as a tuple of pairs.
@@ -61,6 +65,7 @@ class TokenMerging:
     proportional: bool = True
     protect: Literal["auto"] | int = "auto"
     clip: str | Sequence[str] = "auto"
+    grouping: Literal["auto", "each", "shared", "blocks"] = "auto"
     on_nothing: Literal["raise", "warn"] = "raise"
     verify: bool = False
     # Inductor's values need not be hashable; equality still sees them.

@@ -20,7 +20,7 @@ from tldr_compile.passes import show
 from tldr_compile.passes.axes import Axes, Axis
 from tldr_compile.passes.plan import Entry, Plan, Resolution, at, cost
 from tldr_compile.passes.refusal import Refusal
-from tldr_compile.passes.sites import AnySite, RefusedSite, maximal_runs
+from tldr_compile.passes.sites import AnySite, RefusedSite, Site, maximal_runs
 from tldr_compile.passes.sizes import Size
 from tldr_compile.passes.sources import line_of
 
@@ -53,6 +53,15 @@ class Report:
     def sites(self) -> list[dict[str, Any]]:
         """One entry per self-attention over clip tokens, in execution order."""
         return [self._site(site) for site in self.plan.sites]
+
+    @cached_property
+    def groupings(self) -> dict[str, list[int]]:
+        """Why sites do not group their tokens in the finest way, or in no coarser one: each reason, and the sites."""
+        found: dict[str, list[int]] = {}
+        for site in self.plan.sites:
+            for reason in self.plan.choices[site].reasons if isinstance(site, Site) else ():
+                found.setdefault(reason, []).append(site.index)
+        return found
 
     @cached_property
     def restorations(self) -> list[dict[str, Any]]:
@@ -88,6 +97,7 @@ class Report:
             "schedule": list(self.plan.schedule),
             "default_schedule": self._default,
             "sites": self.sites,
+            "groupings": self.groupings,
             "restorations": self.restorations,
             "not_attention": [_refused(each) for each in self.plan.misses],
             "not_sites": [_refused(each) for each in self.plan.others],
@@ -109,6 +119,7 @@ class Report:
             "tokens": repr(site.tokens),
             "batch": repr(site.clip_batch),
             "layout": site.layout,
+            "grouping": str(self.plan.choices[site].grouping) if isinstance(site, Site) else "",
             "stream": repr(axis),
             "tokens_in": _plain(before),
             "tokens_out": _plain(after),
@@ -140,9 +151,9 @@ class Report:
         else:
             before = after = self.plan.held(site.stream.node)
         for axis in self.plan.typed.value(site.stream.node).axes:
-            if axis.atoms >= site.stream.run.atoms:
+            if axis.atoms >= site.stream.finest.run.atoms:
                 return axis, (before, after)
-        return site.stream.run, (before, after)
+        return site.stream.finest.run, (before, after)
 
     def _restorations(self) -> Iterator[dict[str, Any]]:
         for each in self.plan.restored():
@@ -161,14 +172,16 @@ class Report:
         lines = [f"tldr-compile: schedule {shown}{default}", saved]
         if self.nothing:
             lines.append(f"nothing is merged: {self.nothing}")
-        columns = ("index", "node", "tokens", "batch", "layout", "tokens_in", "tokens_out", "protected")
-        header = ("site", "attention", "tokens", "per batch of", "layout", "in", "out", "protected", "what is done")
+        columns = ("index", "node", "tokens", "batch", "layout", "grouping", "tokens_in", "tokens_out", "protected")
+        names = ("tokens", "per batch of", "layout", "grouping", "in", "out", "protected", "what is done")
+        header = ("site", "attention", *names)
         rows = [
             (*(str(site[key]) for key in columns), site["inserted"] or f"{site['status']}: {_told(site)}")
             for site in self.sites
         ]
         rows = list(_folded(rows))
         lines += _table(header, rows) if rows else ["no attention over clip tokens"]
+        lines += [f"grouping of sites {_spans(numbers)}: {reason}" for reason, numbers in self.groupings.items()]
         for each in self.plan.restored():
             what = f"{each.value.name} [{_text(self.plan.typed.value(each.value).axes)}]"
             lines.append(f"restored: {what} for {Refusal(each.node, each.reason)}")
@@ -214,6 +227,13 @@ def _out_of_sight(plan: Plan) -> bool:
 def _whole(site: AnySite) -> bool:
     """Whether all tokens of a site are the clip's: none is protected."""
     return sum(run.size for run in maximal_runs(site.tokens)) == site.tokens.size
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers, neighbours as one: `1-3, 7`."""
+    starts = [k for k, each in enumerate(numbers) if k == 0 or each != numbers[k - 1] + 1]
+    spans = [numbers[one:two] for one, two in zip(starts, [*starts[1:], len(numbers)], strict=True)]
+    return ", ".join(f"{span[0]}-{span[-1]}" if len(span) > 1 else str(span[0]) for span in spans)
 
 
 def _folded(rows: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:

@@ -43,11 +43,11 @@ def asked(policy: Policy) -> bool:
 
 
 def heads_apart(layout: Layout, site: Site, laid: Laid) -> Laid:
-    """`[..., N, d]` as `[batch, heads, N, d]`: the clip's batch first, and heads follow it, so this is a view."""
+    """`[..., N, d]` as `[batch, heads, N, d]`; a view, where heads follow the clip's batch."""
     batch = set(site.clip_batch.factors)
     leading = [factor for axis in laid.axes[:-2] for factor in axis.factors]
     apart = product(f for f in leading if f in batch), product(f for f in leading if f not in batch)
-    return layout.view(laid, (*apart, *laid.axes[-2:]))
+    return layout.rearrange(laid, (*apart, *laid.axes[-2:]))
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Fused:
         )
         attended, sharpness = (self._layout.call(getitem, pair, k) for k in range(2))
         evidence = self._evidence(site, step, operands[1], sharpness)
-        axes = (*query.axes[:-1], value.axes[-1])
-        return self._layout.reshape(attended, axes, result), evidence
+        laid = Laid(attended, (*query.axes[:-1], value.axes[-1]))
+        return self._layout.rearrange(laid, result).node, evidence
 
     def _sharpness(self, site: Site) -> fx.Node:
         """The sharpness alone."""
@@ -136,9 +136,9 @@ class Fused:
         batch, heads = site.clip_batch, site.heads
         if addend is None or query[:-2] == (batch, heads):
             return addend
-        lengths, call = self._layout.lengths, self._layout.call
-        addend = call(aten.expand.default, addend, lengths((*query[:-1], key[-2])))
-        return call(aten.reshape.default, addend, lengths((batch, heads, query[-2], key[-2])))
+        axes = (*query[:-1], key[-2])
+        wide = self._layout.call(aten.expand.default, addend, self._layout.lengths(axes))
+        return self._layout.rearrange(Laid(wide, axes), (batch, heads, query[-2], key[-2])).node
 
     def _evidence(self, site: Site, step: Step, keys: Laid, sharpness: fx.Node) -> Evidence:
         return Evidence(step.held, _by_token(site, step.held, sharpness), keys)

@@ -5,14 +5,14 @@ stream, evidence  --readings-->  metric, saliency  --group-->  Grouped  --down--
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import Axis, find, product, subaxis
+from tldr_compile.passes.axes import UNIT, Axes, Axis, find, product, subaxis
 from tldr_compile.passes.emit.attention import Evidence, heads_apart
 from tldr_compile.passes.emit.resample import Converter, Grouped, holding
 from tldr_compile.passes.emit.views import Laid, Layout, segment_of
@@ -26,9 +26,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Reader:
-    """What a merge can ask of its site, by name: each an answer laid along the tokens of the stream, `[B, N, ...]`.
+    """What a merge can ask of its site, by name: each an answer laid along the tokens of the stream.
 
-    `stream` is what is merged, `before` what the attention was added to, both where the merge starts; `before` is
+    Where several tokens are grouped as one (a block, or the same place of all frames), `[B, N, J, ...]` has one answer
+    for each. `stream` is what is merged, `before` what the attention was added to, both where the merge starts; `before` is
     emitted when it is asked for. `evidence` is there if the attention was asked for any.
     """
 
@@ -47,15 +48,51 @@ class Reader:
     def batch_and_tokens(self) -> tuple[Axis, Axis]:
         return self.merge.target.batch, tokens_at(self.merge.target.run, self.merge.source)
 
-    def told(self, measure: Measure) -> fx.Node | None:
+    @property
+    def _places(self) -> Axes:
+        """Batch and tokens, and what is joined in each."""
+        joined = self.merge.grouping.joined
+        return (*self.batch_and_tokens, *([joined] if joined != UNIT else []))
+
+    def saliency(self) -> fx.Node | None:
+        """What the signal says of every group of joined tokens: of their mean number, of all of their rows."""
+        answers = []
+        for laid in map(self.read, self.policy.signal.reads):
+            node = laid.node
+            if self._joins and len(laid.axes) == len(self._places):
+                node = self._layout.call(aten.mean.dim, node, [2])
+            elif self._joins:
+                node = self._layout.reshape(node, laid.axes, (*laid.axes[:2], product(laid.axes[2:])))
+            answers.append(node)
+        return self._said(self.policy.signal, answers)
+
+    def metric(self) -> fx.Node:
+        """What is compared: of joined tokens, one behind the other, so that the cosine is the mean of theirs."""
+        measure, (batch, tokens) = self.policy.comparison, self.batch_and_tokens
+        readings = [self.read(name) for name in measure.reads]
+        if not self._joins:
+            return self._said(measure, [each.node for each in readings])  # type: ignore[return-value]
+        joined = self.merge.grouping.joined
+        rows = (product((batch, joined)), tokens)
+        answers = [self._layout.arrange(each.node, each.axes, (*rows, *each.axes[3:])) for each in readings]
+        said = self._layout.call(self.converter.operators.unit, self._said(measure, answers))
+        lengths = self._layout.lengths
+        apart = self._layout.call(aten.reshape.default, said, [*lengths((batch, joined, tokens)), -1])
+        beside = self._layout.call(aten.permute.default, apart, [0, 2, 1, 3])
+        return self._layout.call(aten.reshape.default, beside, [*lengths((batch, tokens)), -1])
+
+    @property
+    def _joins(self) -> bool:
+        return self.merge.grouping.joined != UNIT
+
+    def _said(self, measure: Measure, answers: Sequence[fx.Node]) -> fx.Node | None:
         """What a measure says; None if it reads nothing."""
-        answers = [self.read(name) for name in measure.reads]
         if measure.function is not None:
             return self._layout.call(measure.function, *answers)
         return answers[0] if answers else None
 
-    def read(self, name: str) -> fx.Node:
-        answers: Mapping[str, Callable[[], fx.Node]] = {
+    def read(self, name: str) -> Laid:
+        answers: Mapping[str, Callable[[], Laid]] = {
             "tokens": lambda: self._over_tokens(self.stream),
             "before": lambda: self._over_tokens(self.before()),
             "shift": self._shift,
@@ -64,18 +101,18 @@ class Reader:
         }
         return self._layout.once(("reading", self.merge.target, name), answers[name])
 
-    def _shift(self) -> fx.Node:
+    def _shift(self) -> Laid:
         """How far the attention moved every token; the difference is taken before it is laid along the tokens."""
         moved = self._layout.call(self.converter.operators.shift, self.stream.node, self.before().node)
         rows = self._over_tokens(Laid(moved, self.stream.axes))
-        return self._layout.call(aten.linalg_vector_norm.default, rows, 2, [-1])
+        return Laid(self._layout.call(aten.linalg_vector_norm.default, rows.node, 2, [-1]), rows.axes[:-1])
 
-    def _sharpness(self) -> fx.Node:
+    def _sharpness(self) -> Laid:
         assert self.evidence is not None
         assert self.evidence.sharpness is not None
         return self._along_stream(self.evidence.sharpness, self.evidence.held)
 
-    def _keys(self) -> fx.Node:
+    def _keys(self) -> Laid:
         """The mean over the heads."""
         assert self.evidence is not None
         site = self.merge.site
@@ -91,39 +128,38 @@ class Reader:
         mean = self._layout.call(aten.mean.dim, keys.node, [1])
         return self._along_stream(Laid(mean, (keys.axes[0], *keys.axes[2:])), self.evidence.held)
 
-    def _over_tokens(self, laid: Laid) -> fx.Node:
+    def _over_tokens(self, laid: Laid) -> Laid:
         """A value along the residual stream as rows of its clip tokens, `[B, N, C]`."""
-        batch, tokens = self.batch_and_tokens
+        tokens, places = self.batch_and_tokens[1], self._places
         laid = self.converter.apart(self.converter.together(laid, tokens), tokens)
         (dim,) = holding(laid.axes, tokens)
         place = segment_of(laid.axes[dim], tokens)
         part = self._layout.segments(laid.node, laid.axes, dim, place)
         axes = (*laid.axes[:dim], subaxis(laid.axes[dim].segments[slice(*place)]), *laid.axes[dim + 1 :])
-        rest = product(f for axis in axes for f in axis.factors if f not in (*batch.factors, *tokens.factors))
-        return self._layout.arrange(part, axes, (batch, tokens, rest))
+        told = {factor for each in places for factor in each.factors}
+        target = (*places, product(f for axis in axes for f in axis.factors if f not in told))
+        return Laid(self._layout.arrange(part, axes, target), target)
 
-    def _along_stream(self, laid: Laid, held: tuple[Resolution, ...]) -> fx.Node:
+    def _along_stream(self, laid: Laid, held: tuple[Resolution, ...]) -> Laid:
         """What a site says of its clip tokens, `[batch, tokens, ...]`, by atom along the stream `[B, N, ...]`."""
-        run, batch, rows = self.merge.target.run, self.merge.target.batch, self.merge.rows
+        run, rows = self.merge.target.run, self.merge.rows
         laid = self.converter.converted(laid, (each for each in rows if each.run != run))
-        along = piece = tokens_at(run, of_run(held, run))
-        if piece == run:
-            (piece,) = maximal_runs(self.merge.site.tokens)  # the same tokens, in the site's own order
-        place = find(laid.axes[1], piece)
+        (clip,) = maximal_runs(laid.axes[1])
+        place = find(laid.axes[1], clip)
         assert place is not None
         node = self._layout.segments(laid.node, laid.axes, 1, place)
-        source, target = (laid.axes[0], piece, *laid.axes[2:]), (batch, along, *laid.axes[2:])
+        batch, _, *joined = self._places
+        source = (laid.axes[0], clip, *laid.axes[2:])
+        target = (batch, tokens_at(run, of_run(held, run)), *joined, *laid.axes[2:])
         laid = Laid(self._layout.arrange(node, source, target), target)
-        return self.converter.converted(laid, (each for each in rows if each.run == run)).node
+        return self.converter.converted(laid, (each for each in rows if each.run == run))
 
 
 def merged(reader: Reader) -> tuple[Converter, Laid]:
     """The stream after a merge, and a converter that knows its resolution."""
     merge, converter = reader.merge, reader.converter
     call, policy = converter.layout.call, reader.policy
-    metric = reader.told(policy.comparison)
-    assert metric is not None
-    saliency = reader.told(policy.signal)
+    metric, saliency = reader.metric(), reader.saliency()
     mass, size = counts(converter, merge.source, metric, reader.batch_and_tokens)
     grouping = call(
         converter.operators.group, metric, saliency, mass, size, converter.layout.length(merge.count),

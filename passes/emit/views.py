@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -135,10 +136,10 @@ class Layout:
     def rearrange(self, laid: Laid, target: Axes) -> Laid:
         """The same factors in another order, over several dimensions or within the segments of a sum."""
         source = laid.axes
-        dim = next((d for d, (one, two) in enumerate(zip(source, target, strict=True)) if _sums_differ(one, two)), None)
-        if dim is None:
+        if Counter(_factors(source)) == Counter(_factors(target)):
             return Laid(self._permuted(laid.node, source, target), target)
-        one, two = source[dim], target[dim]
+        pairs = enumerate(zip(source, target, strict=True))  # sums differ, and they are never moved
+        dim, one, two = next((d, *pair) for d, pair in pairs if _sums(pair[0]) != _sums(pair[1]))
         if len(one.segments) > 1:
             parts = []
             for number, (part, wanted) in enumerate(zip(one.segments, two.segments, strict=True)):
@@ -226,10 +227,12 @@ def _segment_with(axis: Axis, old: Axis) -> tuple[int, int] | None:
     return (inside[0], inside[0] + 1) if inside else None
 
 
-def _sums_differ(one: Axis, two: Axis) -> bool:
-    """Whether two axes hold sums that are not the same."""
-    sums = [f for f in one.factors if isinstance(f, Axis)], [f for f in two.factors if isinstance(f, Axis)]
-    return sums[0] != sums[1]
+def _factors(axes: Axes) -> list[Factor]:
+    return [factor for axis in axes for factor in axis.factors]
+
+
+def _sums(axis: Axis) -> list[Axis]:
+    return [factor for factor in axis.factors if isinstance(factor, Axis)]
 
 
 def _offset(axis: Axis, border: int) -> Size:

@@ -5,7 +5,7 @@ x [b, n1, C]  ->  reshape to [b, t, h, w, C]      a part of the run: restored fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,94 +32,111 @@ class Asked:
         return tuple(at(axes, [self.target]) for axes in self.every if holds(axes, self.run))
 
 
-def obstacle(asked: Asked) -> str | None:
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a call cannot be done on groups; `together` are the atoms that one grouping would have to join for it."""
+
+    reason: str
+    together: frozenset[Atom] = frozenset()
+
+
+def obstacle(asked: Asked) -> Obstacle | None:
     """Why a call cannot be done on groups; None if it can."""
-    return next((reason for barrier in BARRIERS if (reason := barrier(asked)) is not None), None)
+    return next((found for barrier in BARRIERS if (found := barrier(asked)) is not None), None)
 
 
-def without_rule(asked: Asked) -> str | None:
+def without_rule(asked: Asked) -> Obstacle | None:
     """An operator of which nothing is known, or whose equations conflict: 12 = 3·4 here, 2·6 there."""
     if asked.typed.known:
         return None
-    return f"its sizes contradict each other: {asked.conflict}" if asked.conflict else "it has no typing rule"
+    contradicts = f"its sizes contradict each other: {asked.conflict}"
+    return Obstacle(contradicts if asked.conflict else "it has no typing rule")
 
 
-def mixing_tokens(asked: Asked) -> str | None:
+def mixing_tokens(asked: Asked) -> Obstacle | None:
     """A linear layer or a convolution over tokens."""
     for use in asked.typed.uses:
         if use.kind in (Kind.MIX, Kind.LINEAR):
-            reads = asked.typed.reads[use.operand]
-            if any(reads[dim].atoms & asked.run.atoms for dim in use.dims):
-                return f"it mixes the tokens along {asked.run!r}, each by its place"
+            if mixed := _touched(asked.typed.reads[use.operand], use.dims, asked.run):
+                reason = f"it mixes the tokens along {asked.run!r}, each by its place"
+                return Obstacle(reason, _part(mixed, asked.run))
     return None
 
 
-def meeting_across_groupings(asked: Asked) -> str | None:
+def meeting_across_groupings(asked: Asked) -> Obstacle | None:
     """A mean over frames that were each grouped by themselves; over frames and their groups together it is exact."""
     for use in asked.typed.uses:
         touched = {atom for dim in use.dims for atom in at(asked.typed.reads[use.operand], [asked.target])[dim].atoms}
         over = touched & asked.target.batch.atoms
         if over and (use.kind is Kind.MIX or asked.target.groups not in touched):
             does = "mixes entries along" if use.kind is Kind.MIX else "reduces over"
-            return f"it {does} {_names(over)}, and the tokens are grouped differently for each of it"
+            reason = f"it {does} {_names(over)}, and the tokens are grouped differently for each of it"
+            return Obstacle(reason, frozenset(over))
     return None
 
 
-def reducing_a_part(asked: Asked) -> str | None:
+def reducing_a_part(asked: Asked) -> Obstacle | None:
     """`[b, t, h, w]` held as one run, reduced over h and w only."""
     for use in asked.typed.uses:
-        axes = asked.typed.reads[use.operand]
-        summed = {atom for dim in use.dims for atom in axes[dim].atoms} & asked.run.atoms
-        if summed and summed != asked.run.atoms:
-            return f"it reduces over a part of {asked.run!r}, whose tokens are grouped together"
+        summed = _touched(asked.typed.reads[use.operand], use.dims, asked.run)
+        if part := _part(summed, asked.run):
+            return Obstacle(f"it reduces over a part of {asked.run!r}, whose tokens are grouped together", part)
     return None
 
 
-def holding_a_part(asked: Asked) -> str | None:
+def holding_a_part(asked: Asked) -> Obstacle | None:
     """A grid reshape: rows and columns apart."""
     for axes in asked.every:
         if not holds(axes, asked.run):
             if touches(axes, asked.run):
-                return f"it needs the tokens along {asked.run!r} one by one: {text(axes)}"
+                return Obstacle(f"it needs the tokens along {asked.run!r} one by one: {text(axes)}")
         elif touches(at(axes, [asked.target]), asked.run):
-            return f"it pairs the tokens along {asked.run!r} with a part of them: {text(axes)}"
+            return Obstacle(f"it pairs the tokens along {asked.run!r} with a part of them: {text(axes)}")
     return None
 
 
-def taking_the_batch_apart(asked: Asked) -> str | None:
+def taking_the_batch_apart(asked: Asked) -> Obstacle | None:
     """Groups without the samples or frames that they were grouped for."""
     for axes in asked.merged:
-        if lost := asked.target.batch.atoms - _told_apart(axes, asked.target.groups):
-            return f"it separates the tokens from {_names(lost)}, and they are grouped differently for each of it"
+        lost = asked.target.batch.atoms - _told_apart(axes, asked.target.groups)
+        if lost:
+            return Obstacle(
+                f"it separates the tokens from {_names(lost)}, and they are grouped differently for each of it", lost
+            )
     return None
 
 
-def pairing_groupings(asked: Asked) -> str | None:
+def pairing_groupings(asked: Asked) -> Obstacle | None:
     """Scores between frames: the groups of one beside the number of another."""
     for axes in asked.merged:
         if (pair := _ambiguous(axes, asked.target)) is not None:
-            return f"it pairs entries along {pair!r}, and the tokens are grouped differently for each of it"
+            return Obstacle(
+                f"it pairs entries along {pair!r}, and the tokens are grouped differently for each of it",
+                frozenset({pair}),
+            )
     return None
 
 
-def pairing_on_one_axis(asked: Asked) -> str | None:
+def pairing_on_one_axis(asked: Asked) -> Obstacle | None:
     """Pairs of tokens `[b, n, n]` flattened to `[b, n·n]`."""
     groups = asked.target.groups
     for axes in asked.merged:
         if any(segment.count(groups) > 1 for each in axes for segment in each.segments):
-            return f"it lays pairs of tokens along {asked.run!r} on one dimension: {text(axes)}"
+            return Obstacle(f"it lays pairs of tokens along {asked.run!r} on one dimension: {text(axes)}")
     return None
 
 
-def nesting_too_deeply(asked: Asked) -> str | None:
+def nesting_too_deeply(asked: Asked) -> Obstacle | None:
     """A run within a sum within a product within a sum."""
     for axes in asked.merged:
         if any(not _reachable(each, asked.target.groups) for each in axes):
-            return f"it holds the tokens along {asked.run!r} too deep inside of sums and products: {text(axes)}"
+            return Obstacle(
+                f"it holds the tokens along {asked.run!r} too deep inside of sums and products: {text(axes)}"
+            )
     return None
 
 
-BARRIERS: tuple[Callable[[Asked], str | None], ...] = (
+BARRIERS: tuple[Callable[[Asked], Obstacle | None], ...] = (
     without_rule,
     meeting_across_groupings,
     mixing_tokens,
@@ -130,6 +147,16 @@ BARRIERS: tuple[Callable[[Asked], str | None], ...] = (
     pairing_on_one_axis,
     nesting_too_deeply,
 )
+
+
+def _touched(axes: Axes, dims: Iterable[int], run: Axis) -> frozenset[Atom]:
+    """The atoms of a run that lie on some dimensions."""
+    return run.atoms & {atom for dim in dims for atom in axes[dim].atoms}
+
+
+def _part(atoms: frozenset[Atom], run: Axis) -> frozenset[Atom]:
+    """Some atoms of a run, if they are not all of it."""
+    return atoms if atoms < run.atoms else frozenset()
 
 
 def _told_apart(axes: Axes, groups: Atom) -> set[Atom]:

@@ -9,8 +9,9 @@ merging its operands are restored first and the operator is named (`Barrier`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -19,8 +20,19 @@ from tldr_compile.passes.axes import Atom, Axis, TypedGraph, Use
 from tldr_compile.passes.plan.resolution import Resolution, holds
 from tldr_compile.passes.plan.schedule import Entry
 from tldr_compile.passes.refusal import Refusal
-from tldr_compile.passes.sites import AnySite, Site
+from tldr_compile.passes.sites import AnySite, Grouping, Site
 from tldr_compile.passes.sizes import Size
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a site groups its tokens; `reasons` say why not more finely, or why no coarser than that."""
+
+    grouping: Grouping
+    reasons: tuple[str, ...] = ()
+
+
+Choices: TypeAlias = Mapping[Site, Choice]
 
 
 class How(Enum):
@@ -79,10 +91,11 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Barrier:
-    """Why a call is done at full length."""
+    """Why a call is done at full length; `together` are the atoms that one grouping would have to join for it."""
 
     run: Axis
     reason: str
+    together: frozenset[Atom] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Merge:
-    """After `node`, `count` tokens of the run go; `source` is the resolution it starts from.
+    """After `node`, `count` entries of the run go; `source` is the resolution it starts from.
 
     `stream` brings the residual stream to `source`; `rows` what the site says of its tokens (sharpness, keys), which
     are as the site's own scores are held; `keys` the keys to that first; `before` what the attention was added to.
@@ -106,6 +119,7 @@ class Merge:
     """
 
     site: Site
+    grouping: Grouping
     node: fx.Node
     count: Size
     source: Resolution | None
@@ -131,7 +145,7 @@ class Restored:
 class Plan:
     """Everything that the rewriter does and that the report prints.
 
-    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why.
+    `choices` say how each site groups its tokens, `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why.
     """
 
     typed: TypedGraph
@@ -140,6 +154,7 @@ class Plan:
     schedule: tuple[Entry, ...]
     merges: tuple[Merge, ...]
     steps: Mapping[fx.Node, Step]
+    choices: Choices = field(default_factory=dict)
     left_out: tuple[Site, ...] = ()
     others: tuple[Refusal, ...] = ()
 

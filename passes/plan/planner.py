@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import getitem
 
 import torch
@@ -16,13 +17,15 @@ from tldr_compile.passes.axes import Atom, Axis, Kind, Typed, TypedGraph, Value,
 from tldr_compile.passes.capture import Attention
 from tldr_compile.passes.errors import NothingToMerge
 from tldr_compile.passes.plan import cost, shares
-from tldr_compile.passes.plan.barriers import Asked, obstacle
+from tldr_compile.passes.plan.barriers import Asked, Obstacle, obstacle
+from tldr_compile.passes.plan.choice import Choices, chosen, finest
 from tldr_compile.passes.plan.plan import Barrier, Conversion, How, Merge, Plan, Scaling, Step, Weighing, Weight
 from tldr_compile.passes.plan.resolution import Resolution, holds, meet, of_run, tokens_at
-from tldr_compile.passes.plan.schedule import Entry, bind_schedule, removed
+from tldr_compile.passes.plan.schedule import Entry, bind_schedule, in_blocks, removed
 from tldr_compile.passes.plan.states import PLAIN, State, bring, doubled, how_down, joined, of_rows, told_apart, twice
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import AnySite, Site, no_sites, why_nothing
+from tldr_compile.passes.sites.dependence import Mixing
 from tldr_compile.passes.sizes import simplify
 
 _WEIGHED = frozenset({Kind.MEAN, Kind.SUM, Kind.SOFTMAX, Kind.KEYS, Kind.CONTRACT, Kind.LINEAR})
@@ -36,6 +39,7 @@ def make_plan(
     schedule: Sequence[Entry] | Entry,
     *,
     default: bool = False,
+    grouping: str = "auto",
     merged_outputs: bool = False,
     asks: Collection[str] = (),
 ) -> Plan:
@@ -48,16 +52,20 @@ def make_plan(
         raise NothingToMerge(why_nothing(sites, misses, attentions))
     entries = bind_schedule(schedule, sites, default=default)
 
-    def planned(entries: Sequence[Entry]) -> Plan:
+    def planned(entries: Sequence[Entry], choices: Choices) -> Plan:
         given = {site: entry for site, entry in zip(sites, entries, strict=True) if isinstance(site, Site)}
-        walk = _Walk(typed, given, merged_outputs, asks)
+        walk = _Walk(typed, given, choices, merged_outputs, asks)
         merges, steps = walk.run()
-        return Plan(typed, sites, misses, tuple(entries), merges, steps, others=others)
+        return Plan(typed, sites, misses, tuple(entries), merges, steps, choices, others=others)
 
     others = tuple(no_sites(typed, attentions))
-    plan = planned(entries)
+    able = [site for site in sites if isinstance(site, Site)]
+    if positive:
+        plan = chosen(grouping, able, partial(planned, entries), Mixing(typed, attentions).kept_apart)
+    else:
+        plan = planned(entries, finest(able))
     if default or not isinstance(schedule, Sequence):
-        plan = _paying(plan, planned)
+        plan = _paying(plan, lambda entries: planned(entries, plan.choices))
     if positive and not plan.merges:
         if plan.left_out:
             raise NothingToMerge(_nothing_pays(sorted(plan.left_out, key=lambda site: site.index)))
@@ -102,9 +110,15 @@ class _Walk:
     """One pass over the graph: the `State` of every value, and the `Step` of every call."""
 
     def __init__(
-        self, typed: TypedGraph, entries: Mapping[Site, Entry], merged_outputs: bool, asks: Collection[str]
+        self,
+        typed: TypedGraph,
+        entries: Mapping[Site, Entry],
+        choices: Choices,
+        merged_outputs: bool,
+        asks: Collection[str],
     ) -> None:
-        self.typed, self.entries, self.merged_outputs, self.asks = typed, entries, merged_outputs, asks
+        self.typed, self.entries, self.choices = typed, entries, choices
+        self.merged_outputs, self.asks = merged_outputs, asks
         self.states: dict[fx.Node, tuple[State, ...]] = {}
         self.steps: dict[fx.Node, Step] = {}
         self.merges: list[Merge] = []
@@ -133,13 +147,14 @@ class _Walk:
     # --- merging ---
 
     def _merge(self, node: fx.Node, site: Site, entry: Entry) -> None:
-        run, batch, state = site.stream.run, site.stream.batch, self.state(node)
+        grouping, state = self.choices[site].grouping, self.state(node)
+        run, batch = grouping.run, grouping.apart
         weight = state.weight(run)
         source = weight.resolution if weight and not weight.gone and weight.resolution.batch == batch else None
         source = of_run(state.held, run) or source
         source = source if source is not None and source.batch.atoms == batch.atoms else None
         tokens = tokens_at(run, source)
-        count = removed(entry, tokens.size)
+        count = removed(in_blocks(entry, grouping.carried.size, site), tokens.size)
         if count == 0:
             return
         number = len(self.merges) + 1
@@ -156,6 +171,7 @@ class _Walk:
         self.merges.append(
             Merge(
                 site,
+                grouping,
                 node,
                 count,
                 source,
@@ -201,15 +217,15 @@ class _Walk:
         marked = tuple(k for k, state in enumerate(states) if state.dims(run))
         as_numbers = bool(marked) and not shares.commutes(node, self.typed, run, marked)
         if target is not None:
-            reason = obstacle(Asked(typed, run, target, self.typed.conflicts.get(node)))
-            if reason is None and as_numbers:
-                reason = f"it reads probabilities over {run!r} as numbers"
-            if reason is None and self._counts_in_a_product(node, typed, run):
-                reason = "it counts tokens in a product"
-            if reason is None and any(run in state.scaled for state in states):
-                reason = f"it holds probabilities over {run!r} at full length"
-            if reason is not None:
-                barriers.append(Barrier(run, reason))
+            found = obstacle(Asked(typed, run, target, self.typed.conflicts.get(node)))
+            if found is None and as_numbers:
+                found = Obstacle(f"it reads probabilities over {run!r} as numbers")
+            if found is None and self._counts_in_a_product(node, typed, run):
+                found = Obstacle("it counts tokens in a product")
+            if found is None and any(run in state.scaled for state in states):
+                found = Obstacle(f"it holds probabilities over {run!r} at full length")
+            if found is not None:
+                barriers.append(Barrier(run, found.reason, found.together))
                 target = None
         several = enumerate(states) if as_numbers else ()
         scalings = tuple(scaling for number, state in several for scaling in self._scalings(number, state, run))

@@ -47,6 +47,21 @@ def bind_schedule(
     return (*schedule, *[0] * len(sites))[: len(sites)]
 
 
+def in_blocks(entry: Entry, block: Size, site: Site) -> Entry:
+    """An entry for a site whose tokens go in blocks of so many: a number of tokens becomes one of blocks.
+
+    Raises `ScheduleError` for a number that does not divide.
+    """
+    if not isinstance(entry, int) or block == 1:
+        return entry
+    if not isinstance(block, int) or entry % block:
+        raise ScheduleError(
+            f"schedule[{site.index}] = {entry}, but {site.name} removes its tokens in blocks of {block}: give a "
+            f"multiple of {block}, a fraction, or grouping='each'"
+        )
+    return entry // block
+
+
 def removed(entry: Entry, tokens: Size) -> Size:
     """How many tokens a schedule's entry removes: a number, or a fraction rounded down; never more than half."""
     half = tokens // 2 if isinstance(tokens, int) else FloorDiv(tokens, 2)

@@ -10,9 +10,11 @@ Nothing here knows the schedule, or what a merge costs.
 """
 
 from tldr_compile.passes.sites.find import AnySite, RefusedSite, Site, maximal_runs, no_sites, sites, why_nothing
+from tldr_compile.passes.sites.groupings import Grouping
 
 __all__ = [
     "AnySite",
+    "Grouping",
     "RefusedSite",
     "Site",
     "maximal_runs",

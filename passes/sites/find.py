@@ -28,6 +28,7 @@ from tldr_compile.passes.axes import (
 from tldr_compile.passes.capture import Attention
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import mask_analysis
+from tldr_compile.passes.sites.groupings import TIME, Grouping, has_place
 
 aten = torch.ops.aten
 
@@ -38,16 +39,14 @@ _THROUGH = frozenset({aten.clone.default, aten._to_copy.default})
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the merge of a site stands: after `node`, which holds the run of clip tokens `run`.
+    """Where the merge of a site stands: after `node`; `before` is what the attention is added to.
 
-    The run is what the attention attends along, and nothing more. `batch` is the product of all other clip atoms of
-    the stream: the grouping is computed for each of their values. `before` is what the attention is added to.
+    The finest grouping has all that the attention attends along as its run, and all else of the stream apart.
     """
 
     node: fx.Node
     before: fx.Node
-    run: Axis
-    batch: Axis
+    finest: Grouping
 
 
 @dataclass(frozen=True)
@@ -212,9 +211,10 @@ def _site(flow: Flow, index: int, attention: Attention, protect: int) -> AnySite
     if isinstance(stream, str):
         heads = product(f for f in batch.factors if not product([f]).clip)
         return RefusedSite(index, attention, tokens, batch, heads, _layout(tokens), stream)
-    beside = _beside(flow.typed, stream.node, stream.run)
+    finest = stream.finest
+    beside = _beside(flow.typed, stream.node, finest.run)
     heads = product(f for f in batch.factors if f not in beside)
-    layout = _layout(tokens, flow.typed.value(stream.node).axes, stream.run)
+    layout = _layout(tokens, flow.typed.value(stream.node).axes, finest)
     reason = _reason(flow.typed, attention, tokens, batch, heads, stream, protect)
     if reason is not None:
         return RefusedSite(index, attention, tokens, batch, heads, layout, reason)
@@ -239,7 +239,8 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
     run = _laid_along(axes, runs[0])
     if run is None:
         return f"its tokens {tokens!r} are not held whole by the residual stream {_text(axes)}"
-    return Stream(node, before, run, product(f for f in _beside(flow.typed, node, run) if f not in run.atoms))
+    apart = product(f for f in _beside(flow.typed, node, run) if f not in run.atoms)
+    return Stream(node, before, Grouping(run, apart))
 
 
 def _laid_along(axes: Axes, run: Axis) -> Axis | None:
@@ -296,9 +297,7 @@ def _reason(
         return alone
     if any(isinstance(factor, Axis) for factor in clip_batch):
         return f"its batch {batch!r} joins several clips of a sample, which could not be told apart"
-    if batch.factors != (*clip_batch, *heads.factors):
-        return f"its heads are laid before its batch: {batch!r}"
-    if set(clip_batch) != set(stream.batch.factors):
+    if set(clip_batch) != set(stream.finest.apart.factors):
         along = _text(typed.value(stream.node).axes)
         return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {along}"
     if (hidden := mask_analysis.refusal(typed, attention, run)) is not None:
@@ -311,20 +310,20 @@ def _reason(
 
 def _without_space(run: Axis) -> str | None:
     """Why a run that is no place in a picture is not merged: it is time alone, or the samples themselves."""
-    roles = {atom.role for atom in run.atoms}
-    if roles == {Role.SAMPLE}:
+    if {atom.role for atom in run.atoms} == {Role.SAMPLE}:
         return f"it attends along the samples of the batch, {run!r}"
-    if roles <= {Role.TIME, Role.FOLDED, Role.SAMPLE}:
+    if not has_place(run):
         return f"it is temporal: it attends along {run!r} only, at one place of the picture"
     return None
 
 
-def _layout(tokens: Axis, stream: Axes = (), run: Axis = UNIT) -> str:
+def _layout(tokens: Axis, stream: Axes = (), finest: Grouping | None = None) -> str:
     roles = {atom.role for atom in maximal_runs(tokens)[0].atoms}
-    time = roles & {Role.TIME, Role.FOLDED, Role.SAMPLE}
-    if time:
-        return "joint space-time" if roles - time else "temporal"
-    beside = any(run.atoms < set(segment) for axis in stream for segment in axis.segments)
+    if finest is not None and has_place(finest.run) and has_place(finest.apart):
+        return "windows"
+    if roles & TIME:
+        return "joint space-time" if roles - TIME else "temporal"
+    beside = finest and any(finest.run.atoms < set(segment) for axis in stream for segment in axis.segments)
     return "divided, spatial" if beside else "spatial"
 
 

@@ -9,7 +9,7 @@ from .grouping import Grouping, down, group, pick, up
 from .matching import MATCH, match
 from .providers import Provider, Providers
 from .reductions import REDUCTIONS, Split, Tokens, reduction
-from .reference import saliency, sharpness_of, shift
+from .reference import saliency, sharpness_of, shift, unit
 from .signals import METRICS, READINGS, SIGNALS, Measure, metric, signal
 from .sums import mean, multiply, softmax, sum  # noqa: A004
 
@@ -45,5 +45,6 @@ __all__ = [
     "signal",
     "softmax",
     "sum",
+    "unit",
     "up",
 ]

@@ -23,6 +23,7 @@ from tldr_compile.passes.emit.views import Laid, Layout
 from tldr_compile.passes.plan import Conversion, How, Merge, Plan, Resolution, Step, Weighing, Weight
 from tldr_compile.passes.sites import Site
 from tldr_compile.passes.sites.find import Stream
+from tldr_compile.passes.sites.groupings import Grouping
 
 B, N, C, R = 2, 6, 4, 2
 UNIFORM = TokenMerging(saliency="uniform")
@@ -48,9 +49,9 @@ class Toy:
     def plan(self, attention: str, **steps: Step) -> Plan:
         add, (clip,) = self.nodes["add"], self.typed.captured.graph.graph.find_nodes(op="placeholder")
         r, node = self.resolution, self.nodes[attention]
-        stream = Stream(add, clip, r.run, r.batch)
+        stream = Stream(add, clip, Grouping(r.run, r.batch))
         site = Site(0, Attention(node, clip, clip), r.run, r.batch, UNIT, "b n c", stream)
-        merge = Merge(site, add, R, None, r, (), stream=(), rows=(), keys=(), before=())
+        merge = Merge(site, stream.finest, add, R, None, r, (), stream=(), rows=(), keys=(), before=())
         known = {self.nodes[name]: step for name, step in steps.items()}
         return Plan(self.typed, (site,), (), (R,), (merge,), {node: Step(), **known})
 

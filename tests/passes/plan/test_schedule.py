@@ -12,13 +12,14 @@ from tldr_compile.passes.errors import ScheduleError
 from tldr_compile.passes.plan.schedule import bind_schedule, removed
 from tldr_compile.passes.sites import RefusedSite, Site
 from tldr_compile.passes.sites.find import Stream
+from tldr_compile.passes.sites.groupings import Grouping
 
 NODE = fx.Graph().placeholder("attention")
 PLACE = UNIT, UNIT, UNIT, "joint space-time"
 THREE = (
-    Site(0, Attention(NODE, NODE, NODE), *PLACE, Stream(NODE, NODE, UNIT, UNIT)),
+    Site(0, Attention(NODE, NODE, NODE), *PLACE, Stream(NODE, NODE, Grouping(UNIT, UNIT))),
     RefusedSite(1, Attention(NODE, NODE, NODE), *PLACE, "it is causal"),
-    Site(2, Attention(NODE, NODE, NODE), *PLACE, Stream(NODE, NODE, UNIT, UNIT)),
+    Site(2, Attention(NODE, NODE, NODE), *PLACE, Stream(NODE, NODE, Grouping(UNIT, UNIT))),
 )
 
 

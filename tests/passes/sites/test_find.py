@@ -104,7 +104,7 @@ def test_the_merge_stands_where_the_residual_step_ends(
     graph, (site,) = found(lambda clip: block(tokens(clip)).sum())
     assert isinstance(site, Site)
     assert site.stream.node is named(graph, operator)[which]
-    assert site.stream.run == site.tokens
+    assert site.stream.finest.run == site.tokens
     assert site.layout == "joint space-time"
 
 
@@ -190,14 +190,14 @@ def test_divided_attention_merges_at_its_spatial_sites() -> None:
     assert isinstance(time, RefusedSite)
     assert time.reason == "it is temporal: it attends along t only, at one place of the picture"
     assert isinstance(space, Site)
-    assert [repr(each) for each in (space.tokens, space.batch, space.stream.run)] == ["H", "b·t", "H"]
+    assert [repr(each) for each in (space.tokens, space.batch, space.stream.finest.run)] == ["H", "b·t", "H"]
 
 
 def test_attention_per_frame_merges_in_every_frame() -> None:
     site = only(lambda clip: pre_norm(F.linear(clip, EMBED).reshape(B * T, N, C)))
     assert isinstance(site, Site)
     assert site.layout == "spatial"
-    assert [repr(each) for each in (site.tokens, site.stream.batch, site.stream.run)] == ["H", "b·t", "H"]
+    assert [repr(each) for each in (site.tokens, site.stream.finest.apart, site.stream.finest.run)] == ["H", "b·t", "H"]
 
 
 def test_protected_tokens_are_no_part_of_the_run() -> None:
@@ -207,7 +207,7 @@ def test_protected_tokens_are_no_part_of_the_run() -> None:
 
     site = only(model)
     assert isinstance(site, Site)
-    assert (repr(site.tokens), repr(site.stream.run)) == ("1 + t·H + 2", "t·H")
+    assert (repr(site.tokens), repr(site.stream.finest.run)) == ("1 + t·H + 2", "t·H")
 
 
 def test_two_blocks_of_clip_tokens_are_refused() -> None:
