@@ -31,10 +31,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import timing
 from benchmarks.tables import grid, replaced
-from tests.conformance.encoders import Encoder, discover
+from tests.conformance.encoders import IMAGES, TOWERS, VIDEO, Encoder, discover
 from tests.conformance.verdict import (
+    COVERED,
     CRASHED,
+    EVERYWHERE,
     FRACTION,
+    LEAST,
+    LITTLE,
     MERGED,
     NO_RULE,
     NOT_BUILT,
@@ -44,6 +48,8 @@ from tests.conformance.verdict import (
     WRONG,
     Record,
     judge,
+    saved,
+    saves_little,
 )
 from tests.conformance.walk import walk
 
@@ -54,10 +60,22 @@ FAULTS = (WRONG, CRASHED)
 MEANING = {
     MERGED: "at every attention site, and nothing inside the model is restored",
     PARTLY: "some sites are not, or an operator inside the model needs the full length; it is named",
+    LITTLE: f"the same, and `schedule={EVERYWHERE}` saves less than {LEAST:.0%} of the operations, or nothing",
     REFUSED: "no site is, for the reason given",
     WRONG: "a law is broken",
     CRASHED: "the pass failed, or took too long",
     NOT_BUILT: "no tiny configuration of it runs here",
+}
+UNTOLD = ""
+SECTIONS = {
+    VIDEO: ("Video", "They take clips: their input has a dimension of time, or the frames of clips as its batch."),
+    TOWERS: (
+        "Towers",
+        "The vision part of a model of pixels and text: its configuration is a part of that model's. "
+        "Those that take clips as one row of patches are here.",
+    ),
+    IMAGES: ("Images", "All others."),
+    UNTOLD: ("Not told", "They come from an older walk, which did not tell what they are."),
 }
 
 T = TypeVar("T")
@@ -86,29 +104,61 @@ def ruleless(records: Iterable[Record]) -> Counter[str]:
     return found
 
 
+def groupings(record: Record) -> Counter[str]:
+    """How many sites are merged by a grouping, by grouping."""
+    merged = (site for site in record.get("sites", ()) if site["status"] == "merged")
+    return Counter(site["grouping"] for site in merged if site.get("grouping"))
+
+
+def saving(record: Record) -> str:
+    """What `EVERYWHERE` saves of a model, as a cell."""
+    if "saving" not in record:
+        return "-"
+    part, (nothing, _, _) = saved(record), (record["saving"]["nothing"] or "").partition(":")
+    told = "not known" if part is None else f"{part:.1%}"
+    return f"0%: {nothing}" if nothing else told
+
+
 def summary(records: Sequence[Record]) -> str:
     """The sums, as Markdown."""
     verdicts = Counter(record["verdict"] for record in records)
     attending = [record for record in records if record.get("attends")]
-    covered = sum(record["verdict"] in (MERGED, PARTLY) for record in attending)
+    covered = [record for record in attending if record["verdict"] in COVERED]
+    worth = sum(not saves_little(record) for record in covered)
+    unknown = sum(saved(record) is None for record in covered)
+    told = f"What {unknown} of them save is not known. " if unknown else ""
     untraced = sum(record["verdict"] == REFUSED and "attends" not in record for record in records)
     costly = ", ".join(f"`{operator}` ({count})" for operator, count in ruleless(records).most_common(8))
-    share = f"{covered} of {len(attending)} ({covered / len(attending):.0%})" if attending else "none"
     return "\n".join(
         (
             grid(("verdict", "encoders", "meaning"), ((each, str(verdicts[each]), MEANING[each]) for each in VERDICTS)),
             "",
-            f"Of the encoders that trace and have self-attention over tokens, {share} are merged or partly merged. "
-            f"{untraced} encoders do not trace: `torch.export` refuses them. "
+            "Of the encoders that trace and have self-attention over tokens, "
+            f"{_share(len(covered), len(attending))} are merged or partly merged; "
+            f"{_share(worth, len(attending))} without those known to save under {LEAST:.0%}. "
+            f"{told}{untraced} encoders do not trace: `torch.export` refuses them. "
             f"Operators without a rule, by the restorations that they cost: {costly or 'none'}.",
         )
     )
 
 
+def tables(records: Sequence[Record]) -> str:
+    """A table for every section that has models, as Markdown."""
+    parts = ((text, [each for each in records if each.get("section", UNTOLD) == key]) for key, text in SECTIONS.items())
+    return "\n\n".join(f"## {title}\n\n{meaning}\n\n{table(found)}" for (title, meaning), found in parts if found)
+
+
 def table(records: Iterable[Record]) -> str:
-    """One line per model, as Markdown."""
-    head = ("model", "verdict", "sites (merged)", "restored before", "laws", "seconds", "reason")
-    return grid(head, map(line, records))
+    """One line per model, as Markdown; those that merge best come first."""
+    saves = f"saved at {EVERYWHERE}"
+    head = ("model", "verdict", "sites (merged)", "grouping", saves, "restored before", "laws", "seconds", "reason")
+    return grid(head, map(line, sorted(records, key=rank)))
+
+
+def rank(record: Record) -> tuple[int, float, str, str]:
+    """By verdict, then by what is saved; where that is not known last."""
+    part = saved(record)
+    return VERDICTS.index(record["verdict"]), 1.0 if part is None else -part, record["name"], record["module"]
 
 
 def line(record: Record) -> tuple[str, ...]:
@@ -125,7 +175,9 @@ def line(record: Record) -> tuple[str, ...]:
         record["name"],
         record["verdict"],
         "-" if sites is None else f"{len(sites)} ({merged})",
-        ", ".join(f"`{operator}` x {count}" for operator, count in restored(record).most_common()) or "-",
+        _short(_counts(groupings(record))),
+        saving(record),
+        _counts(restored(record)),
         ", ".join(law for law, text in laws.items() if text == "kept") or "-",
         f"{record['seconds']:.0f}",
         _short("; ".join(notes)) or "-",
@@ -142,8 +194,15 @@ def page(records: Sequence[Record], absent: Mapping[str, str]) -> str:
         "The laws named are those that it keeps; Samples, that nothing which the model keeps apart (samples, frames, "
         "rows) meets by being merged, is told of those that keep something apart: it is missing for a batch of one. "
         "`python -m tests.conformance.coverage --write docs/coverage.md` makes this page.",
+        "`grouping` is of the merged sites: tokens of the `run` are merged with each other; what is `apart` has a "
+        "grouping of its own for each; what is `shared` has one for all; what is `carried` stays together.",
+        f"`saved at {EVERYWHERE}` is the part of the floating-point operations of matrix products that "
+        f"`schedule={EVERYWHERE}` saves: one fraction at every site that can merge, but for merges that cost more to "
+        "restore than they save. It is counted on the tiny model, where the patch embedding and the head weigh more, "
+        "and the blocks less, than at full size: a full-size model saves another part, and what does not pay here may "
+        "pay there.",
         summary(records),
-        table(records),
+        tables(records),
         "\n".join(missing),
     )
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -217,14 +276,24 @@ def main() -> int:
     whole = {
         "machine": timing.machine(torch.device("cpu")),
         "fraction": FRACTION,
+        "everywhere": EVERYWHERE,
         "absent": absent,
         "encoders": records,
     }
     timing.write("coverage", whole, chosen.out)
-    print(table(records), summary(records), sep="\n\n")
+    print(tables(records), summary(records), sep="\n\n")
     for path in chosen.write:
         write(path, records, absent)
     return int(any(record["verdict"] in FAULTS for record in records))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({part / whole:.0%})" if whole else "none"
+
+
+def _counts(found: Counter[str]) -> str:
+    """A cell of what was counted, the most frequent first."""
+    return ", ".join(f"`{each}` x {count}" for each, count in found.most_common()) or "-"
 
 
 def _short(text: str) -> str:

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from benchmarks.timing import RESULTS
 from tests.conformance import coverage
-from tests.conformance.coverage import MARKER, line, part, shard, summary, table, write
-from tests.conformance.encoders import Encoder, build, discover
+from tests.conformance.coverage import MARKER, line, part, shard, summary, table, tables, write
+from tests.conformance.encoders import CLIPS, IMAGES, TOWERS, VIDEO, Encoder, build, discover
+from tests.conformance.inputs import KINDS
 from tests.conformance.shrink import Recipe, shrink
 from tests.conformance.verdict import (
     CRASHED,
+    LITTLE,
     MERGED,
     NO_RULE,
     NOT_BUILT,
@@ -34,11 +36,13 @@ from tests.conformance.verdict import (
     Record,
     attends,
     judge,
+    reported,
     verdict,
 )
 from tests.conformance.walk import walk
 
 VIT = Encoder("transformers.models.vit.modeling_vit", "ViTModel")
+TIMESFORMER = Encoder("transformers.models.timesformer.modeling_timesformer", "TimesformerModel")
 CONVOLUTIONS = Encoder("transformers.models.resnet.modeling_resnet", "ResNetModel")
 KEPT = {"Zero": "kept", "Restore": "kept", "Projection": "kept", "Samples": "kept"}
 
@@ -60,8 +64,12 @@ def record(**facts: Any) -> Record:
     } | facts
 
 
-def site(status: str = "merged", reason: str = "") -> dict[str, str]:
-    return {"tokens": "h·w", "batch": "b", "status": status, "reason": reason}
+def site(status: str = "merged", reason: str = "", **facts: str) -> dict[str, str]:
+    return {"tokens": "h·w", "batch": "b", "status": status, "reason": reason} | facts
+
+
+def saving(part: float | None, nothing: str | None = None) -> dict[str, Any]:
+    return {"part": part, "nothing": nothing}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
@@ -90,6 +98,22 @@ def test_one_encoder_of_every_configuration_is_found() -> None:
     assert len(set(configs)) == len(configs) > 150
 
 
+def test_encoders_are_sorted_by_what_they_are_for() -> None:
+    """Facts of the library: a configuration that is part of one of pixels and text, or that is one itself."""
+    sections = {encoder.name: encoder.section for encoder in discover()[0]}
+    towers = ("CLIPVisionModel", "CLIPForImageClassification", "Qwen2VisionTransformerPretrainedModel")
+    assert {sections[name] for name in towers} == {TOWERS}
+    assert sections["PixtralVisionModel"] == TOWERS  # the part that a family has unless it is given another
+    assert sections["UnlimitedOcrSamVisionEncoder"] == TOWERS  # a part of a part
+    assert sections["ViTModel"] == IMAGES  # such a part too, but it has heads of its own
+    assert sections["SamModel"] == IMAGES  # it has a vision part, and reads no text
+    assert sections["PeVideoEncoder"] == VIDEO  # its pixels are called those of videos
+
+
+def test_inputs_with_time_are_made_here() -> None:
+    assert set(CLIPS) <= KINDS.keys()
+
+
 def test_a_transformer_is_merged_and_keeps_the_laws() -> None:
     stages: list[str] = []
     found = judge(VIT, stages.append)
@@ -99,6 +123,22 @@ def test_a_transformer_is_merged_and_keeps_the_laws() -> None:
     assert found["attends"]
     assert stages[0] == "building it"
     assert json.loads(json.dumps(found)) == found
+
+
+def test_what_a_video_model_saves_is_judged() -> None:
+    stages: list[str] = []
+    found = judge(TIMESFORMER, stages.append)
+    assert found["section"] == VIDEO
+    assert found["saving"]["nothing"] is None
+    assert 0.1 < found["saving"]["part"] < 0.9
+    assert "counting what schedule=0.3 saves" in stages
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_grouping_of_a_site_is_kept() -> None:
+    told = {"index": 0, "line": "", **site(grouping="run h·w; apart b")}
+    report = {"sites": [told], "restorations": [], "not_attention": [], "gflops_before": 2.0, "gflops_after": 1.0}
+    assert reported(report)["sites"] == [site(grouping="run h·w; apart b")]
 
 
 def test_convolutions_have_no_attention() -> None:
@@ -135,6 +175,11 @@ def test_attention_is_seen_without_the_pass(spelled: bool, queries: int) -> None
             (PARTLY, "b: y"),
         ),
         ({"sites": [site(), site("refused", "it is temporal")]}, (PARTLY, "it is temporal")),
+        ({"sites": [site(), site("refused", "x")], "saving": saving(None)}, (PARTLY, "x")),
+        ({"sites": [site(), site("refused", "x")], "saving": saving(0.05)}, (PARTLY, "x")),
+        ({"sites": [site(), site("refused", "x")], "saving": saving(0.049)}, (LITTLE, "x")),
+        ({"sites": [site(), site("refused", "x")], "saving": saving(0.0, "no merge pays: y")}, (LITTLE, "x")),
+        ({"sites": [site()], "saving": saving(0.01)}, (MERGED, "")),
         (
             {"sites": [site("refused", "it is causal")] * 2 + [site("refused", "it is temporal")]},
             (REFUSED, "it is causal"),
@@ -220,7 +265,7 @@ def test_the_same_encoder_is_built_the_same() -> None:
     assert torch.equal(*outputs)
 
 
-RECORDS = [
+RECORDS = [  # of an older walk: without sections, groupings and savings
     record(name="A", sites=[site()]),
     record(
         name="B",
@@ -239,16 +284,83 @@ def test_sums() -> None:
     text = summary(RECORDS)
     assert "| partly merged | 1 |" in text
     assert "| refused | 3 |" in text
-    assert "2 of 3 (67%) are merged or partly merged. 1 encoders do not trace" in text
+    assert "2 of 3 (67%) are merged or partly merged; 2 of 3 (67%) without those known to save under 5%. " in text
+    assert "What 2 of them save is not known. 1 encoders do not trace" in text
     assert "`aten.roll.default` (2)" in text
     assert "aten.reshape.default" not in text
 
 
+def test_both_numbers_are_told() -> None:
+    measured = [
+        record(name="A", sites=[site()], saving=saving(0.3)),
+        record(name="B", sites=[site()], saving=saving(0.02), verdict=LITTLE),
+        record(name="C", sites=[site()], saving=saving(None), verdict=PARTLY),
+        record(name="D", verdict=REFUSED, reason="it is causal"),
+    ]
+    text = summary(measured)
+    assert "| partly merged, saves under 5% | 1 |" in text
+    assert "3 of 4 (75%) are merged or partly merged; 2 of 4 (50%) without those known to save under 5%. " in text
+    assert "What 1 of them save is not known. 0 encoders do not trace" in text
+    assert "is not known" not in summary(measured[:2])
+
+
+def test_sections_hold_what_merges_best_first() -> None:
+    facts: list[tuple[str, str, str, float | None]] = [
+        ("Refused", IMAGES, REFUSED, None),
+        ("Less", IMAGES, MERGED, 0.1),
+        ("Unknown", IMAGES, MERGED, None),
+        ("More", IMAGES, MERGED, 0.2),
+        ("Little", IMAGES, LITTLE, 0.04),
+        ("Partly", IMAGES, PARTLY, 0.4),
+        ("Tower", TOWERS, MERGED, 0.1),
+        ("Clip", VIDEO, REFUSED, None),
+    ]
+    given = [
+        record(name=name, section=section, verdict=verdict, saving=saving(part))
+        for name, section, verdict, part in facts
+    ]
+    shown = [text.strip("# |").split(" |")[0] for text in tables(given).splitlines() if text.startswith(("## ", "| "))]
+    kept = [text for text in shown if text not in ("model", "---")]
+    images = ["More", "Less", "Unknown", "Partly", "Little", "Refused"]
+    assert kept == ["Video", "Clip", "Towers", "Tower", "Images", *images]
+
+
+def test_records_of_an_older_walk_have_a_section_of_their_own() -> None:
+    given = [*RECORDS, record(name="New", section=VIDEO)]
+    assert tables(given).index("## Video") < tables(given).index("## Not told")
+    assert "## Not told" not in tables(given[-1:])
+    assert tables(RECORDS).endswith(table(RECORDS))
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({}, ("-", "-")),
+        ({"sites": [site()], "saving": saving(0.2345)}, ("-", "23.4%")),
+        ({"sites": [site()], "saving": saving(None)}, ("-", "not known")),
+        ({"sites": [site()], "saving": saving(0.0, "no merge pays: at the sites 0, 1")}, ("-", "0%: no merge pays")),
+        (
+            {
+                "sites": [
+                    site(grouping="run h·w; apart b; shared t"),
+                    *[site(grouping="run h·w; apart b·t")] * 2,
+                    site("refused", "x", grouping="run t"),
+                ]
+            },
+            ("`run h·w; apart b·t` x 2, `run h·w; apart b; shared t` x 1", "-"),
+        ),
+    ],
+)
+def test_groupings_and_savings_are_told(facts: Record, expected: tuple[str, str]) -> None:
+    assert line(record(**facts))[3:5] == expected
+
+
 def test_lines() -> None:
-    assert line(RECORDS[0]) == ("A", "merged", "1 (1)", "-", "Zero, Restore, Projection, Samples", "1", "-")
-    assert line(RECORDS[1])[2:4] == ("2 (1)", "`aten.roll.default` x 2, `aten.reshape.default` x 1")
+    laws = "Zero, Restore, Projection, Samples"
+    assert line(RECORDS[0]) == ("A", "merged", "1 (1)", "-", "-", "-", laws, "1", "-")
+    assert line(RECORDS[1])[2:6] == ("2 (1)", "-", "-", "`aten.roll.default` x 2, `aten.reshape.default` x 1")
     assert line(RECORDS[2])[-1].startswith(r"no \| attention; its trace is not the eager model, bit for bit: output 0")
-    assert line(RECORDS[3]) == ("D", "refused", "-", "-", "-", "2", "does not trace: x")
+    assert line(RECORDS[3]) == ("D", "refused", "-", "-", "-", "-", "-", "2", "does not trace: x")
 
 
 def test_files_are_brought_up_to_date(tmp_path: Path) -> None:
@@ -259,7 +371,7 @@ def test_files_are_brought_up_to_date(tmp_path: Path) -> None:
         write(readme, RECORDS, {})
         write(page, RECORDS, {"modeling_x": "No module named 'y'"})
     assert readme.read_text() == f"before\n{MARKER}\n{summary(RECORDS)}\n{MARKER}\nafter\n"
-    assert table(RECORDS) in page.read_text()
+    assert tables(RECORDS) in page.read_text()
     assert "`modeling_x` does not import here: No module named 'y'" in page.read_text()
     with pytest.raises(ValueError, match="expected two lines"):
         write(other, RECORDS, {})
@@ -276,7 +388,7 @@ def test_shards_are_joined_from_the_command_line(
     files = [str(tmp_path / name / "coverage.json") for name in ("part", "whole")]
     monkeypatch.setattr(sys, "argv", ["coverage", "--join", *files, "--out", str(tmp_path)])
     assert coverage.main() == 0
-    assert capsys.readouterr().out == f"{table(RECORDS)}\n\n{summary(RECORDS)}\n"
+    assert capsys.readouterr().out == f"{tables(RECORDS)}\n\n{summary(RECORDS)}\n"
     assert json.loads((tmp_path / "coverage.json").read_text())["encoders"] == RECORDS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isnan
 from typing import Any, TypeAlias
 
 import torch
@@ -13,18 +14,22 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils import _pytree as pytree
 
 import tldr_compile
-from tests.conformance.encoders import Built, Encoder, Unbuildable, build
+from tests.conformance.encoders import VIDEO, Built, Encoder, Unbuildable, build
 from tests.laws.independence import Apart
 from tldr_compile.errors import NothingToMerge, VerificationError
 from tldr_compile.module import MergedModule
 from tldr_compile.passes.check.verify import agreement
 
-MERGED, PARTLY, REFUSED = "merged", "partly merged", "refused"
+LEAST = 0.05  # of the dense operations; a model that saves less is told apart
+MERGED, PARTLY, LITTLE, REFUSED = "merged", "partly merged", f"partly merged, saves under {LEAST:.0%}", "refused"
 WRONG, CRASHED, NOT_BUILT = "wrong", "crashed", "not built"
-VERDICTS = (MERGED, PARTLY, REFUSED, WRONG, CRASHED, NOT_BUILT)
+COVERED = (MERGED, PARTLY, LITTLE)
+VERDICTS = (*COVERED, REFUSED, WRONG, CRASHED, NOT_BUILT)
 
+EVERYWHERE = 0.3  # the schedule that savings are told of: one fraction at all sites where it pays
 FRACTION = 0.2
 HALF = 0.5  # where that is less than one token
+SITE = ("tokens", "batch", "status", "reason", "grouping")  # facts of a site that are kept
 NO_RULE = "it has no typing rule"
 CHANGED = (0, 1)  # dimensions of the inputs in which samples, frames or rows may lie apart
 
@@ -42,12 +47,13 @@ def judge(encoder: Encoder, say: Callable[[str], None]) -> Record:
 
     A model that makes the pass crash raises what the pass raised.
     """
-    facts: Record = {"name": encoder.name, "module": encoder.module}
+    facts: Record = encoder.facts
     say("building it")
     try:
         built = build(encoder)
     except (Unbuildable, ImportError) as reason:
         return facts | {"verdict": NOT_BUILT, "reason": str(reason)}
+    facts |= {"section": VIDEO} if built.video else {}
     facts |= {"sizes": built.sizes, "inputs": {name: list(value.shape) for name, value in built.inputs.items()}}
     say("tracing it")
     try:
@@ -59,7 +65,7 @@ def judge(encoder: Encoder, say: Callable[[str], None]) -> Record:
 
 
 def verdict(record: Mapping[str, Any]) -> tuple[str, str]:
-    """The verdict on a traced model, and the reason for it, from its sites, restorations and laws."""
+    """The verdict on a traced model, and the reason for it, from its sites, restorations, laws and saving."""
     broken = [f"{law}: {text}" for law, text in record["laws"].items() if text != "kept"]
     if broken:
         return WRONG, "; ".join(broken)
@@ -71,7 +77,19 @@ def verdict(record: Mapping[str, Any]) -> tuple[str, str]:
         barriers[f"{operator}: {reason}"] += count
     if not barriers and not refused:
         return MERGED, ""
-    return PARTLY, (barriers or refused).most_common(1)[0][0]
+    return LITTLE if saves_little(record) else PARTLY, (barriers or refused).most_common(1)[0][0]
+
+
+def saved(record: Mapping[str, Any]) -> float | None:
+    """The part of the dense operations that `EVERYWHERE` saves; None where it is not known."""
+    part: float | None = record.get("saving", {}).get("part")
+    return part
+
+
+def saves_little(record: Mapping[str, Any]) -> bool:
+    """Whether it is known that less than `LEAST` is saved."""
+    part = saved(record)
+    return part is not None and part < LEAST
 
 
 def attends(program: ExportedProgram) -> bool:
@@ -104,7 +122,10 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
     zero = tldr_compile.apply(program, schedule=())
     dense, traced = _run(built.model, built.inputs), _run(program.module(), built.inputs)
     laws = {"Zero": _same(traced, _run(zero, built.inputs))}
-    report, nothing, rounding = zero.report, None, ""
+    report, nothing, rounding, saving = zero.report, None, "", {}
+    if any(site["status"] != "refused" for site in report.sites):
+        say(f"counting what schedule={EVERYWHERE} saves")
+        saving = {"saving": _saving(program)}
     if report.sites:
         say("merging it")
         try:
@@ -121,8 +142,8 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
             projection, rounding = _projected(merged, built)
             laws |= {"Projection": projection} if projection else {}
             laws |= samples
-    facts = _facts(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(dense, traced)}
-    facts |= {"softmax": any(_attention(program)), "rounding": rounding}
+    facts = reported(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(dense, traced)}
+    facts |= {"softmax": any(_attention(program)), "rounding": rounding} | saving
     return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
 
 
@@ -135,10 +156,20 @@ def _apply(program: ExportedProgram, sites: Sequence[Mapping[str, Any]]) -> Merg
         return tldr_compile.apply(program, schedule=[HALF if each else 0 for each in able])
 
 
-def _facts(report: Mapping[str, Any]) -> Record:
+def _saving(program: ExportedProgram) -> Record:
+    """The part of the operations that is saved, None where sizes depend on the data; and why nothing is merged."""
+    report = tldr_compile.explain(program, schedule=EVERYWHERE)
+    if report.nothing:
+        return {"part": 0.0, "nothing": report.nothing}
+    before, after = report.gflops
+    return {"part": None if isnan(before) or isnan(after) else 1 - after / before, "nothing": None}
+
+
+def reported(report: Mapping[str, Any]) -> Record:
+    """The facts of a report that are kept."""
     forced = Counter((each["operator"], each["reason"]) for each in report["restorations"])
     return {
-        "sites": [{key: site[key] for key in ("tokens", "batch", "status", "reason")} for site in report["sites"]],
+        "sites": [{key: site[key] for key in SITE if key in site} for site in report["sites"]],
         "restorations": [
             [operator, reason, count] for (operator, reason), count in forced.most_common() if operator != "output"
         ],

@@ -84,7 +84,7 @@ def _child(encoder: Encoder, judge: Judge, writer: Connection, complaints: int) 
 
 def _look(running: _Running, limit: float) -> Record | None:
     """The record if there is one by now: the process's own, or that it ended or was stopped without one."""
-    facts: Record = {"name": running.encoder.name, "module": running.encoder.module}
+    facts: Record = running.encoder.facts
     try:
         while running.reader.poll():
             said = running.reader.recv()
