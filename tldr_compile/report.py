@@ -20,7 +20,7 @@ from tldr_compile.passes import show
 from tldr_compile.passes.axes import Axes, Axis
 from tldr_compile.passes.plan import Entry, Plan, Resolution, at, cost
 from tldr_compile.passes.refusal import Refusal
-from tldr_compile.passes.sites import AnySite, RefusedSite, Site, maximal_runs
+from tldr_compile.passes.sites import AnySite, RefusedSite, Site, protected
 from tldr_compile.passes.sizes import Size
 from tldr_compile.passes.sources import line_of
 
@@ -111,7 +111,6 @@ class Report:
         merge = next((merge for merge in self.plan.merges if merge.site is site), None)
         axis, resolutions = self._token_axis(site)
         before, after = (at((axis,), held)[0].size for held in resolutions)
-        clip = sum(run.size for run in maximal_runs(site.tokens))
         entry = self.plan.schedule[site.index]
         return {
             "index": site.index,
@@ -123,7 +122,7 @@ class Report:
             "stream": repr(axis),
             "tokens_in": _plain(before),
             "tokens_out": _plain(after),
-            "protected": _plain(site.tokens.size - clip),
+            "protected": _plain(protected(site.tokens)),
             "status": "merged" if merge else "refused" if isinstance(site, RefusedSite) else "left",
             "reason": "" if merge else self._why_left(site, entry),
             "line": line_of(site.attention.node),
@@ -226,7 +225,7 @@ def _out_of_sight(plan: Plan) -> bool:
 
 def _whole(site: AnySite) -> bool:
     """Whether all tokens of a site are the clip's: none is protected."""
-    return sum(run.size for run in maximal_runs(site.tokens)) == site.tokens.size
+    return protected(site.tokens) == 0
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -151,6 +151,8 @@ class Projection(fx.Interpreter):
 
     def _coordinates(self, axis: Axis, factor: Factor) -> Tensor:
         """For every position along an axis its coordinate in one factor, -1 where the factor is not; `[size]`."""
+        if factor == axis:
+            return torch.arange(self._number(axis.size))
         parts = []
         for segment in axis.segments:
             sizes = [self._number(each.size) for each in segment]

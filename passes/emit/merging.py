@@ -12,14 +12,13 @@ from operator import getitem
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import UNIT, Axes, Axis, find, product, subaxis
+from tldr_compile.passes.axes import UNIT, Axes, Axis, product, subaxis
 from tldr_compile.passes.emit.attention import Evidence, heads_apart
 from tldr_compile.passes.emit.resample import Converter, Grouped, holding
 from tldr_compile.passes.emit.views import Laid, Layout, segment_of
 from tldr_compile.passes.errors import OptionError
 from tldr_compile.passes.options import Measure, Policy
 from tldr_compile.passes.plan import How, Merge, Resolution, of_run, tokens_at
-from tldr_compile.passes.sites import maximal_runs
 
 aten = torch.ops.aten
 
@@ -110,7 +109,7 @@ class Reader:
     def _sharpness(self) -> Laid:
         assert self.evidence is not None
         assert self.evidence.sharpness is not None
-        return self._along_stream(self.evidence.sharpness, self.evidence.held)
+        return self._along_stream(self.evidence.sharpness, self.evidence.held, channels=False)
 
     def _keys(self) -> Laid:
         """The mean over the heads."""
@@ -126,33 +125,31 @@ class Reader:
             )
         keys = heads_apart(self._layout, site, self.evidence.keys)
         mean = self._layout.call(aten.mean.dim, keys.node, [1])
-        return self._along_stream(Laid(mean, (keys.axes[0], *keys.axes[2:])), self.evidence.held)
+        return self._along_stream(Laid(mean, (keys.axes[0], *keys.axes[2:])), self.evidence.held, channels=True)
 
     def _over_tokens(self, laid: Laid) -> Laid:
         """A value along the residual stream as rows of its clip tokens, `[B, N, C]`."""
-        tokens, places = self.batch_and_tokens[1], self._places
+        return self._by_token(laid, self.batch_and_tokens[1], channels=True)
+
+    def _along_stream(self, laid: Laid, held: tuple[Resolution, ...], *, channels: bool) -> Laid:
+        """What a site says of its clip tokens, `[batch, tokens, ...]`, by atom along the stream `[B, N, ...]`."""
+        run, rows = self.merge.target.run, self.merge.rows
+        laid = self.converter.converted(laid, (each for each in rows if each.run != run))
+        laid = self._by_token(laid, tokens_at(run, of_run(held, run)), channels=channels)
+        return self.converter.converted(laid, (each for each in rows if each.run == run))
+
+    def _by_token(self, laid: Laid, tokens: Axis, *, channels: bool) -> Laid:
+        """The tokens out of a value: `[batch, tokens]`, what is joined in each of them, and channels if it has any."""
         laid = self.converter.apart(self.converter.together(laid, tokens), tokens)
         (dim,) = holding(laid.axes, tokens)
         place = segment_of(laid.axes[dim], tokens)
         part = self._layout.segments(laid.node, laid.axes, dim, place)
         axes = (*laid.axes[:dim], subaxis(laid.axes[dim].segments[slice(*place)]), *laid.axes[dim + 1 :])
-        told = {factor for each in places for factor in each.factors}
-        target = (*places, product(f for axis in axes for f in axis.factors if f not in told))
-        return Laid(self._layout.arrange(part, axes, target), target)
-
-    def _along_stream(self, laid: Laid, held: tuple[Resolution, ...]) -> Laid:
-        """What a site says of its clip tokens, `[batch, tokens, ...]`, by atom along the stream `[B, N, ...]`."""
-        run, rows = self.merge.target.run, self.merge.rows
-        laid = self.converter.converted(laid, (each for each in rows if each.run != run))
-        (clip,) = maximal_runs(laid.axes[1])
-        place = find(laid.axes[1], clip)
-        assert place is not None
-        node = self._layout.segments(laid.node, laid.axes, 1, place)
         batch, _, *joined = self._places
-        source = (laid.axes[0], clip, *laid.axes[2:])
-        target = (batch, tokens_at(run, of_run(held, run)), *joined, *laid.axes[2:])
-        laid = Laid(self._layout.arrange(node, source, target), target)
-        return self.converter.converted(laid, (each for each in rows if each.run == run))
+        told = {factor for each in (batch, tokens, *joined) for factor in each.factors}
+        rest = [product(f for axis in axes for f in axis.factors if f not in told)] if channels else []
+        target = (batch, tokens, *joined, *rest)
+        return Laid(self._layout.arrange(part, axes, target), target)
 
 
 def merged(reader: Reader) -> tuple[Converter, Laid]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from tldr_compile.passes.axes import Atom, Axes, Axis, Kind, Typed, touches
+from tldr_compile.passes.axes import Atom, Axes, Axis, Factor, Kind, Typed, touches
 from tldr_compile.passes.plan.resolution import Resolution, at, holds
 
 
@@ -98,11 +98,10 @@ def holding_a_part(asked: Asked) -> Obstacle | None:
 def taking_the_batch_apart(asked: Asked) -> Obstacle | None:
     """Groups without the samples or frames that they were grouped for."""
     for axes in asked.merged:
-        lost = asked.target.batch.atoms - _told_apart(axes, asked.target.groups)
+        lost = set(asked.target.batch.factors) - _told_apart(axes, asked.target.groups)
         if lost:
-            return Obstacle(
-                f"it separates the tokens from {_names(lost)}, and they are grouped differently for each of it", lost
-            )
+            reason = f"it separates the tokens from {_names(lost)}, and they are grouped differently for each of it"
+            return Obstacle(reason, frozenset(f for f in lost if isinstance(f, Atom)))
     return None
 
 
@@ -110,10 +109,8 @@ def pairing_groupings(asked: Asked) -> Obstacle | None:
     """Scores between frames: the groups of one beside the number of another."""
     for axes in asked.merged:
         if (pair := _ambiguous(axes, asked.target)) is not None:
-            return Obstacle(
-                f"it pairs entries along {pair!r}, and the tokens are grouped differently for each of it",
-                frozenset({pair}),
-            )
+            reason = f"it pairs entries along {pair!r}, and the tokens are grouped differently for each of it"
+            return Obstacle(reason, frozenset({pair}))
     return None
 
 
@@ -159,12 +156,10 @@ def _part(atoms: frozenset[Atom], run: Axis) -> frozenset[Atom]:
     return atoms if atoms < run.atoms else frozenset()
 
 
-def _told_apart(axes: Axes, groups: Atom) -> set[Atom]:
-    """The atoms whose values are at hand for every group: factors of other axes, and of the groups' own segments."""
-    beside = {f for each in axes for f in each.factors if isinstance(f, Atom)}
-    own = [
-        {f for f in segment if isinstance(f, Atom)} for each in axes for segment in each.segments if groups in segment
-    ]
+def _told_apart(axes: Axes, groups: Atom) -> set[Factor]:
+    """The factors whose values are at hand for every group: those of other axes, and of the groups' own segments."""
+    beside = {f for each in axes for f in each.factors}
+    own = [set(segment) for each in axes for segment in each.segments if groups in segment]
     return beside | (set.intersection(*own) if own else set())
 
 
@@ -185,7 +180,7 @@ def _reachable(axis: Axis, atom: Atom) -> bool:
     return atom not in axis.atoms or bool(inside) or bool(nested)
 
 
-def _names(atoms: Collection[Atom]) -> str:
+def _names(atoms: Collection[Factor]) -> str:
     return ", ".join(sorted(map(repr, atoms)))
 
 

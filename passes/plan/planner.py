@@ -13,7 +13,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import Atom, Axis, Kind, Typed, TypedGraph, Value, touches
+from tldr_compile.passes.axes import Atom, Axis, Kind, Typed, TypedGraph, Value, product, touches
 from tldr_compile.passes.capture import Attention
 from tldr_compile.passes.errors import NothingToMerge
 from tldr_compile.passes.plan import cost, shares
@@ -154,7 +154,8 @@ class _Walk:
         source = of_run(state.held, run) or source
         source = source if source is not None and source.batch.atoms == batch.atoms else None
         tokens = tokens_at(run, source)
-        count = removed(in_blocks(entry, grouping.carried.size, site), tokens.size)
+        block = product((grouping.carried, *(f for f in batch.factors if f in site.tokens.atoms)))
+        count = removed(in_blocks(entry, block.size, site), tokens.size)
         if count == 0:
             return
         number = len(self.merges) + 1
@@ -354,7 +355,7 @@ class _Walk:
             summed = {a for w in step.weighings for d in w.use.dims for a in typed.reads[w.use.operand][d].atoms}
             absent = run.atoms - atoms
             before = frozenset(atom for weight in known for atom in weight.gone)
-            known_batch = resolution.batch.atoms <= told_apart(axes, run)
+            known_batch = set(resolution.batch.factors) <= told_apart(axes, run)
             if absent == run.atoms or not absent <= before | summed or not known_batch or twice(axes, run):
                 return PLAIN
             found = State(weighed=(Weight(resolution, frozenset(absent)),))

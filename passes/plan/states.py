@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tldr_compile.passes.axes import Atom, Axes, Axis, Value
+from tldr_compile.passes.axes import Atom, Axes, Axis, Factor, Value
 from tldr_compile.passes.plan.plan import Conversion, How, Weight
 from tldr_compile.passes.plan.resolution import Resolution, holds, of_run
 
@@ -72,10 +72,10 @@ def of_rows(scored: Iterable[Resolution], target: Resolution, source: Resolution
         yield Conversion(0, target.run, held, source, How.MERGE)
 
 
-def told_apart(axes: Axes, run: Axis) -> set[Atom]:
-    """The atoms that every token has a value of: no part of a sum of batches."""
-    segments = [s for each in axes for s in each.segments if len(each.segments) == 1 or set(s) & run.atoms]
-    return {factor for segment in segments for factor in segment if isinstance(factor, Atom)}
+def told_apart(axes: Axes, run: Axis) -> set[Factor]:
+    """The factors that every token has a value of: a sum of batches as a whole, no part of it."""
+    inside = [s for each in axes for s in each.segments if len(each.segments) > 1 and set(s) & run.atoms]
+    return {factor for factors in (*inside, *(each.factors for each in axes)) for factor in factors}
 
 
 def twice(axes: Axes, run: Axis) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import TypeAlias
 
 import networkx as nx
@@ -23,12 +24,14 @@ from tldr_compile.passes.axes import (
     TypedGraph,
     find,
     product,
+    segment_size,
     subaxis,
 )
 from tldr_compile.passes.capture import Attention
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import mask_analysis
 from tldr_compile.passes.sites.groupings import TIME, Grouping, has_place
+from tldr_compile.passes.sizes import Size, simplify
 
 aten = torch.ops.aten
 
@@ -93,14 +96,28 @@ AnySite: TypeAlias = Site | RefusedSite
 
 
 def maximal_runs(axis: Axis) -> list[Axis]:
-    """The maximal runs of segments that were born from the clip."""
+    """The maximal runs of segments that were born from the clip: `h·w` of `1 + h·w`, and of `t·(1 + h·w)`."""
     runs: list[list[Segment]] = [[]]
     for segment in axis.segments:
         if segment and all(isinstance(f, Atom) and f.clip for f in segment):
             runs[-1].append(segment)
-        elif runs[-1]:
-            runs.append([])
+            continue
+        inner = [run for f in segment if isinstance(f, Axis) for run in maximal_runs(f)]
+        runs += [*([*run.segments] for run in inner), []]
     return [subaxis(run) for run in runs if run]
+
+
+def protected(axis: Axis) -> Size:
+    """How many of the tokens along an axis are none of the clip's: 3 of `t·(1 + h·w)`, for 3 frames."""
+    counts: list[Size] = []
+    for segment in axis.segments:
+        sums = [f for f in segment if isinstance(f, Axis)]
+        others = segment_size(tuple(f for f in segment if isinstance(f, Atom)))
+        if sums:
+            counts.append(others * prod(each.size for each in sums[1:]) * protected(sums[0]))
+        elif not segment or not all(f.clip for f in segment if isinstance(f, Atom)):
+            counts.append(others)
+    return simplify(sum(counts))
 
 
 @dataclass(frozen=True)
@@ -186,7 +203,7 @@ def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
     if attention.probabilities is None and attention.keys is not None:
         *batch, keys, _ = typed.value(attention.keys).axes  # type: ignore[assignment]
     runs = maximal_runs(value.axes[-2])
-    same = _clip_atoms(batch) == _clip_atoms(value.axes[:-2])
+    same = _clip_atoms(batch) == _clip_atoms(value.axes[:-2]) and _clip_atoms([keys]) == _clip_atoms([value.axes[-2]])
     return maximal_runs(keys) == runs and bool(runs) and value.clip and same
 
 
@@ -273,7 +290,7 @@ def _beside(typed: TypedGraph, stream: fx.Node, run: Axis) -> tuple[Factor, ...]
             found += axis.factors
         for segment in _segments(axis) if axis.atoms & run.atoms else ():
             if any(f in run.atoms or (isinstance(f, Axis) and f.atoms & run.atoms) for f in segment):
-                found += [f for f in segment if isinstance(f, Atom)]
+                found += [f for f in segment if isinstance(f, Atom) or not f.atoms & run.atoms]
     return tuple(f for f in dict.fromkeys(found) if not _is_channel(typed, f))
 
 
@@ -295,9 +312,7 @@ def _reason(
         return "it is causal: the order of its tokens carries meaning"
     if (alone := _without_space(run)) is not None:
         return alone
-    if any(isinstance(factor, Axis) for factor in clip_batch):
-        return f"its batch {batch!r} joins several clips of a sample, which could not be told apart"
-    if set(clip_batch) != set(stream.finest.apart.factors):
+    if set(clip_batch) != set(stream.finest.apart.factors) - tokens.atoms:
         along = _text(typed.value(stream.node).axes)
         return f"its tokens {tokens!r} over {batch!r} cannot be laid along the residual stream {along}"
     if (hidden := mask_analysis.refusal(typed, attention, run)) is not None:
@@ -318,7 +333,7 @@ def _without_space(run: Axis) -> str | None:
 
 
 def _layout(tokens: Axis, stream: Axes = (), finest: Grouping | None = None) -> str:
-    roles = {atom.role for atom in maximal_runs(tokens)[0].atoms}
+    roles = {atom.role for atom in tokens.atoms if atom.clip}
     if finest is not None and has_place(finest.run) and has_place(finest.apart):
         return "windows"
     if roles & TIME:
