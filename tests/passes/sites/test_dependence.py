@@ -24,6 +24,8 @@ from tldr_compile.passes.sites.dependence import Mixing
 B, T, N, C = 2, 3, 5, 8
 CLIP = number(B, T, N, 7)
 EMBED, SCALES, CLASS = number(C, 7), 1 + 0.2 * number(C), number(1, 1, C)
+WEIGHTS = [0.3 * number(C, C, seed=seed) for seed in range(3)]
+TIMES, BIAS, PLACES, KERNEL = number(2 * C, 4), number(T, T), 3 * number(T, 1, C), number(4, N * C, 3)
 LATER = torch.ones(T, T, dtype=torch.bool).tril()
 FRAME = torch.eye(T, dtype=torch.bool)
 
@@ -40,7 +42,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def projected(x: Tensor) -> list[Tensor]:
-    return [F.linear(norm(x), number(C, C, seed=seed)) for seed in range(3)]
+    return [F.linear(norm(x), weight) for weight in WEIGHTS]
 
 
 def attend(x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -112,8 +114,8 @@ def divided(clip: Tensor) -> Tensor:
 
 def timed(clip: Tensor, time: Tensor) -> Tensor:
     """A step of diffusion, told to every frame, as Latte tells it."""
-    shift, scale = F.linear(time, number(2 * C, 4)).chunk(2, -1)
     x = tokens(clip).flatten(0, 1)
+    shift, scale = F.linear(time, TIMES).chunk(2, -1)
     x = x * (1 + scale.repeat_interleave(T, 0)[:, None]) + shift.repeat_interleave(T, 0)[:, None]
     return over_time(over_space(x.unflatten(0, (B, T))))
 
@@ -179,9 +181,9 @@ MIXED: list[tuple[Model, tuple[Tensor, ...]]] = [
     (lambda clip: (tokens(clip) * tokens(clip).mean(-1, True).softmax(1)).sum(1), ()),
     (lambda clip: tokens(clip) + over_time(tokens(clip)).mean(1, keepdim=True), ()),
     (lambda clip: over_time(over_time(tokens(clip)), LATER), ()),  # mixed before it is causal
-    (lambda clip: over_time(tokens(clip), number(T, T)), ()),  # a bias
-    (lambda clip: over_time(tokens(clip) + 3 * number(T, 1, C)), ()),  # positions
-    (lambda clip: (F.linear(clip, EMBED).sum((1, 2)), number(4)), ()),  # what no frame reaches is left alone
+    (lambda clip: over_time(tokens(clip), BIAS), ()),  # a bias
+    (lambda clip: over_time(tokens(clip) + PLACES), ()),  # positions
+    (lambda clip: (F.linear(clip, EMBED).sum((1, 2)), SCALES + 0), ()),  # what no frame reaches is left alone
 ]
 
 
@@ -195,13 +197,13 @@ def test_what_is_mixed_moves_with_every_frame(model: Model, inputs: tuple[Tensor
 APART: list[tuple[Model, tuple[Tensor, ...], str]] = [
     (lambda clip: over_space(tokens(clip)), (), "t leave one by one"),
     (lambda clip: over_space(tokens(clip).flatten(0, 1)).mean(1), (), "t leave one by one"),
-    (lambda clip: (factorised(clip), over_space(tokens(clip))), (), "t leave one by one"),
+    (lambda clip: (lambda x: (over_time(x), over_space(x)))(tokens(clip)), (), "t leave one by one"),
     (lambda clip: over_time(tokens(clip), is_causal=True), (), "it is causal"),
     (lambda clip: over_time(tokens(clip), LATER), (), "hides some of its tokens"),
     (lambda clip: over_time(tokens(clip), torch.where(LATER, 0.0, -math.inf)), (), "hides some of its tokens"),
     (lambda clip: over_time(tokens(clip), torch.where(LATER, 0.0, -1e9)), (), "hides some of its tokens"),
     (lambda clip, mask: over_time(tokens(clip), mask), (LATER,), "differs by token and by sample"),
-    (lambda clip: spelled(tokens(clip), torch.where(LATER, 0.0, -math.inf))[0], (), "leave one by one"),
+    (lambda clip: spelled(tokens(clip), torch.where(LATER, 0.0, -math.inf))[0], (), "hides some of its tokens"),
     (lambda clip: spelled(tokens(clip), torch.where(FRAME, 0.0, -math.inf)), (), ""),
     (lambda clip, mask: spelled(tokens(clip), mask), (torch.where(FRAME, 0.0, -math.inf),), ""),
     (global_class, (), "t leave one by one"),
@@ -214,11 +216,11 @@ APART: list[tuple[Model, tuple[Tensor, ...], str]] = [
     (lambda clip, mask: (tokens(clip) * mask[:, :, None, None]).sum(1), (number(B, T).relu(),), "not known to be all"),
     (lambda clip: tokens(clip).masked_fill(FRAME[0][:, None, None], 0.0).sum(1), (), "not known to be all"),
     (lambda clip: (tokens(clip).flatten(2) @ tokens(clip).flatten(2).mT).tril(-1) @ tokens(clip).flatten(2), (), ""),
-    (lambda clip: F.conv1d(tokens(clip).flatten(2).mT, number(4, N * C, 3), padding=1), (), "not known to be all"),
+    (lambda clip: F.conv1d(tokens(clip).flatten(2).mT, KERNEL, padding=1), (), "not known to be all"),
     (lambda clip: tokens(clip)[:, 0], (), "not known to be all"),
     (lambda clip: tokens(clip).flip(1), (), "not known to be all"),
     (lambda clip: tokens(clip).amax(1), (), "not known to be all"),
-    (lambda clip: (tokens(clip)[:, :, None] + number(T, 1, C)).sum(2), (), "t leave one by one"),
+    (lambda clip: (tokens(clip)[:, :, None] + PLACES).sum(2), (), "t leave one by one"),
     (lambda clip: torch.zeros_like(tokens(clip).mean(1)), (), "not known to be all"),
     (lambda clip: tokens(clip).mean(1, True).repeat(1, T, 1, 1) * tokens(clip).tril(), (), ""),
     (lambda clip: torch.where(FRAME[0][:, None, None], tokens(clip), tokens(clip).mean(1, True)), (), ""),
@@ -233,4 +235,45 @@ def test_what_does_not_move_with_some_frame_is_kept_apart(
     apart = told(model, *inputs)
     assert apart is not None
     assert reason in apart.reason
-    print("STAYS", any(bool(each.any()) for each in stays(model, (CLIP, *inputs), 1)))
+    assert not all_move(model, *inputs)
+
+
+def test_what_the_stream_does_not_reach_does_not_matter() -> None:
+    assert told(lambda clip: (over_time(tokens(clip)), over_space(tokens(clip)))) is None
+
+
+def test_an_attention_that_nobody_told_of_mixes_nothing() -> None:
+    fused, _, _ = fuse(canonical(factorised, CLIP))
+    typed = infer(fused, clip_inputs(fused))
+    stream = named(fused.graph.graph, "linear")[0]
+    (time,) = typed.value(stream).axes[1].atoms
+    assert Mixing(typed, []).kept_apart(stream, time) is not None
+
+
+class Frames(nn.Module):
+    """An image model on every frame of a clip `[b, t, 3, h, w]`; its frames leave one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = case("clip").build()
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return self.image(clip.flatten(0, 1)).image_embeds.unflatten(0, clip.shape[:2])
+
+
+@pytest.mark.parametrize(("name", "mixed"), [("timesformer", True), ("clip", False)])
+def test_models_mix_their_frames_or_do_not(name: str, mixed: bool) -> None:
+    model = case(name, "eager").build() if mixed else Frames().eval()
+    clip = number(2, 3, 3, 24, 24)
+    with torch.no_grad():
+        captured = passes.from_export(torch.export.export(model, (clip,)))
+    analysis = passes.analyse(captured, TokenMerging())
+    mixing = Mixing(analysis.typed, analysis.attentions)
+    spatial = [each for each in analysis.sites if isinstance(each, Site)]
+    assert spatial
+    for site in spatial:
+        atoms = {atom.role: atom for atom in site.stream.batch.atoms}
+        assert set(atoms) == {Role.SAMPLE, Role.TIME}
+        assert (mixing.kept_apart(site.stream.node, atoms[Role.TIME]) is None) is mixed
+        assert mixing.kept_apart(site.stream.node, atoms[Role.SAMPLE]) is not None
+    assert any(bool(each.any()) for each in stays(model, (clip,), 1)) is not mixed
