@@ -319,5 +319,5 @@ def test_what_the_pass_saw_and_decided_can_be_read() -> None:
     environment = {**os.environ, "TORCH_LOGS": "+tldr_compile", "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", program]
     told = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True).stderr
-    shown = ("the typed graph:", "[b x t·h·w x", "the decisions:", "site 0", "merges 5 tokens", "the merged graph:")
+    shown = ("the typed graph:", "[b x t·h·w x", "the decisions:", "site 0", "merges 5 of run", "the merged graph:")
     assert [part for part in shown if part not in told] == []

@@ -20,14 +20,15 @@ def test_a_run_becomes_its_groups_wherever_it_is_held_whole() -> None:
 
 def test_a_run_over_several_dimensions_is_held_on_the_first() -> None:
     assert at((axis(B), axis(T), axis(H), axis(C)), [FIRST]) == (axis(B), N, UNIT, axis(C))
-    assert at((axis(B, T), axis(H, C)), [FIRST]) == (product([B, N, C]), UNIT)
+    assert at((axis(B, T), axis(H, C)), [FIRST]) == (product([B, N]), axis(C))
+    assert at((axis(H), axis(T)), [FIRST]) == (UNIT, N)  # the groups go with the run's first factor
 
 
 def test_what_holds_a_part_is_left_as_it_is() -> None:
     part = (axis(B), axis(T), axis(C))
     assert at(part, [FIRST]) == part
     assert not holds(part, RUN)
-    assert not holds((axis(H), axis(T)), RUN)  # in another order it is another run
+    assert not holds((concat([UNIT, axis(T)]), axis(H)), RUN)  # a part of it lies in a sum
     assert holds((axis(B), axis(T), axis(H)), RUN)
 
 

@@ -48,7 +48,8 @@ def test_rows_of_a_site_come_to_where_its_merge_starts() -> None:
 
 def test_every_token_has_a_value_of_what_is_no_part_of_a_sum_beside_it() -> None:
     assert told_apart(STREAM, RUN) == {B, T, H, C}
-    assert told_apart((concat([axis(B), axis(C)]), RUN), RUN) == {T, H}
+    both = concat([axis(B), axis(C)])
+    assert told_apart((both, RUN), RUN) == {both, T, H}
 
 
 def test_pairs_on_one_axis_are_told_from_pairs_on_two() -> None:

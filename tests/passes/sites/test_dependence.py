@@ -272,7 +272,7 @@ def test_models_mix_their_frames_or_do_not(name: str, mixed: bool) -> None:
     spatial = [each for each in analysis.sites if isinstance(each, Site)]
     assert spatial
     for site in spatial:
-        atoms = {atom.role: atom for atom in site.stream.batch.atoms}
+        atoms = {atom.role: atom for atom in site.stream.finest.apart.atoms}
         assert set(atoms) == {Role.SAMPLE, Role.TIME}
         assert (mixing.kept_apart(site.stream.node, atoms[Role.TIME]) is None) is mixed
         assert mixing.kept_apart(site.stream.node, atoms[Role.SAMPLE]) is not None
