@@ -28,8 +28,8 @@ class Reader:
     """What a merge can ask of its site, by name: each an answer laid along the tokens of the stream.
 
     Where several tokens are grouped as one (a block, or the same place of all frames), `[B, N, J, ...]` has one answer
-    for each. `stream` is what is merged, `before` what the attention was added to, both where the merge starts; `before` is
-    emitted when it is asked for. `evidence` is there if the attention was asked for any.
+    for each. `stream` is what is merged, `before` what the attention was added to, both where the merge starts;
+    `before` is emitted when it is asked for. `evidence` is there if the attention was asked for any.
     """
 
     converter: Converter

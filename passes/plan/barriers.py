@@ -56,10 +56,10 @@ def without_rule(asked: Asked) -> Obstacle | None:
 def mixing_tokens(asked: Asked) -> Obstacle | None:
     """A linear layer or a convolution over tokens."""
     for use in asked.typed.uses:
-        if use.kind in (Kind.MIX, Kind.LINEAR):
-            if mixed := _touched(asked.typed.reads[use.operand], use.dims, asked.run):
-                reason = f"it mixes the tokens along {asked.run!r}, each by its place"
-                return Obstacle(reason, _part(mixed, asked.run))
+        mixed = _touched(asked.typed.reads[use.operand], use.dims, asked.run)
+        if mixed and use.kind in (Kind.MIX, Kind.LINEAR):
+            reason = f"it mixes the tokens along {asked.run!r}, each by its place"
+            return Obstacle(reason, _part(mixed, asked.run))
     return None
 
 

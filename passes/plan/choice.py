@@ -6,7 +6,7 @@ coarser   one grouping for all frames -> attention over frames, on groups -> ...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -123,7 +123,8 @@ def _as_before(plan: Plan) -> Iterator[Choices]:
             grouping = merge.site.stream.finest.within(source.run.atoms)
             if grouping and grouping.apart.atoms == source.batch.atoms and source.run != merge.target.run:
                 reason = f"its tokens come grouped along {source.run!r}, and so they need not be restored"
-                yield {**plan.choices, merge.site: Choice(replace(grouping, run=source.run, apart=source.batch), (reason,))}
+                grouping = replace(grouping, run=source.run, apart=source.batch)
+                yield {**plan.choices, merge.site: Choice(grouping, (reason,))}
 
 
 def _sharing(choices: Choices, kept_apart: KeptApart) -> Choices:

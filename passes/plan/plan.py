@@ -145,7 +145,8 @@ class Restored:
 class Plan:
     """Everything that the rewriter does and that the report prints.
 
-    `choices` say how each site groups its tokens, `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why.
+    `choices` say how each site groups its tokens, `left_out` are the sites whose merge did not pay, `others` the
+    attentions that are no sites, and why.
     """
 
     typed: TypedGraph

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tldr_compile.passes.axes import Atom, Axes, Axis, Factor, Value
+from tldr_compile.passes.axes import Axes, Axis, Factor, Value
 from tldr_compile.passes.plan.plan import Conversion, How, Weight
 from tldr_compile.passes.plan.resolution import Resolution, holds, of_run
 

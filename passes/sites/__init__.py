@@ -9,7 +9,16 @@ the residual stream behind it; or why nothing can merge there.
 Nothing here knows the schedule, or what a merge costs.
 """
 
-from tldr_compile.passes.sites.find import AnySite, RefusedSite, Site, maximal_runs, no_sites, protected, sites, why_nothing
+from tldr_compile.passes.sites.find import (
+    AnySite,
+    RefusedSite,
+    Site,
+    maximal_runs,
+    no_sites,
+    protected,
+    sites,
+    why_nothing,
+)
 from tldr_compile.passes.sites.groupings import Grouping
 
 __all__ = [

@@ -14,7 +14,6 @@ from torch import fx
 
 from tldr_compile.passes.axes import (
     CONSTANT,
-    UNIT,
     Atom,
     Axes,
     Axis,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from tldr_compile.cli.models import device_of
 from tldr_compile.cli.outputs import check_file, check_png
 from tldr_compile.cli.picture import picture
 from tldr_compile.errors import TldrError
+from tldr_compile.inspection import Decision
 
 TIME_FIRST = ("t", "h", "w")
 
@@ -122,18 +124,36 @@ def _compiled(bar: Progress, what: str, model: Any, clip: torch.Tensor) -> Calla
     return call
 
 
-def _drawn(frames: video.Frames, merges: Sequence[Any]) -> Image.Image | None:
+def _drawn(frames: video.Frames, merges: Sequence[Decision]) -> Image.Image | None:
     """The saliency of the first merge, at full resolution, and the groups after the last one."""
-    if not merges or sorted(merges[0].labels) != sorted(TIME_FIRST):
+    if not merges:
         return None
-    order = [merges[0].labels.index(label) for label in TIME_FIRST]
-    sizes = tuple(int(size) for size in merges[0].grid)
+    first, last = merges[0], merges[-1]
+    saliency, assign = on_grid(first, first.saliency), on_grid(last, _groups(last))
+    if saliency is None or assign is None:
+        return None
+    t, h, w = saliency.shape
+    return picture(frames, (t, h, w), saliency.flatten().numpy(), assign.flatten().numpy())
 
-    def laid(values: torch.Tensor) -> Any:
-        return values[0].detach().cpu().reshape(sizes).permute(order).flatten().numpy()
 
-    t, h, w = (sizes[at] for at in order)
-    return picture(frames, (t, h, w), laid(merges[0].saliency), laid(merges[-1].assign))
+def _groups(merge: Decision) -> torch.Tensor:
+    """The group of every token, numbered anew for each value of what is grouped apart."""
+    return merge.assign + merge.assign.shape[1] * torch.arange(len(merge.assign))[:, None]
+
+
+def on_grid(merge: Decision, values: torch.Tensor) -> torch.Tensor | None:
+    """A number of every token of the first sample as `[t, h, w]`; None if they do not lie on such a grid.
+
+    A dimension that was split, `h1` and `h2`, is put together again.
+    """
+    volume, labels = merge.volume(values.detach().cpu())
+    named = {name: [k for k, label in enumerate(labels) if label[:1] == name] for name in TIME_FIRST}
+    if not all(named.values()):
+        return None
+    order = [k for dims in named.values() for k in sorted(dims, key=labels.__getitem__)]
+    rest = [k for k in range(len(labels)) if k not in order]
+    sizes = [prod(volume.shape[k] for k in dims) for dims in named.values()]
+    return volume.permute(*rest, *order)[(0,) * len(rest)].reshape(sizes)
 
 
 @contextmanager
