@@ -173,7 +173,7 @@ class _Flow:
         return self._met(node, call, out) if family in _MEETING else _filled(out, UNKNOWN)
 
     def _read(self, node: fx.Node, call: Typed, k: int) -> tuple[Tensor, Axes]:
-        """Operand `k` after the calls uses, and the axes along which its entries are still told apart."""
+        """Operand `k` as the call uses it, and the axes along which its entries are still told apart."""
         operand, axes = self.typed.operands(node)[k], call.own[k]
         levels = self.levels[operand][0] if operand in self.levels else _filled(axes, FREE)
         for use in call.uses:
@@ -223,7 +223,7 @@ class _Flow:
             tops.append(levels.expand(shape))
             places.append(own.expand(shape))
         joined = _joined(torch.stack(tops), name in _CHOICES, holes=name not in _SUMS | _ATTENTION)
-        return torch.where((joined == OWN) & ((reduce(or_, places) != held) | (held == 0)), UNKNOWN, joined)
+        return torch.where((joined == OWN) & (reduce(or_, places) != held), UNKNOWN, joined)
 
     def _may_hide(self, node: fx.Node, operand: fx.Node, own: Axes) -> bool:
         """Whether an operand may leave nothing of some values or segments of what it meets entry by entry."""
