@@ -79,7 +79,8 @@ class Mixing:
         values = self.typed.values[node]
         before = self.typed.own(node) if node in self.typed.calls else ()
         new = node.op == "placeholder" or (node in self.typed.calls and operator_name(node) not in _COPIES)
-        return new and any(each.varies for each in values) and _holds([v.axes for v in values], atom) and not _holds(before, atom)
+        held = _holds([each.axes for each in values if each.varies], atom)
+        return new and held and not _holds(before, atom)
 
 
 class _Flow:
