@@ -38,7 +38,7 @@ class Decision:
     mass: Tensor
 
     def volume(self, values: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-        """A number of every token `[B, N]` as `[*apart_grid, *grid, *joined_grid]`, and the names of these dimensions."""
+        """A number of every token `[B, N]` as `[*apart_grid, *grid, *joined_grid]`, and the names of its dimensions."""
         apart = values.reshape(*self.apart_grid, *self.grid, *(1 for _ in self.joined))
         return apart.expand(*self.apart_grid, *self.grid, *self.joined_grid), (*self.apart, *self.labels, *self.joined)
 

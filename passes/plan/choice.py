@@ -7,13 +7,13 @@ coarser   one grouping for all frames -> attention over frames, on groups -> ...
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torch import fx
 
 from tldr_compile.passes.axes import Atom, Axis
-from tldr_compile.passes.errors import OptionError
+from tldr_compile.passes.errors import OptionError, ScheduleError
 from tldr_compile.passes.plan import cost
 from tldr_compile.passes.plan.plan import Choice, Choices, How, Plan
 from tldr_compile.passes.refusal import Refusal
@@ -54,28 +54,48 @@ def chosen(option: str, sites: Sequence[Site], planned: Planned, kept_apart: Kep
 
 def _cheaper(plan: Plan, planned: Planned, kept_apart: KeptApart) -> Plan:
     """Coarser wherever that costs less; all barriers at once, or else one after the other."""
-    best, refused = cost.of(plan), dict[Site, tuple[str, ...]]()
+    best, against = cost.of(plan), Against()
     pending = True
     while pending:
         pending = False
-        for choices in _coarser(plan, kept_apart, refused):
-            trial = planned(choices)
+        for choices in _coarser(plan, kept_apart, against):
+            try:
+                trial = planned(choices)
+            except ScheduleError as indivisible:
+                for site in _changed(plan.choices, choices):
+                    against.add(site, f"a coarser grouping costs less, but {indivisible}")
+                continue
             if (price := cost.of(trial)) < best:
                 plan, best, pending = trial, price, True
                 break
-    told = {site: replace(each, reasons=(*each.reasons, *refused.get(site, ()))) for site, each in plan.choices.items()}
-    return replace(plan, choices=told)
+    return replace(plan, choices={site: against.told(site, choice) for site, choice in plan.choices.items()})
 
 
-def _coarser(plan: Plan, kept_apart: KeptApart, refused: dict[Site, tuple[str, ...]]) -> Iterator[Choices]:
-    """Groupings that remove some barrier of a plan. Why a site must not have one is put down in `refused`."""
+@dataclass(frozen=True)
+class Against:
+    """Why sites must not have a coarser grouping."""
+
+    reasons: dict[Site, dict[str, None]] = field(default_factory=dict)
+
+    def add(self, site: Site, reason: str) -> None:
+        self.reasons.setdefault(site, {})[reason] = None
+
+    def told(self, site: Site, choice: Choice) -> Choice:
+        return replace(choice, reasons=(*choice.reasons, *self.reasons.get(site, ())))
+
+
+def _changed(before: Choices, after: Choices) -> list[Site]:
+    return [site for site, choice in before.items() if choice.grouping != after[site].grouping]
+
+
+def _coarser(plan: Plan, kept_apart: KeptApart, against: Against) -> Iterator[Choices]:
+    """Groupings that remove some barrier of a plan."""
 
     def allowed(site: Site, wish: Wish) -> bool:
         apart = [a for a in wish.together if a in plan.choices[site].grouping.apart.atoms]
         for found in (kept_apart(site.stream.node, atom) for atom in apart if atom not in site.tokens.atoms):
             if found is not None:
-                told = f"{_wished(wish)}, but {found.reason_at}"
-                refused[site] = tuple(dict.fromkeys((*refused.get(site, ()), told)))
+                against.add(site, f"{_wished(wish)}, but {found.reason_at}")
                 return False
         return True
 
@@ -85,7 +105,7 @@ def _coarser(plan: Plan, kept_apart: KeptApart, refused: dict[Site, tuple[str, .
         everything = _granted(everything, wish, allowed)
     singles = [_granted(plan.choices, wish, allowed) for wish in wishes]
     for choices in (everything, *singles, *_as_before(plan)):
-        if any(choices[site].grouping != each.grouping for site, each in plan.choices.items()):
+        if _changed(plan.choices, choices):
             yield choices
 
 

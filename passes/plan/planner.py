@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from operator import getitem
 
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import Atom, Axis, Kind, Typed, TypedGraph, Value, product, touches
+from tldr_compile.passes.axes import UNIT, Atom, Axis, Kind, Typed, TypedGraph, Value, product, touches
 from tldr_compile.passes.capture import Attention
 from tldr_compile.passes.errors import NothingToMerge
 from tldr_compile.passes.plan import cost, shares
@@ -65,7 +66,7 @@ def make_plan(
     else:
         plan = planned(entries, finest(able))
     if default or not isinstance(schedule, Sequence):
-        plan = _paying(plan, lambda entries: planned(entries, plan.choices))
+        plan = _paying(plan, partial(planned, choices=plan.choices))
     if positive and not plan.merges:
         if plan.left_out:
             raise NothingToMerge(_nothing_pays(sorted(plan.left_out, key=lambda site: site.index)))
@@ -122,6 +123,7 @@ class _Walk:
         self.states: dict[fx.Node, tuple[State, ...]] = {}
         self.steps: dict[fx.Node, Step] = {}
         self.merges: list[Merge] = []
+        self.left: dict[Axis, Fraction] = {}  # what rounded to nothing, of few blocks, goes at the run's next site
 
     def run(self) -> tuple[tuple[Merge, ...], dict[fx.Node, Step]]:
         for node in self.typed.captured.graph.graph.nodes:
@@ -155,8 +157,12 @@ class _Walk:
         source = source if source is not None and source.batch.atoms == batch.atoms else None
         tokens = tokens_at(run, source)
         block = product((grouping.carried, *(f for f in batch.factors if f in site.tokens.atoms)))
-        count = removed(in_blocks(entry, block.size, site), tokens.size)
+        entry = in_blocks(entry, block.size, site)
+        before = self.left.pop(run, Fraction())
+        count = removed(entry, tokens.size, before)
         if count == 0:
+            if block != UNIT and isinstance(entry, float) and isinstance(tokens.size, int):
+                self.left[run] = before + Fraction(str(entry)) * tokens.size
             return
         number = len(self.merges) + 1
         target = Resolution(

@@ -62,15 +62,18 @@ def in_blocks(entry: Entry, block: Size, site: Site) -> Entry:
     return entry // block
 
 
-def removed(entry: Entry, tokens: Size) -> Size:
-    """How many tokens a schedule's entry removes: a number, or a fraction rounded down; never more than half."""
+def removed(entry: Entry, tokens: Size, left: Fraction = Fraction()) -> Size:
+    """How many tokens a schedule's entry removes: a number, or a fraction rounded down; never more than half.
+
+    `left` is what a fraction was rounded down by before.
+    """
     half = tokens // 2 if isinstance(tokens, int) else FloorDiv(tokens, 2)
     if isinstance(entry, int):
         wanted: Size = entry
     else:
         part = Fraction(str(entry))
         top = tokens * part.numerator
-        wanted = top // part.denominator if isinstance(top, int) else FloorDiv(top, part.denominator)
+        wanted = int(tokens * part + left) if isinstance(tokens, int) else FloorDiv(top, part.denominator)
     if isinstance(wanted, int) and isinstance(half, int):
         return min(wanted, half)
     return simplify(sympy.Min(wanted, half)) if isinstance(entry, int) else (wanted if entry <= 0.5 else half)

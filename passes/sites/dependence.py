@@ -79,8 +79,8 @@ class Mixing:
         values = self.typed.values[node]
         before = self.typed.own(node) if node in self.typed.calls else ()
         new = node.op == "placeholder" or (node in self.typed.calls and operator_name(node) not in _COPIES)
-        born = _holds([each.axes for each in values], atom) and not _holds(before, atom)
-        return new and born and any(each.varies for each in values)
+        held = _holds([each.axes for each in values if each.varies], atom)
+        return new and held and not _holds(before, atom)
 
 
 class _Flow:
@@ -174,7 +174,7 @@ class _Flow:
         return self._met(node, call, out) if family in _MEETING else _filled(out, UNKNOWN)
 
     def _read(self, node: fx.Node, call: Typed, k: int) -> tuple[Tensor, Axes]:
-        """Operand `k` after the calls uses, and the axes along which its entries are still told apart."""
+        """Operand `k` as the call uses it, and the axes along which its entries are still told apart."""
         operand, axes = self.typed.operands(node)[k], call.own[k]
         levels = self.levels[operand][0] if operand in self.levels else _filled(axes, FREE)
         for use in call.uses:
@@ -224,7 +224,7 @@ class _Flow:
             tops.append(levels.expand(shape))
             places.append(own.expand(shape))
         joined = _joined(torch.stack(tops), name in _CHOICES, holes=name not in _SUMS | _ATTENTION)
-        return torch.where((joined == OWN) & ((reduce(or_, places) != held) | (held == 0)), UNKNOWN, joined)
+        return torch.where((joined == OWN) & (reduce(or_, places) != held), UNKNOWN, joined)
 
     def _may_hide(self, node: fx.Node, operand: fx.Node, own: Axes) -> bool:
         """Whether an operand may leave nothing of some values or segments of what it meets entry by entry."""
