@@ -158,11 +158,11 @@ class _Walk:
         tokens = tokens_at(run, source)
         block = product((grouping.carried, *(f for f in batch.factors if f in site.tokens.atoms)))
         entry = in_blocks(entry, block.size, site)
-        before = self.left.pop(run, Fraction())
-        count = removed(entry, tokens.size, before)
+        left = self.left.pop(run, Fraction())
+        count = removed(entry, tokens.size, left)
         if count == 0:
             if block != UNIT and isinstance(entry, float) and isinstance(tokens.size, int):
-                self.left[run] = before + Fraction(str(entry)) * tokens.size
+                self.left[run] = left + Fraction(str(entry)) * tokens.size
             return
         number = len(self.merges) + 1
         target = Resolution(
