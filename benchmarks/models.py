@@ -106,7 +106,7 @@ def _timm(name: str) -> Callable[[], nn.Module]:
 def _qwen() -> nn.Module:
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen  # noqa: PLC0415 - loads a large module
 
-    return qwen.Qwen2_5_VisionTransformerPretrainedModel(qwen.Qwen2_5_VLVisionConfig(out_hidden_size=3584))
+    return qwen.Qwen2_5_VisionTransformerPretrainedModel(qwen.Qwen2_5_VLVisionConfig(hidden_size=1280))
 
 
 PYRAMID = {"hidden_sizes": [64, 128, 320, 512], "depths": [3, 4, 6, 3]}

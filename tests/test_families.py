@@ -86,7 +86,8 @@ def report(after: float = 70.0, **site: Any) -> dict[str, Any]:
 
     refused = [one("refused", f"product_{number}", "too far; it stands elsewhere") for number in range(2)]
     others = [{"node": "product_9", "operator": "aten.product.default", "reason": "its keys are others"}]
-    sites = [one("merged", "product", **site), one("merged", "product_3", **site), *refused]
+    left = one("left", "product_8", "merging here costs more than it saves")
+    sites = [one("merged", "product", **site), one("merged", "product_3", **site), left, *refused]
     return {
         "sites": sites,
         "not_sites": others,
@@ -98,9 +99,15 @@ def report(after: float = 70.0, **site: Any) -> dict[str, Any]:
 
 def test_a_line_says_what_is_grouped_and_why_the_rest_is_not() -> None:
     assert line("M", report(grouping="run h·w; apart b; shared t")) == (
-        *("M", "100.0", "70.0 (70%)", "`run h·w; apart b; shared t` x 2", "2 of 5"),
-        "`product`: too far (2 of 3)",
+        *("M", "100.0", "70.0 (70%)", "`run h·w; apart b; shared t` x 2", "2 of 6"),
+        "`product`: too far (2 of 4)",
     )
+
+
+def test_an_attention_that_is_no_site_is_named_by_its_operator() -> None:
+    told = report()
+    told["not_sites"] = told["not_sites"] * 3
+    assert line("M", told)[-2:] == ("2 of 8", "`aten.product.default`: its keys are others (3 of 6)")
 
 
 def test_a_report_without_groupings_tells_tokens_and_batch() -> None:

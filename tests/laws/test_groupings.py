@@ -53,11 +53,21 @@ def program(name: str, schedule: str) -> ExportedProgram:
     return export(dense(name, schedule), (noise(name, schedule),))
 
 
-def mixed(name: str, amounts: tuple[float, ...], **options: Any) -> float | list[float]:
+def option(grouping: str) -> dict[str, Any]:
+    return {"grouping": grouping} if HAS_OPTION else {}
+
+
+@cache
+def able(name: str, grouping: str) -> list[bool]:
+    """Which sites can merge."""
+    sites = tldr_compile.explain(program(name, MIX), schedule=(), **option(grouping)).sites
+    return [site["status"] != "refused" for site in sites]
+
+
+def mixed(name: str, grouping: str, amounts: tuple[float, ...]) -> float | list[float]:
     """The mix, none where nothing can merge; where that is everywhere, one fraction, so that a text says why."""
-    sites = tldr_compile.explain(program(name, MIX), schedule=(), **options).sites
     rest = cycle(amounts)
-    found = [0 if site["status"] == "refused" else next(rest) for site in sites]
+    found = [next(rest) if merges else 0 for merges in able(name, grouping)]
     return found if any(found) else amounts[0]
 
 
@@ -69,10 +79,9 @@ def allowed(name: str, grouping: str, text: str) -> bool:
 
 def attempt(name: str, grouping: str, schedule: str, amounts: tuple[float, ...], **options: Any) -> MergedModule | None:
     """The model merged; None where the table says that it may be refused."""
-    chosen: dict[str, Any] = {"grouping": grouping} if HAS_OPTION else {}
     try:
-        entries = mixed(name, amounts, **chosen) if schedule == MIX else amounts[0]
-        return tldr_compile.apply(program(name, schedule), schedule=entries, **chosen, **options)
+        entries = mixed(name, grouping, amounts) if schedule == MIX else amounts[0]
+        return tldr_compile.apply(program(name, schedule), schedule=entries, **option(grouping), **options)
     except (NothingToMerge, OptionError) as refusal:
         if not allowed(name, grouping, str(refusal)):
             raise
