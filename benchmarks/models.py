@@ -73,3 +73,59 @@ MODELS = {
         tuple(entry for fraction in FRACTIONS for entry in (0, fraction)),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Packed(Spec):
+    """Patches of all clips in one row, `[clips * t * h * w, *shape]`, and their grids `[clips, 3]`, int64."""
+
+    grid: tuple[int, int, int] = (1, 16, 16)
+
+    def inputs(self, clips: int = 1) -> tuple[Tensor, ...]:
+        return *Spec.inputs(self, clips), torch.tensor([self.grid] * clips)
+
+
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from torchvision.models import get_model  # noqa: PLC0415 - not everyone has it
+
+        return get_model(name)
+
+    return make
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from timm import create_model  # noqa: PLC0415 - not everyone has it
+
+        return create_model(name)
+
+    return make
+
+
+def _qwen() -> nn.Module:
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen  # noqa: PLC0415 - loads a large module
+
+    return qwen.Qwen2_5_VisionTransformerPretrainedModel(qwen.Qwen2_5_VLVisionConfig(hidden_size=1280))
+
+
+PYRAMID = {"hidden_sizes": [64, 128, 320, 512], "depths": [3, 4, 6, 3]}
+PICTURE, CLIP = (3, 224, 224), (3, 16, 224, 224)
+
+# Of each way in which attention is confined to a part of the tokens, or they become fewer on their way, one or two.
+FAMILIES = {
+    "timesformer-b": MODELS["timesformer-b"],
+    "vivit-b": MODELS["vivit-b"],
+    "swin-t": Spec("Swin-T", _torchvision("swin_t"), PICTURE),
+    "swin3d-t": Spec("Swin3D-T", _torchvision("swin3d_t"), CLIP),
+    "hiera-b": Spec("Hiera-B", lambda: T.HieraForImageClassification(T.HieraConfig(num_labels=1000)), PICTURE),
+    "sam-b": Spec("SAM ViT-B", lambda: T.SamVisionModel(T.SamVisionConfig()), (3, 1024, 1024)),
+    "mvit-v2-s": Spec("MViTv2-S", _torchvision("mvit_v2_s"), CLIP),
+    "maxvit-t": Spec("MaxViT-T", _torchvision("maxvit_t"), PICTURE),
+    "nest-b": Spec("NesT-B", _timm("nest_base"), PICTURE),
+    "qwen2.5-vl": Packed("Qwen2.5-VL's tower", _qwen, (1176,), clip_batch=256),
+    "pvt-v2-b2": Spec("PVTv2-B2", lambda: T.PvtV2ForImageClassification(T.PvtV2Config(**PYRAMID)), PICTURE),
+    "segformer-b2": Spec(
+        "SegFormer-B2", lambda: T.SegformerForImageClassification(T.SegformerConfig(**PYRAMID)), PICTURE
+    ),
+}

@@ -1,0 +1,222 @@
+"""Every model that needs a grouping of its own is held to the laws, whatever the pass decides about it.
+
+Two schedules: one fraction, where only what pays is merged, and a mix of fractions at all sites that can merge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+from itertools import cycle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram, export
+from torch.utils._pytree import tree_flatten
+
+import tldr_compile
+from tests.laws.accounting import dearer, miscounted, unaccounted
+from tests.laws.grouped import MODELS
+from tests.laws.independence import Apart
+from tests.laws.support import assert_same, distance, tensors
+from tldr_compile import MergedModule, NothingToMerge, OptionError, TokenMerging
+from tldr_compile.inspection import Decision, inspect
+
+ONE, MIX = "one fraction", "a mix"
+DTYPES = {ONE: torch.float32, MIX: torch.float64}
+HAS_OPTION = "grouping" in {each.name for each in fields(TokenMerging)}
+GROUPINGS = ("auto", "each", "shared", "blocks") if HAS_OPTION else ("auto",)
+FRACTIONS = (0.3, 0.1, 0.45, 0.2)
+FEW = (0.15, 0.0)
+"""So few that each token that goes has an equal among those that stay."""
+EQUALS: dict[str, Any] = {"saliency": "uniform", "proportional": True, "pooling": "mass"}
+
+every_model = pytest.mark.parametrize("name", MODELS)
+every_grouping = pytest.mark.parametrize("grouping", GROUPINGS)
+both_schedules = pytest.mark.parametrize("schedule", [ONE, MIX])
+pytestmark = pytest.mark.filterwarnings("ignore:tldr. the merged graph costs")  # these models are small
+
+
+@cache
+def dense(name: str, schedule: str = ONE) -> nn.Module:
+    return MODELS[name].build(DTYPES[schedule])
+
+
+def noise(name: str, schedule: str) -> Tensor:
+    return MODELS[name].noise().to(DTYPES[schedule])
+
+
+@cache
+def program(name: str, schedule: str) -> ExportedProgram:
+    return export(dense(name, schedule), (noise(name, schedule),))
+
+
+def option(grouping: str) -> dict[str, Any]:
+    return {"grouping": grouping} if HAS_OPTION else {}
+
+
+@cache
+def able(name: str, grouping: str) -> list[bool]:
+    """Which sites can merge."""
+    sites = tldr_compile.explain(program(name, MIX), schedule=(), **option(grouping)).sites
+    return [site["status"] != "refused" for site in sites]
+
+
+def mixed(name: str, grouping: str, amounts: tuple[float, ...]) -> float | list[float]:
+    """The mix, none where nothing can merge; where that is everywhere, one fraction, so that a text says why."""
+    rest = cycle(amounts)
+    found = [next(rest) if merges else 0 for merges in able(name, grouping)]
+    return found if any(found) else amounts[0]
+
+
+def allowed(name: str, grouping: str, text: str) -> bool:
+    """Whether the table says that this may be refused."""
+    coarser = grouping in ("shared", "blocks") and grouping != MODELS[name].takes
+    return (coarser and "grouping" in text) or any(words in text for words in MODELS[name].refused)
+
+
+def attempt(name: str, grouping: str, schedule: str, amounts: tuple[float, ...], **options: Any) -> MergedModule | None:
+    """The model merged; None where the table says that it may be refused."""
+    try:
+        entries = mixed(name, grouping, amounts) if schedule == MIX else amounts[0]
+        return tldr_compile.apply(program(name, schedule), schedule=entries, **option(grouping), **options)
+    except (NothingToMerge, OptionError) as refusal:
+        if not allowed(name, grouping, str(refusal)):
+            raise
+        return None
+
+
+@cache
+def merged(name: str, grouping: str, schedule: str) -> MergedModule | None:
+    """With the options that nobody gave."""
+    return attempt(name, grouping, schedule, FRACTIONS)
+
+
+def look(tree: Any) -> Any:
+    leaves, structure = tree_flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def off_by(outputs: Any, expected: Any) -> float:
+    return max(distance(one, two) for one, two in zip(tensors(outputs), tensors(expected), strict=True))
+
+
+@both_schedules
+@every_grouping
+@every_model
+def test_the_merged_graph_is_what_its_definition_says(name: str, grouping: str, schedule: str) -> None:
+    if (found := merged(name, grouping, schedule)) is not None:
+        for video in (noise(name, schedule), MODELS[name].rows().to(DTYPES[schedule])):
+            found.verify((video,))
+
+
+@cache
+def kept_apart(name: str, schedule: str) -> Apart:
+    """Of samples, frames, rows and columns; channels of pixels are nothing that attention keeps apart."""
+    return Apart.of(dense(name, schedule), (noise(name, schedule),), dims=(0, 2, 3, 4))
+
+
+@both_schedules
+@every_grouping
+@every_model
+def test_nothing_depends_on_what_the_dense_model_keeps_apart(name: str, grouping: str, schedule: str) -> None:
+    if (found := merged(name, grouping, schedule)) is not None:
+        apart = kept_apart(name, schedule)
+        assert any("dimension 0" in line for line in apart.compared), "every model keeps samples apart"
+        assert apart.raised(found) == []
+
+
+@both_schedules
+@every_grouping
+@every_model
+@torch.no_grad()
+def test_outputs_look_as_they_did(name: str, grouping: str, schedule: str) -> None:
+    if (found := merged(name, grouping, schedule)) is not None:
+        video = noise(name, schedule)
+        outputs, expected = found(video), dense(name, schedule)(video)
+        assert look(outputs) == look(expected)
+        assert all(each.isfinite().all() for each in tensors(outputs))
+        assert off_by(outputs, expected) > 1e-6, "it says that it merged, and changed nothing"
+
+
+@both_schedules
+@every_grouping
+@every_model
+def test_the_report_is_what_the_graph_does(name: str, grouping: str, schedule: str) -> None:
+    if (found := merged(name, grouping, schedule)) is not None:
+        assert unaccounted(found) == []
+        assert miscounted(dense(name, schedule), found, (noise(name, schedule),)) == []
+
+
+@every_grouping
+@every_model
+def test_what_nobody_wrote_down_pays(name: str, grouping: str) -> None:
+    if (found := merged(name, grouping, ONE)) is not None:
+        assert list(dearer(found)) == []
+
+
+@both_schedules
+@every_grouping
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.equal])
+@torch.no_grad()
+def test_merging_equal_tokens_changes_nothing(name: str, grouping: str, schedule: str) -> None:
+    if (found := attempt(name, grouping, schedule, FEW, **EQUALS)) is not None:
+        video = MODELS[name].rows().to(DTYPES[schedule])
+        assert all(is_pure(decision) for decision in inspect(found, video)), "the premise does not hold"
+        assert_same(found(video), dense(name, schedule)(video))
+
+
+def is_pure(decision: Decision) -> bool:
+    """Whether no group holds tokens of two rows. Rows are told by all parts of the height, in whatever order."""
+    run = torch.arange(decision.assign.shape[1]).reshape(decision.grid)
+    high = [label.startswith("h") for label in decision.labels]
+    for dim, size in enumerate(decision.grid):
+        if not high[dim]:
+            run = run.narrow(dim, 0, 1).expand(*run.shape[:dim], size, *run.shape[dim + 1 :])
+    rows = run.flatten()
+    return all(len(rows[groups == group].unique()) == 1 for groups in decision.assign for group in groups.unique())
+
+
+# --- the laws can fail ---
+
+
+def test_a_group_of_two_rows_is_not_pure() -> None:
+    def grouped(*assign: int) -> Decision:
+        groups = torch.tensor([assign])
+        return Decision(0, ("t", "h", "w"), (1, 2, 2), groups, groups, groups)
+
+    assert is_pure(grouped(0, 0, 1, 1))
+    assert is_pure(grouped(0, 1, 2, 2))
+    assert not is_pure(grouped(0, 1, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "name", ["divided: frames leave one by one", "blocks: in order", "windows: then all", "keys: memory"]
+)
+@torch.no_grad()
+def test_attention_without_mass_shows(name: str) -> None:
+    video = MODELS[name].rows().to(DTYPES[MIX])
+    found = attempt(name, "auto", MIX, FEW, **{**EQUALS, "proportional": False})
+    assert found is not None
+    assert off_by(found(video), dense(name, MIX)(video)) > 1e-3
+
+
+def test_one_grouping_for_frames_that_are_apart_shows() -> None:
+    """A merge that asks the frames after it is what the law of samples sees."""
+    name = "divided: causal"
+
+    def asking(video: Tensor) -> Tensor:
+        frames: Tensor = dense(name)(video)
+        return frames + 1e-6 * frames.mean(1, keepdim=True)
+
+    assert any("dimension 2" in line for line in kept_apart(name, ONE).raised(asking))
+
+
+def test_a_refusal_that_is_not_listed_shows() -> None:
+    assert allowed("windows: alone", "auto", "its tokens h2·w2 do not lie together in the residual stream b x h1·h2")
+    assert not allowed("windows: alone", "auto", "it is temporal")
+    assert not allowed("keys: memory", "auto", "no merge pays")
+    assert allowed("keys: memory", "blocks", "grouping='blocks': no operator joins blocks")
+    assert not allowed("blocks: in order", "blocks", "grouping='blocks': no operator joins blocks")
