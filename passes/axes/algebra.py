@@ -20,8 +20,8 @@ import sympy
 from tldr_compile.passes.sizes import Size, divide, simplify
 
 # How firmly an atom is anchored: when two lone atoms turn out to be one, the firmer name stays.
-# A constant never names what varies.
-CONSTANT, UNKNOWN, BORN = 0, 1, 2
+# A constant never names what varies; a pixel of an input is no token, though tokens are made of it.
+CONSTANT, UNKNOWN, BORN, PIXEL = 0, 1, 2, 3
 
 
 class Role(Enum):
@@ -62,12 +62,12 @@ class Atom:
     @property
     def born(self) -> bool:
         """Whether the atom is one of the clip's own dimensions, not a name for something still unknown."""
-        return self.clip and self.strength == BORN
+        return self.clip and self.strength >= BORN
 
     def part(self, size: Size, number: int) -> Atom:
         """Factor `number` of this dimension, of a size."""
         label = f"{self.label}{number}" if self.label else ""
-        return Atom(size, label, self.clip, self.strength, self.role.part)
+        return Atom(size, label, self.clip, min(self.strength, BORN), self.role.part)
 
     def __repr__(self) -> str:
         return self.label if self.clip and self.label else str(self.size)

@@ -20,6 +20,7 @@ from torch import fx
 from tldr_compile.passes.axes.algebra import (
     BORN,
     CONSTANT,
+    PIXEL,
     Atom,
     Axes,
     Axis,
@@ -36,6 +37,8 @@ from tldr_compile.passes.capture import Captured
 from tldr_compile.passes.errors import OptionError
 from tldr_compile.passes.fx_utils import named, operands, operator_name, tensors
 from tldr_compile.passes.sizes import Size, simplify, size
+
+PLACES = frozenset({Role.TIME, Role.HEIGHT, Role.WIDTH})
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,7 @@ def _input_axes(tensor: torch.Tensor, clip: bool) -> Axes:
     tokens = [("b", Role.SAMPLE), ("n", Role.TOKEN), ("c", Role.CHANNEL)]
     told = places if rank > 3 else tokens[-rank:] if rank in (2, 3) else tokens[:rank]
     return tuple(
-        born(Atom(size(s), label if clip else "", clip, BORN, role))
+        born(Atom(size(s), label if clip else "", clip, PIXEL if role in PLACES else BORN, role))
         for s, (label, role) in zip(tensor.shape, told, strict=True)
     )
 

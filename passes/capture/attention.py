@@ -266,10 +266,16 @@ def _turn(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _spell_einsum(graph: fx.Graph, node: fx.Node) -> None:
-    """Two operands and one letter to sum over: a product of matrices, and transposes around it."""
+    """One operand: a permutation. Two and one letter to sum over: a product of matrices, and transposes around it."""
     letters, _, result = str(node.args[0]).replace(" ", "").partition("->")
     names, tensors = letters.split(","), list(operands(node))
-    if "." in letters or len(names) != 2 or not result or any(len(set(each)) < len(each) for each in names):
+    if "." in letters or not result or any(len(set(each)) < len(each) for each in names):
+        return
+    if len(names) == 1 and set(letters) == set(result):
+        with graph.inserting_before(node):
+            order = [letters.index(each) for each in result]
+            _put(graph, node, insert(graph, aten.permute.default, tensors[0], order))
+    if len(names) != 2:
         return
     batch = [each for each in result if each in names[0] and each in names[1]]
     (row, column), shared = ([x for x in each if x not in batch] for each in names), set(names[0]) & set(names[1])
@@ -284,6 +290,11 @@ def _spell_einsum(graph: fx.Graph, node: fx.Node) -> None:
         two = _permuted(graph, tensors[1], names[1], [*batch, *summed, *column])
         product = insert(graph, aten.matmul.default, one, two)
         new = _permuted(graph, product, [*batch, *row, *column], result)
+    _put(graph, node, new)
+
+
+def _put(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
+    """Another node in the place of one, with what is known of that."""
     node.replace_all_uses_with(new)
     new.meta = {**node.meta, "val": new.meta["val"]}
     graph.erase_node(node)

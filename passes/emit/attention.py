@@ -42,12 +42,11 @@ def asked(policy: Policy) -> bool:
     return "sharpness" in policy.asks or "keys" in policy.asks
 
 
-def heads_apart(layout: Layout, site: Site, laid: Laid) -> Laid:
-    """`[..., N, d]` as `[batch, heads, N, d]`; a view, where heads follow the clip's batch."""
-    batch = set(site.clip_batch.factors)
-    leading = [factor for axis in laid.axes[:-2] for factor in axis.factors]
-    apart = product(f for f in leading if f in batch), product(f for f in leading if f not in batch)
-    return layout.rearrange(laid, (*apart, *laid.axes[-2:]))
+def heads_apart(layout: Layout, site: Site, held: Sequence[Resolution], laid: Laid) -> Laid:
+    """`[..., N, d]`, held so, as `[batch, heads, N, d]`; a view, where heads follow the clip's batch."""
+    (batch,) = at((site.clip_batch,), held)
+    heads = product(f for axis in laid.axes[:-2] for f in axis.factors if f not in batch.factors)
+    return layout.rearrange(laid, (batch, heads, *laid.axes[-2:]))
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Fused:
         if "sharpness" not in self.weigher.policy.asks:
             return self._attend(log_mass), Evidence(step.held, None, self.operands[1])
         if named(self.node).get("dropout_p", 0.0):  # which fused attention alone draws
-            sharpness = self._sharpness(site)
+            sharpness = self._sharpness(site, step)
             return self._attend(log_mass), self._evidence(site, step, self.operands[1], sharpness)
         return self._both(site, step, reads, result, log_mass)
 
@@ -108,37 +107,38 @@ class Fused:
         broadcast, options = self.weigher.converter.broadcast, self._options
         pairs = zip(self.operands[:3], reads[:3], strict=True)
         operands = [broadcast(each, at(axes, step.held)) for each, axes in pairs]
-        query, key, value = (heads_apart(self._layout, site, each) for each in operands)
-        options["mask"] = self._scores_apart(site, operands, options["mask"])
+        query, key, value = (heads_apart(self._layout, site, step.held, each) for each in operands)
+        options["mask"] = self._scores_apart(query, key, operands, options["mask"])
         pair = self._layout.call(
             self.weigher.converter.operators.attend_and_sharpness,
             query.node,
             key.node,
             value.node,
             **options,
-            log_mass=self._scores_apart(site, operands, log_mass),
+            log_mass=self._scores_apart(query, key, operands, log_mass),
         )
         attended, sharpness = (self._layout.call(getitem, pair, k) for k in range(2))
         evidence = self._evidence(site, step, operands[1], sharpness)
         laid = Laid(attended, (*query.axes[:-1], value.axes[-1]))
         return self._layout.rearrange(laid, result).node, evidence
 
-    def _sharpness(self, site: Site) -> fx.Node:
+    def _sharpness(self, site: Site, step: Step) -> fx.Node:
         """The sharpness alone."""
-        query, key, _ = (heads_apart(self._layout, site, each) for each in self.operands[:3])
+        query, key, _ = (heads_apart(self._layout, site, step.held, each) for each in self.operands[:3])
         options = self._options
-        options["mask"] = self._scores_apart(site, self.operands, options["mask"])
+        options["mask"] = self._scores_apart(query, key, self.operands, options["mask"])
         return self._layout.call(self.weigher.converter.operators.sharpness, query.node, key.node, **options)
 
-    def _scores_apart(self, site: Site, operands: Sequence[Laid], addend: fx.Node | None) -> fx.Node | None:
-        """An addend of the scores with heads apart; broadcast first where batch and heads share or split dimensions."""
-        query, key = operands[0].axes, operands[1].axes
-        batch, heads = site.clip_batch, site.heads
-        if addend is None or query[:-2] == (batch, heads):
+    def _scores_apart(self, query: Laid, key: Laid, operands: Sequence[Laid], addend: fx.Node | None) -> fx.Node | None:
+        """An addend of the scores with heads apart, as `query` and `key` have them; broadcast first, where it has to be.
+
+        It is along the axes of `operands`, in which batch and heads may share dimensions, or split them.
+        """
+        if addend is None or operands[0].axes[:-2] == query.axes[:-2]:
             return addend
-        axes = (*query[:-1], key[-2])
+        axes = (*operands[0].axes[:-1], operands[1].axes[-2])
         wide = self._layout.call(aten.expand.default, addend, self._layout.lengths(axes))
-        return self._layout.rearrange(Laid(wide, axes), (batch, heads, query[-2], key[-2])).node
+        return self._layout.rearrange(Laid(wide, axes), (*query.axes[:-1], key.axes[-2])).node
 
     def _evidence(self, site: Site, step: Step, keys: Laid, sharpness: fx.Node) -> Evidence:
         return Evidence(step.held, _by_token(site, step.held, sharpness), keys)
@@ -156,10 +156,10 @@ def spelled_out(
     """What is read off the probabilities where they are at hand; `to_scores` brings the keys to their resolution."""
     sharpness = None
     if "sharpness" in policy.asks:
-        apart = heads_apart(converter.layout, site, probabilities)
+        apart = heads_apart(converter.layout, site, held, probabilities)
         sharpness = _by_token(site, held, converter.layout.call(converter.operators.sharpness_of, apart.node))
     return Evidence(held, sharpness, converter.converted(keys, to_scores) if keys else None)
 
 
 def _by_token(site: Site, held: tuple[Resolution, ...], sharpness: fx.Node) -> Laid:
-    return Laid(sharpness, (site.clip_batch, *at((site.tokens,), held)))
+    return Laid(sharpness, at((site.clip_batch, site.tokens), held))

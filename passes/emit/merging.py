@@ -123,7 +123,7 @@ class Reader:
                 f"{option}={name!r} needs the keys of site {site.index} ({site.attention.node.name}), and something "
                 f"that is no scale and no mask is between their product and the softmax; use {other}"
             )
-        keys = heads_apart(self._layout, site, self.evidence.keys)
+        keys = heads_apart(self._layout, site, self.evidence.held, self.evidence.keys)
         mean = self._layout.call(aten.mean.dim, keys.node, [1])
         return self._along_stream(Laid(mean, (keys.axes[0], *keys.axes[2:])), self.evidence.held, channels=True)
 

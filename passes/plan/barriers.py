@@ -5,11 +5,11 @@ x [b, n1, C]  ->  reshape to [b, t, h, w, C]      a part of the run: restored fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
-from tldr_compile.passes.axes import Atom, Axes, Axis, Factor, Kind, Typed, touches
+from tldr_compile.passes.axes import Atom, Axes, Axis, Factor, Kind, Typed, Use, touches
 from tldr_compile.passes.plan.resolution import Resolution, at, holds
 
 
@@ -56,7 +56,7 @@ def without_rule(asked: Asked) -> Obstacle | None:
 def mixing_tokens(asked: Asked) -> Obstacle | None:
     """A linear layer or a convolution over tokens."""
     for use in asked.typed.uses:
-        mixed = _touched(asked.typed.reads[use.operand], use.dims, asked.run)
+        mixed = _touched(asked.typed.reads[use.operand], use, asked.run)
         if mixed and use.kind in (Kind.MIX, Kind.LINEAR):
             reason = f"it mixes the tokens along {asked.run!r}, each by its place"
             return Obstacle(reason, _part(mixed, asked.run))
@@ -66,7 +66,8 @@ def mixing_tokens(asked: Asked) -> Obstacle | None:
 def meeting_across_groupings(asked: Asked) -> Obstacle | None:
     """A mean over frames that were each grouped by themselves; over frames and their groups together it is exact."""
     for use in asked.typed.uses:
-        touched = {atom for dim in use.dims for atom in at(asked.typed.reads[use.operand], [asked.target])[dim].atoms}
+        held = at(asked.typed.reads[use.operand], [asked.target])
+        touched = use.part or {atom for dim in use.dims for atom in held[dim].atoms}
         over = touched & asked.target.batch.atoms
         if over and (use.kind is Kind.MIX or asked.target.groups not in touched):
             does = "mixes entries along" if use.kind is Kind.MIX else "reduces over"
@@ -78,7 +79,7 @@ def meeting_across_groupings(asked: Asked) -> Obstacle | None:
 def reducing_a_part(asked: Asked) -> Obstacle | None:
     """`[b, t, h, w]` held as one run, reduced over h and w only."""
     for use in asked.typed.uses:
-        summed = _touched(asked.typed.reads[use.operand], use.dims, asked.run)
+        summed = _touched(asked.typed.reads[use.operand], use, asked.run)
         if part := _part(summed, asked.run):
             return Obstacle(f"it reduces over a part of {asked.run!r}, whose tokens are grouped together", part)
     return None
@@ -146,9 +147,9 @@ BARRIERS: tuple[Callable[[Asked], Obstacle | None], ...] = (
 )
 
 
-def _touched(axes: Axes, dims: Iterable[int], run: Axis) -> frozenset[Atom]:
-    """The atoms of a run that lie on some dimensions."""
-    return run.atoms & {atom for dim in dims for atom in axes[dim].atoms}
+def _touched(axes: Axes, use: Use, run: Axis) -> frozenset[Atom]:
+    """The atoms of a run that lie on the dimensions of a use."""
+    return run.atoms & (use.part or {atom for dim in use.dims for atom in axes[dim].atoms})
 
 
 def _part(atoms: frozenset[Atom], run: Axis) -> frozenset[Atom]:

@@ -196,14 +196,24 @@ def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) 
 
 
 def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
-    """Whether the keys are the queries' tokens of the clip and no others of it, for each value of the same batch."""
-    value = typed.value(attention.queries)
-    keys, batch = value.axes[-1], value.axes[:-2]
+    """Whether the keys are the queries' tokens of the clip and no others of it, for each value of the same batch.
+
+    They may be one for each block of them.
+    """
+    value, (*batch, keys) = typed.value(attention.queries), _key_axes(typed, attention)
+    tokens = value.axes[-2]
+    if not value.clip or _clip_atoms(batch) != _clip_atoms(value.axes[:-2]) or not _clip_atoms([tokens]):
+        return False
+    pooled = len(maximal_runs(keys)) == len(maximal_runs(tokens)) == 1 and _clip_atoms([keys]) < _clip_atoms([tokens])
+    return maximal_runs(keys) == maximal_runs(tokens) or pooled
+
+
+def _key_axes(typed: TypedGraph, attention: Attention) -> Axes:
+    """The batch of the keys, and along which they lie."""
     if attention.probabilities is None and attention.keys is not None:
-        *batch, keys, _ = typed.value(attention.keys).axes  # type: ignore[assignment]
-    runs = maximal_runs(value.axes[-2])
-    same = _clip_atoms(batch) == _clip_atoms(value.axes[:-2]) and _clip_atoms([keys]) == _clip_atoms([value.axes[-2]])
-    return maximal_runs(keys) == runs and bool(runs) and value.clip and same
+        return typed.value(attention.keys).axes[:-1]
+    axes = typed.value(attention.queries).axes
+    return (*axes[:-2], axes[-1])
 
 
 def _clip_atoms(axes: Sequence[Axis]) -> set[Atom]:
@@ -256,7 +266,13 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
     if run is None:
         return f"its tokens {tokens!r} are not held whole by the residual stream {_text(axes)}"
     apart = product(f for f in _beside(flow.typed, node, run) if f not in run.atoms)
-    return Stream(node, before, Grouping(run, apart))
+    finest: Grouping | None = Grouping(run, apart)
+    assert finest is not None
+    if pooled := run.atoms - _key_axes(flow.typed, attention)[-1].atoms:
+        finest = finest.joining(pooled, tokens.atoms)
+    if finest is None:
+        return f"its keys are pooled over all of {_text(tuple(Axis(((each,),)) for each in pooled))}"
+    return Stream(node, before, finest)
 
 
 def _laid_along(axes: Axes, run: Axis) -> Axis | None:

@@ -35,12 +35,12 @@ class Grouping:
         return product((self.shared, self.carried))
 
     def joining(self, atoms: Collection[Atom], attended: Collection[Atom]) -> Grouping | None:
-        """One grouping for all values of some atoms; None if no place of a picture is left to be grouped."""
+        """One grouping for all values of some atoms; None if that groups whole rows or columns, or windows alike."""
         run, taken = _parted(self.run, atoms)
         apart, given = _parted(self.apart, atoms)
         shared = [f for f in given if f not in attended]
         carried = [f for f in given if f in attended]
-        if not has_place(product(run)):
+        if not has_place(product(run)) or _places(self.run) != _places(product(run)) or has_place(product(shared)):
             return None
         return Grouping(
             product(run), product(apart), product((self.shared, *shared)), product((self.carried, *taken, *carried))
@@ -61,6 +61,10 @@ class Grouping:
 def has_place(run: Axis) -> bool:
     """Whether a run has places of a picture, or tokens: time alone is not grouped, nor are samples."""
     return not {atom.role for atom in run.atoms} <= TIME
+
+
+def _places(run: Axis) -> set[Role]:
+    return {atom.role for atom in run.atoms} - TIME
 
 
 def _parted(whole: Axis, atoms: Collection[Atom]) -> tuple[list[Factor], list[Factor]]:

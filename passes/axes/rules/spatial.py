@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from tldr_compile.passes.axes.algebra import BORN, Axes, Role
 from tldr_compile.passes.axes.rules.table import Call, Kind, Operand, Typed, rule
 
@@ -39,9 +42,28 @@ def convolution(call: Call) -> Typed:
     if _pointwise(call, weight):
         call.use(Kind.MIX, x, -spatial - 1)
         return call.typed((*call.axes(x)[: -spatial - 1], out, *call.axes(x)[-spatial:]))
+    kernel = [axis.size for axis in weight.axes[2:]]
+    if (patches := _patches(call, x, kernel, call.given.get("stride", 1))) is not None:
+        call.use(Kind.MIX, x, -spatial - 1)
+        return call.typed((*call.axes(x)[: -spatial - 1], out, *patches), reads={x.index: call.axes(x)})
     call.use(Kind.MIX, x, *range(-spatial - 1, 0))
     born = positions(call, spatial)
     return call.typed((*call.axes(x)[: -spatial - 1], out, *born))
+
+
+def _patches(call: Call, x: Operand, kernel: Sequence[Any], stride: Any) -> Axes | None:
+    """The positions of a kernel that moves by its own length: blocks of tokens, which it mixes; None of any other."""
+    spatial, rank = len(kernel), len(x.axes)
+    plain = _all(call, "padding", 0) and _all(call, "dilation", 1) and not call.given.get("ceil_mode", False)
+    moves = list(stride) if isinstance(stride, (list, tuple)) else [stride] * spatial
+    if not plain or moves * (spatial // len(moves)) != list(kernel) or not all(isinstance(k, int) for k in kernel):
+        return None
+    found = call.blocks(x, {rank - spatial + k: length for k, length in enumerate(kernel)})
+    if found is None:
+        return None
+    counts, inside = found
+    call.use(Kind.MIX, x, *counts, part=inside)
+    return tuple(counts.values())
 
 
 def _pointwise(call: Call, weight: Operand) -> bool:
@@ -74,6 +96,13 @@ def resampled(call: Call) -> Typed:
     """Pooled or interpolated, every channel by itself."""
     x = call.operands[0]
     spatial = RANKS[call.name]
+    kernel = call.given.get("kernel_size")
+    if kernel is not None:
+        lengths = kernel if isinstance(kernel, (list, tuple)) else [kernel]
+        lengths = list(lengths) * (spatial // len(lengths))
+        if (patches := _patches(call, x, lengths, call.given.get("stride") or lengths)) is not None:
+            axes = (*call.axes(x)[:-spatial], *patches)
+            return call.typed(*[axes] * len(call.sizes), reads={x.index: call.axes(x)})
     call.use(Kind.MIX, x, *range(-spatial, 0))
     axes = (*call.axes(x)[:-spatial], *positions(call, spatial))
     return call.typed(*[axes] * len(call.sizes))

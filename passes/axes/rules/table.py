@@ -13,8 +13,21 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeAlias
 
-from tldr_compile.passes.axes.algebra import BORN, UNIT, UNKNOWN, Atom, Axes, Axis, Conflict, Role, Substitution, born
-from tldr_compile.passes.sizes import Size
+from tldr_compile.passes.axes.algebra import (
+    BORN,
+    PIXEL,
+    UNIT,
+    UNKNOWN,
+    Atom,
+    Axes,
+    Axis,
+    Conflict,
+    Role,
+    Substitution,
+    born,
+    product,
+)
+from tldr_compile.passes.sizes import Size, divide
 
 
 class Kind(Enum):
@@ -35,11 +48,12 @@ Span: TypeAlias = tuple[Size, Size]
 
 @dataclass(frozen=True)
 class Use:
-    """An operand's dimensions that the operator does not map."""
+    """An operand's dimensions that the operator does not map; of them only the atoms `part`, where it has any."""
 
     kind: Kind
     operand: int
     dims: tuple[int, ...]
+    part: frozenset[Atom] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -157,9 +171,28 @@ class Call:
             self.channels += [lone] if lone else [atom for atom in activation.atoms if not atom.clip]
             self.same(activation, weight)
 
-    def use(self, kind: Kind, operand: Operand, *dims: int) -> None:
+    def use(self, kind: Kind, operand: Operand, *dims: int, part: frozenset[Atom] = frozenset()) -> None:
         rank = len(operand.axes)
-        self.uses.append(Use(kind, operand.index, tuple(dim % rank for dim in dims) if rank else ()))
+        self.uses.append(Use(kind, operand.index, tuple(dim % rank for dim in dims) if rank else (), part))
+
+    def blocks(self, operand: Operand, lengths: Mapping[int, int]) -> tuple[dict[int, Axis], frozenset[Atom]] | None:
+        """Dimensions of an operand taken apart into blocks of some lengths: how many there are, and what is in them.
+
+        None where a dimension does not divide, or is one of pixels, which blocks make tokens of.
+        """
+        solved, counts, inside = self.solved, dict[int, Axis](), frozenset[Atom]()
+        for dim, length in lengths.items():
+            axis = self.solved.resolve(operand.axes[dim])
+            count = divide(axis.size, length)
+            if count is None or any(atom.strength == PIXEL for atom in axis.atoms):
+                return None
+            try:
+                solved, counts[dim], rest = solved.take(solved.resolve(axis).factors, count)
+            except Conflict:
+                return None
+            inside |= product(rest).atoms
+        self.solved = solved
+        return {dim: solved.resolve(each) for dim, each in counts.items()}, inside
 
     def typed(self, *outputs: Axes, reads: Mapping[int, Axes] | None = None, **more: Any) -> Typed:
         """The result; operands that `reads` does not mention are read as they are."""

@@ -204,11 +204,27 @@ def slice_(call: Call) -> Typed:
     dim = call.given.get("dim", 0) % len(axes)
     start, end, step = call.given.get("start"), call.given.get("end"), call.given.get("step", 1)
     if step != 1:
-        return _cut(call, operand, axes, dim, [None])
+        return _strided(call, operand, dim, start or 0, end, step)
     length = axes[dim].size
     first = _offset(0 if start is None else start, length)
     last = _offset(length if end is None else end, length)
     return _cut(call, operand, axes, dim, [(first, last)])
+
+
+def _strided(call: Call, operand: Operand, dim: int, start: Any, end: Any, step: Any) -> Typed:
+    """`x[start::step]`: one entry of every block of `step`; where blocks are none, entries by their place."""
+    axes = call.axes(operand)
+    whole = end is None or _offset(end, axes[dim].size) == axes[dim].size
+    found = None
+    if whole and isinstance(start, int) and isinstance(step, int) and 0 <= start < step:
+        found = call.blocks(operand, {dim: step})
+    if found is None:
+        return _cut(call, operand, axes, dim, [None])
+    counts, inside = found
+    call.use(Kind.MIX, operand, dim, part=inside)
+    axes = call.axes(operand)
+    outputs = (*axes[:dim], counts[dim], *axes[dim + 1 :])
+    return call.typed(outputs, reads={operand.index: axes}, cut=dim, spans=(None,))
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
