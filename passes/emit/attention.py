@@ -130,7 +130,7 @@ class Fused:
         return self._layout.call(self.weigher.converter.operators.sharpness, query.node, key.node, **options)
 
     def _scores_apart(self, query: Laid, key: Laid, operands: Sequence[Laid], addend: fx.Node | None) -> fx.Node | None:
-        """An addend of the scores with heads apart, as `query` and `key` have them; broadcast first, where it has to be.
+        """An addend of the scores with heads apart, as `query` and `key` have them; broadcast first, if it has to be.
 
         It is along the axes of `operands`, in which batch and heads may share dimensions, or split them.
         """

@@ -35,8 +35,13 @@ class Wish:
 
 
 def finest(sites: Sequence[Site]) -> Choices:
-    """All that is attended as the run, and the rest apart."""
-    return {site: Choice(site.stream.finest) for site in sites}
+    """All that is attended as the run, and the rest apart; blocks, where the keys are one for each of them."""
+
+    def reasons(site: Site) -> tuple[str, ...]:
+        carried = site.stream.finest.carried
+        return (f"its keys are one for all {carried!r}",) if carried.atoms else ()
+
+    return {site: Choice(site.stream.finest, reasons(site)) for site in sites}
 
 
 def chosen(option: str, sites: Sequence[Site], planned: Planned, kept_apart: KeptApart) -> Plan:

@@ -417,7 +417,7 @@ class Model:
         return drawn(BATCH, 3, 1, h * PATCH, PATCH, seed=3).repeat(1, 1, t, 1, w)
 
 
-APART = "do not lie together in the residual stream"
+IN_PART = "are not held whole by the residual stream"
 ELSEWHERE = "are not those of the residual stream"
 DEAR = "no merge pays"
 
@@ -435,8 +435,8 @@ def of(
 
 
 divided = partial(of, takes="shared", refused=(DEAR,))
-windows = partial(of, refused=(APART, ELSEWHERE, DEAR))
-"""Windows that no run of the stream's tokens is, or that the stream does not have at all: padded or rolled ones."""
+windows = partial(of, refused=(IN_PART, ELSEWHERE, DEAR))
+"""Some windows the stream does not have, or only in part: padded and rolled ones."""
 blocks = partial(of, takes="blocks", refused=(DEAR,))
 """What a block needs of all its tokens is restored, and that may cost more than so small a model saves."""
 
@@ -485,9 +485,7 @@ MODELS: dict[str, Model] = {
     "keys: memory": of(with_memory, 1, 3, 5, tokens=3),
     "keys: class token": of(with_memory, 1, 3, 5, tokens=1),
     **{
-        f"keys: {name} of blocks": blocks(
-            of_pooled_keys, 1, 6, 10, pooled=pooled, refused=(DEAR, "has no attention site")
-        )
+        f"keys: {name} of blocks": blocks(of_pooled_keys, 1, 6, 10, pooled=pooled)
         for name, pooled in {"means": block_means, "convolution": strided}.items()
     },
 }

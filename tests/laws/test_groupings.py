@@ -1,11 +1,11 @@
 """Every model that needs a grouping of its own is held to the laws, whatever the pass decides about it.
 
-Two schedules: one fraction, where only what pays is merged, and a mix of fractions at all sites that can merge.
+Left alone, with a mix of fractions at all sites that can merge, in float64; and where a coarser grouping fits, with
+that and with the finest one, by one fraction in float32, where only what pays is merged.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import cache
 from itertools import cycle
 from typing import Any
@@ -21,21 +21,18 @@ from tests.laws.accounting import dearer, miscounted, unaccounted
 from tests.laws.grouped import MODELS
 from tests.laws.independence import Apart
 from tests.laws.support import assert_same, distance, tensors
-from tldr_compile import MergedModule, NothingToMerge, OptionError, TokenMerging
+from tldr_compile import MergedModule, NothingToMerge, OptionError
 from tldr_compile.inspection import Decision, inspect
 
 ONE, MIX = "one fraction", "a mix"
 DTYPES = {ONE: torch.float32, MIX: torch.float64}
-HAS_OPTION = "grouping" in {each.name for each in fields(TokenMerging)}
-GROUPINGS = ("auto", "each", "shared", "blocks") if HAS_OPTION else ("auto",)
 FRACTIONS = (0.3, 0.1, 0.45, 0.2)
 FEW = (0.15, 0.0)
 """So few that each token that goes has an equal among those that stay."""
 EQUALS: dict[str, Any] = {"saliency": "uniform", "proportional": True, "pooling": "mass"}
 
-every_model = pytest.mark.parametrize("name", MODELS)
-every_grouping = pytest.mark.parametrize("grouping", GROUPINGS)
-both_schedules = pytest.mark.parametrize("schedule", [ONE, MIX])
+ALONE = [(name, "auto", MIX) for name in MODELS]
+ASKED = [(name, grouping, ONE) for name, model in MODELS.items() if model.takes for grouping in (model.takes, "each")]
 pytestmark = pytest.mark.filterwarnings("ignore:tldr. the merged graph costs")  # these models are small
 
 
@@ -53,14 +50,10 @@ def program(name: str, schedule: str) -> ExportedProgram:
     return export(dense(name, schedule), (noise(name, schedule),))
 
 
-def option(grouping: str) -> dict[str, Any]:
-    return {"grouping": grouping} if HAS_OPTION else {}
-
-
 @cache
 def able(name: str, grouping: str) -> list[bool]:
     """Which sites can merge."""
-    sites = tldr_compile.explain(program(name, MIX), schedule=(), **option(grouping)).sites
+    sites = tldr_compile.explain(program(name, MIX), schedule=(), grouping=grouping).sites
     return [site["status"] != "refused" for site in sites]
 
 
@@ -81,7 +74,7 @@ def attempt(name: str, grouping: str, schedule: str, amounts: tuple[float, ...],
     """The model merged; None where the table says that it may be refused."""
     try:
         entries = mixed(name, grouping, amounts) if schedule == MIX else amounts[0]
-        return tldr_compile.apply(program(name, schedule), schedule=entries, **option(grouping), **options)
+        return tldr_compile.apply(program(name, schedule), schedule=entries, grouping=grouping, **options)
     except (NothingToMerge, OptionError) as refusal:
         if not allowed(name, grouping, str(refusal)):
             raise
@@ -103,63 +96,43 @@ def off_by(outputs: Any, expected: Any) -> float:
     return max(distance(one, two) for one, two in zip(tensors(outputs), tensors(expected), strict=True))
 
 
-@both_schedules
-@every_grouping
-@every_model
-def test_the_merged_graph_is_what_its_definition_says(name: str, grouping: str, schedule: str) -> None:
-    if (found := merged(name, grouping, schedule)) is not None:
-        for video in (noise(name, schedule), MODELS[name].rows().to(DTYPES[schedule])):
-            found.verify((video,))
-
-
 @cache
 def kept_apart(name: str, schedule: str) -> Apart:
     """Of samples, frames, rows and columns; channels of pixels are nothing that attention keeps apart."""
     return Apart.of(dense(name, schedule), (noise(name, schedule),), dims=(0, 2, 3, 4))
 
 
-@both_schedules
-@every_grouping
-@every_model
-def test_nothing_depends_on_what_the_dense_model_keeps_apart(name: str, grouping: str, schedule: str) -> None:
-    if (found := merged(name, grouping, schedule)) is not None:
-        apart = kept_apart(name, schedule)
-        assert any("dimension 0" in line for line in apart.compared), "every model keeps samples apart"
-        assert apart.raised(found) == []
+@pytest.mark.parametrize(("name", "grouping", "schedule"), ALONE + ASKED)
+def test_the_laws_hold(name: str, grouping: str, schedule: str) -> None:
+    found, model, video = merged(name, grouping, schedule), dense(name, schedule), noise(name, schedule)
+    if found is None:
+        return
+    for each in (video, MODELS[name].rows().to(DTYPES[schedule])):
+        found.verify((each,))
+    apart = kept_apart(name, schedule)
+    assert any("dimension 0" in line for line in apart.compared), "every model keeps samples apart"
+    assert apart.raised(found) == []
+    with torch.no_grad():
+        outputs, expected = found(video), model(video)
+    assert look(outputs) == look(expected)
+    assert all(each.isfinite().all() for each in tensors(outputs))
+    assert off_by(outputs, expected) > 1e-6, "it says that it merged, and changed nothing"
+    assert unaccounted(found) == []
+    assert miscounted(model, found, (video,)) == []
+    assert schedule == MIX or list(dearer(found)) == []
 
 
-@both_schedules
-@every_grouping
-@every_model
-@torch.no_grad()
-def test_outputs_look_as_they_did(name: str, grouping: str, schedule: str) -> None:
-    if (found := merged(name, grouping, schedule)) is not None:
-        video = noise(name, schedule)
-        outputs, expected = found(video), dense(name, schedule)(video)
-        assert look(outputs) == look(expected)
-        assert all(each.isfinite().all() for each in tensors(outputs))
-        assert off_by(outputs, expected) > 1e-6, "it says that it merged, and changed nothing"
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.takes])
+def test_the_coarser_grouping_that_fits_is_taken(name: str) -> None:
+    report = tldr_compile.explain(program(name, ONE), schedule=0.3)
+    joined = {"shared": "shared", "blocks": "carried"}[MODELS[name].takes]
+    assert any(joined in site["grouping"] for site in report.sites), report
+    assert any("removes a barrier" in reason or "its keys are one" in reason for reason in report.groupings)
+    inside = [each for each in report.restorations if each["operator"] != "output"]
+    assert inside == []
 
 
-@both_schedules
-@every_grouping
-@every_model
-def test_the_report_is_what_the_graph_does(name: str, grouping: str, schedule: str) -> None:
-    if (found := merged(name, grouping, schedule)) is not None:
-        assert unaccounted(found) == []
-        assert miscounted(dense(name, schedule), found, (noise(name, schedule),)) == []
-
-
-@every_grouping
-@every_model
-def test_what_nobody_wrote_down_pays(name: str, grouping: str) -> None:
-    if (found := merged(name, grouping, ONE)) is not None:
-        assert list(dearer(found)) == []
-
-
-@both_schedules
-@every_grouping
-@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.equal])
+@pytest.mark.parametrize(("name", "grouping", "schedule"), [each for each in ALONE + ASKED if MODELS[each[0]].equal])
 @torch.no_grad()
 def test_merging_equal_tokens_changes_nothing(name: str, grouping: str, schedule: str) -> None:
     if (found := attempt(name, grouping, schedule, FEW, **EQUALS)) is not None:
@@ -185,7 +158,7 @@ def is_pure(decision: Decision) -> bool:
 def test_a_group_of_two_rows_is_not_pure() -> None:
     def grouped(*assign: int) -> Decision:
         groups = torch.tensor([assign])
-        return Decision(0, ("t", "h", "w"), (1, 2, 2), groups, groups, groups)
+        return Decision(0, ("t", "h", "w"), (1, 2, 2), ("b",), (1,), (), (), groups, groups, groups)
 
     assert is_pure(grouped(0, 0, 1, 1))
     assert is_pure(grouped(0, 1, 2, 2))
@@ -215,8 +188,8 @@ def test_one_grouping_for_frames_that_are_apart_shows() -> None:
 
 
 def test_a_refusal_that_is_not_listed_shows() -> None:
-    assert allowed("windows: alone", "auto", "its tokens h2·w2 do not lie together in the residual stream b x h1·h2")
-    assert not allowed("windows: alone", "auto", "it is temporal")
+    assert allowed("windows: padded", "auto", "its tokens 3·3 are not those of the residual stream b x h x w x 8")
+    assert not allowed("windows: padded", "auto", "it is temporal")
     assert not allowed("keys: memory", "auto", "no merge pays")
     assert allowed("keys: memory", "blocks", "grouping='blocks': no operator joins blocks")
     assert not allowed("blocks: in order", "blocks", "grouping='blocks': no operator joins blocks")
