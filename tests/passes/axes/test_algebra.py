@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tldr_compile.passes.axes.algebra import (
     border,
     concat,
     find,
+    gathered,
     product,
     replace,
     segment_size,
@@ -141,6 +143,39 @@ def test_a_merge_is_a_substitution(run: Axis, before: Axis, after: list[Axis]) -
         assert groups in merged.atoms
         assert not run.atoms & merged.atoms
         assert NOTHING.bind(groups, run).resolve(merged) == whole
+
+
+H1, H2, W1, W2, S = map(Atom, (2, 3, 4, 5, 7))
+
+
+@given(st.permutations([H1, H2, W1, W2, S]), st.lists(st.integers(0, 5), max_size=3))
+def test_a_run_is_gathered_where_its_first_factor_is(factors: list[Atom], cuts: list[int]) -> None:
+    """In whatever order it lies, over whatever dimensions; nothing is lost, and doing it again adds nothing."""
+    borders = [0, *sorted(cuts), 5]
+    laid = tuple(axis(*factors[one:two]) for one, two in itertools.pairwise(borders))
+    run = axis(H1, W1)
+    found = gathered(laid, run)
+    others = [f for f in factors if f not in (W1, H1)]
+    assert [f for each in found for f in each.factors if f not in (W1, H1)] == others
+    flat = [f for each in found for f in each.factors]
+    assert flat[flat.index(H1) + 1] is W1
+    assert [H1 in each.atoms for each in found] == [H1 in each.atoms for each in laid]
+    assert gathered(found, run) == found
+
+
+def test_runs_are_gathered_in_sums_and_one_by_one() -> None:
+    run, rows = axis(H1, W1), axis(H1, H2, W1, W2)
+    inside = concat([UNIT, rows])
+    assert gathered((axis(S), inside), run) == (axis(S), concat([UNIT, axis(H1, W1, H2, W2)]))
+    assert gathered((product([S, inside]),), run) == (product([S, concat([UNIT, axis(H1, W1, H2, W2)])]),)
+    assert gathered((rows, rows), run) == (axis(H1, W1, H2, W2),) * 2  # pairs: each on its own dimension
+    assert gathered((axis(H1), axis(W1), axis(H1), axis(W1)), run) == (run, UNIT, run, UNIT)
+
+
+def test_what_holds_a_part_of_a_run_is_left_as_it_is() -> None:
+    run = axis(H1, W1)
+    for part in ((axis(H1, S),), (concat([UNIT, axis(H1)]), axis(W1)), (concat([axis(H1), axis(W1)]),)):
+        assert gathered(part, run) == part
 
 
 @given(axes, runs)

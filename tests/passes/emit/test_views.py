@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from tests.tracing import captured
 from tldr_compile.passes.axes.algebra import UNIT, Atom, Axes, Axis, Factor, axis, concat, product
-from tldr_compile.passes.emit.views import Layout
+from tldr_compile.passes.emit.views import Laid, Layout
 
 aten = torch.ops.aten
 
@@ -172,3 +172,30 @@ def test_symbolic_sizes_are_read_off_the_inputs() -> None:
         rest, count = module(value)
         assert torch.equal(rest, value.flatten(0, 1)[2:])
         assert count == prod(size[:2])
+
+
+@given(arrangements(), st.data())
+def test_factors_are_rearranged_over_dimensions(pair: tuple[Axes, Axes], data: st.DataObject) -> None:
+    _, source = pair
+    target = divided(data.draw(st.permutations([f for each in source for f in each.factors])), [1, 3])
+    known = [B, T, C, TOKENS]
+    new = emitted(lambda layout, x: layout.rearrange(Laid(x, source), target).node, entries(source, known))
+    assert torch.equal(new, entries(target, known))
+
+
+def test_factors_are_rearranged_within_sums_of_products() -> None:
+    """`b·(2 + h·w)` to `b·(2 + w·h)`: the first two stay, and the rest is transposed."""
+    two, sums = axis(Atom(2)), (axis(H, W), axis(W, H))
+    source, target = ((product([B, concat([two, each])]), axis(C)) for each in sums)
+    x = torch.randn(2, 22, 7)
+    new = emitted(lambda layout, node: layout.rearrange(Laid(node, source), target).node, x.reshape(44, 7))
+    turned = x[:, 2:].unflatten(1, (4, 5)).transpose(1, 2).flatten(1, 2)
+    assert torch.equal(new, torch.cat([x[:, :2], turned], 1).reshape(44, 7))
+
+
+def test_of_pairs_each_stays_on_its_dimension() -> None:
+    source, target = (axis(H, T, W),) * 2, (axis(H, W, T),) * 2
+    x = torch.randn(60, 60)
+    new = emitted(lambda layout, node: layout.rearrange(Laid(node, source), target).node, x)
+    order = torch.arange(60).reshape(4, 3, 5).transpose(1, 2).flatten()
+    assert torch.equal(new, x[order][:, order])

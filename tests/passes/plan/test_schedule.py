@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import sympy
 from torch import fx
@@ -9,7 +11,7 @@ from torch import fx
 from tldr_compile.passes.axes import UNIT
 from tldr_compile.passes.capture import Attention
 from tldr_compile.passes.errors import ScheduleError
-from tldr_compile.passes.plan.schedule import bind_schedule, removed
+from tldr_compile.passes.plan.schedule import bind_schedule, in_blocks, removed
 from tldr_compile.passes.sites import RefusedSite, Site
 from tldr_compile.passes.sites.find import Stream
 from tldr_compile.passes.sites.groupings import Grouping
@@ -48,6 +50,19 @@ def test_what_cannot_be_bound_says_why() -> None:
 def test_fractions_are_exact_and_never_more_than_half_goes(entry: int | float, tokens: int, expected: int) -> None:
     """`0.29 * 100` is below 29 in floating point."""
     assert removed(entry, tokens) == expected
+
+
+def test_numbers_of_tokens_become_numbers_of_blocks() -> None:
+    assert in_blocks(8, 4, THREE[0]) == 2
+    assert in_blocks(7, 1, THREE[0]) == 7
+    assert in_blocks(0.3, 4, THREE[0]) == 0.3
+    with pytest.raises(ScheduleError, match=r"schedule\[2\] = 6, but site 2 .* in blocks of 4: give a multiple of 4"):
+        in_blocks(6, 4, THREE[2])
+
+
+def test_what_was_rounded_down_before_is_added() -> None:
+    assert removed(0.3, 3) == 0
+    assert removed(0.3, 3, Fraction("0.9")) == 1
 
 
 @pytest.mark.parametrize("entry", [3, 7, 0.29, 0.9])
