@@ -250,17 +250,13 @@ class Projection(fx.Interpreter):
                     for part, old, new in zip(x.split(sizes, dim), one.segments, two.segments, strict=True)
                 ]
                 return self._moved(torch.cat(parts, dim), _with(source, dim, two), target)
-        have = [(dim, f) for dim, axis in enumerate(source) for f in axis.factors]
-        x = x.reshape([self._number(f.size) for _, f in have])
+        have, wanted = ([f for axis in axes for f in axis.factors] for axes in (source, target))
         order: list[int] = []
-        for dim, axis in enumerate(target):
-            for factor in axis.factors:
-                same = [k for k, (_, f) in enumerate(have) if k not in order and _same_atoms(f, factor)]
-                order.append(next((k for k in same if have[k][0] == dim), same[0]))
-        moved = tuple(product([have[k][1]]) for k in order)
-        wanted = tuple(product([f]) for axis in target for f in axis.factors)
-        x = self._moved(x.permute(order), moved, wanted)
-        return x.reshape([self._number(axis.size) for axis in target])
+        for factor in wanted:
+            order.append(next(k for k, f in enumerate(have) if k not in order and _same_atoms(f, factor)))
+        apart = x.reshape([self._number(f.size) for f in have]).permute(order)
+        moved = self._moved(apart, tuple(product([have[k]]) for k in order), tuple(product([f]) for f in wanted))
+        return moved.reshape([self._number(axis.size) for axis in target])
 
     def _project_dimension(
         self, x: Tensor, axes: Axes, dim: int, probe: Atom, resolution: Resolution, how: How

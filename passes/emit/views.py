@@ -154,16 +154,13 @@ class Layout:
         return self.view(self.rearrange(self.view(laid, apart), wanted_apart), target)
 
     def _permuted(self, node: fx.Node, source: Axes, target: Axes) -> fx.Node:
-        have = [(dim, f) for dim, axis in enumerate(source) for f in axis.factors]
-        order: list[int] = []
-        for dim, axis in enumerate(target):
-            for factor in axis.factors:
-                same = [k for k, (_, f) in enumerate(have) if f == factor and k not in order]
-                order.append(min(same, key=lambda k: have[k][0] != dim))  # of pairs each stays on its dimension
+        have, order = _factors(source), list[int]()
+        for factor in _factors(target):  # of pairs the first stays the first
+            order.append(next(k for k, f in enumerate(have) if f == factor and k not in order))
         if order != sorted(order):
-            node = self.reshape(node, source, tuple(product([f]) for _, f in have))
+            node = self.reshape(node, source, tuple(product([f]) for f in have))
             node = self.call(aten.permute.default, node, order)
-            source = tuple(product([have[k][1]]) for k in order)
+            source = tuple(product([have[k]]) for k in order)
         return self.reshape(node, source, target)
 
     def narrow(self, node: fx.Node, dim: int, first: Size, last: Size, whole: Size) -> fx.Node:

@@ -7,7 +7,8 @@ coarser   one grouping for all frames -> attention over frames, on groups -> ...
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TypeAlias
 
 from torch import fx
@@ -18,10 +19,9 @@ from tldr_compile.passes.plan import cost
 from tldr_compile.passes.plan.plan import Choice, Choices, How, Plan
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import Site
+from tldr_compile.passes.sites.groupings import TIME
 
 KeptApart: TypeAlias = Callable[[fx.Node, Atom], Refusal | None]
-
-
 Planned: TypeAlias = Callable[[Choices], Plan]
 
 
@@ -32,6 +32,10 @@ class Wish:
     run: Axis
     together: frozenset[Atom]
     refusal: Refusal
+
+    def __str__(self) -> str:
+        names = ", ".join(sorted(map(repr, self.together)))
+        return f"one grouping for all {names} removes a barrier: {self.refusal}"
 
 
 def finest(sites: Sequence[Site]) -> Choices:
@@ -54,64 +58,65 @@ def chosen(option: str, sites: Sequence[Site], planned: Planned, kept_apart: Kep
         return planned(_sharing(plan.choices, kept_apart))
     if option == "blocks":
         return _in_blocks(plan, planned)
-    return _cheaper(plan, planned, kept_apart) if option == "auto" else plan
+    return _Search(planned, kept_apart).cheapest(plan) if option == "auto" else plan
 
 
-def _cheaper(plan: Plan, planned: Planned, kept_apart: KeptApart) -> Plan:
-    """Coarser wherever that costs less; all barriers at once, or else one after the other."""
-    best, against = cost.of(plan), Against()
-    pending = True
-    while pending:
-        pending = False
-        for choices in _coarser(plan, kept_apart, against):
-            try:
-                trial = planned(choices)
-            except ScheduleError as indivisible:
-                for site in _changed(plan.choices, choices):
-                    against.add(site, f"a coarser grouping costs less, but {indivisible}")
-                continue
-            if (price := cost.of(trial)) < best:
-                plan, best, pending = trial, price, True
-                break
-    return replace(plan, choices={site: against.told(site, choice) for site, choice in plan.choices.items()})
+class _Search:
+    """For a plan that costs less, with coarser groupings; `against` says why sites must not have them."""
 
+    def __init__(self, planned: Planned, kept_apart: KeptApart) -> None:
+        self.planned, self.kept_apart = planned, kept_apart
+        self.against: dict[Site, dict[str, None]] = {}
 
-@dataclass(frozen=True)
-class Against:
-    """Why sites must not have a coarser grouping."""
+    def cheapest(self, plan: Plan) -> Plan:
+        """All barriers removed at once where that costs less, or else one after the other."""
+        while (cheaper := self._cheaper(plan)) is not None:
+            plan = cheaper
+        choices = plan.choices.items()
+        told = {site: replace(each, reasons=(*each.reasons, *self.against.get(site, ()))) for site, each in choices}
+        return replace(plan, choices=told)
 
-    reasons: dict[Site, dict[str, None]] = field(default_factory=dict)
+    def _cheaper(self, plan: Plan) -> Plan | None:
+        for choices in self._coarser(plan):
+            if changed := [site for site, each in plan.choices.items() if each.grouping != choices[site].grouping]:
+                try:
+                    trial = self.planned(choices)
+                except ScheduleError as indivisible:
+                    for site in changed:
+                        self._refuse(site, f"a coarser grouping removes a barrier, but {indivisible}")
+                    continue
+                if cost.of(trial) < cost.of(plan):
+                    return trial
+        return None
 
-    def add(self, site: Site, reason: str) -> None:
-        self.reasons.setdefault(site, {})[reason] = None
+    def _coarser(self, plan: Plan) -> Iterator[Choices]:
+        """Groupings that remove some barrier of a plan."""
+        wishes = list(_wishes(plan))
+        yield reduce(self._granted, wishes, plan.choices)
+        yield from (self._granted(plan.choices, wish) for wish in wishes)
+        yield from _as_before(plan)
 
-    def told(self, site: Site, choice: Choice) -> Choice:
-        return replace(choice, reasons=(*choice.reasons, *self.reasons.get(site, ())))
+    def _granted(self, choices: Choices, wish: Wish) -> Choices:
+        """What a barrier needs together joined, at all sites that group its run."""
+        return {site: self._joined(site, choice, wish) for site, choice in choices.items()}
 
+    def _joined(self, site: Site, choice: Choice, wish: Wish) -> Choice:
+        grouping = choice.grouping
+        if grouping.run != wish.run:
+            return choice
+        for atom in wish.together & grouping.apart.atoms - site.tokens.atoms:
+            if (found := self.kept_apart(site.stream.node, atom)) is not None:
+                self._refuse(site, f"{wish}, but {found.reason_at}")
+                return choice
+        if joined := grouping.joining(wish.together, site.tokens.atoms):
+            return Choice(joined, (*choice.reasons, str(wish)))
+        if within := grouping.within(wish.together):
+            reason = f"a grouping for each of {within.apart!r} removes a barrier: {wish.refusal}"
+            return Choice(within, (*choice.reasons, reason))
+        return choice
 
-def _changed(before: Choices, after: Choices) -> list[Site]:
-    return [site for site, choice in before.items() if choice.grouping != after[site].grouping]
-
-
-def _coarser(plan: Plan, kept_apart: KeptApart, against: Against) -> Iterator[Choices]:
-    """Groupings that remove some barrier of a plan."""
-
-    def allowed(site: Site, wish: Wish) -> bool:
-        apart = [a for a in wish.together if a in plan.choices[site].grouping.apart.atoms]
-        for found in (kept_apart(site.stream.node, atom) for atom in apart if atom not in site.tokens.atoms):
-            if found is not None:
-                against.add(site, f"{_wished(wish)}, but {found.reason_at}")
-                return False
-        return True
-
-    wishes = list(dict.fromkeys(_wishes(plan)))
-    everything = plan.choices
-    for wish in wishes:
-        everything = _granted(everything, wish, allowed)
-    singles = [_granted(plan.choices, wish, allowed) for wish in wishes]
-    for choices in (everything, *singles, *_as_before(plan)):
-        if _changed(plan.choices, choices):
-            yield choices
+    def _refuse(self, site: Site, reason: str) -> None:
+        self.against.setdefault(site, {})[reason] = None
 
 
 def _wishes(plan: Plan) -> Iterator[Wish]:
@@ -121,24 +126,6 @@ def _wishes(plan: Plan) -> Iterator[Wish]:
             if barrier.together and (key := (barrier.run, barrier.together)) not in seen:
                 seen.add(key)
                 yield Wish(*key, Refusal(node, barrier.reason))
-
-
-def _granted(choices: Choices, wish: Wish, allowed: Callable[[Site, Wish], bool]) -> Choices:
-    """The choices with what a barrier needs together joined, at all sites that group its run."""
-    return {
-        site: _joined(site, choice, wish) if choice.grouping.run == wish.run and allowed(site, wish) else choice
-        for site, choice in choices.items()
-    }
-
-
-def _joined(site: Site, choice: Choice, wish: Wish) -> Choice:
-    grouping = choice.grouping.joining(wish.together, site.tokens.atoms) or choice.grouping.within(wish.together)
-    return Choice(grouping, (*choice.reasons, _wished(wish))) if grouping else choice
-
-
-def _wished(wish: Wish) -> str:
-    names = ", ".join(sorted(map(repr, wish.together)))
-    return f"one grouping for all {names} removes a barrier: {wish.refusal}"
 
 
 def _as_before(plan: Plan) -> Iterator[Choices]:
@@ -153,16 +140,17 @@ def _as_before(plan: Plan) -> Iterator[Choices]:
 
 
 def _sharing(choices: Choices, kept_apart: KeptApart) -> Choices:
-    """One grouping for all values of everything that may be joined."""
+    """One grouping for all frames, wherever all that a merge reaches depends on all of them."""
     found, refused = dict(choices), list[str]()
     for site, choice in choices.items():
-        reasons = {atom: kept_apart(site.stream.node, atom) for atom in choice.grouping.apart.atoms}
+        frames = [atom for atom in choice.grouping.apart.atoms if atom.role in TIME]
+        reasons = {atom: kept_apart(site.stream.node, atom) for atom in frames if atom not in site.tokens.atoms}
         refused += [f"{site.name}: {reason.reason_at}" for reason in reasons.values() if reason]
+        refused += [] if reasons else [f"{site.name} has no frames but those that it attends along"]
         free = {atom for atom, reason in reasons.items() if reason is None}
-        grouping = choice.grouping.joining(free, site.tokens.atoms) if free else None
-        if grouping:
-            found[site] = Choice(grouping, ("grouping='shared' asks for it",))
-    if all(each.grouping.shared == choices[site].grouping.shared for site, each in found.items()):
+        if grouping := choice.grouping.joining(free, site.tokens.atoms) if free else None:
+            found[site] = Choice(grouping, (*choice.reasons, "grouping='shared' asks for it"))
+    if found == choices:
         raise OptionError(
             f"grouping='shared': no site can share one grouping: {'; '.join(refused[:3])}. What each of them can have "
             "is grouping='each'"
@@ -173,10 +161,12 @@ def _sharing(choices: Choices, kept_apart: KeptApart) -> Choices:
 def _in_blocks(plan: Plan, planned: Planned) -> Plan:
     """Blocks that a later operator joins stay together."""
     while True:
-        choices = plan.choices
+        choices = dict(plan.choices)
         for wish in _wishes(plan):
-            if wish.together < wish.run.atoms:
-                choices = _granted(choices, wish, lambda site, wish: True)
+            for site, choice in choices.items():
+                inside = choice.grouping.run == wish.run and wish.together < wish.run.atoms
+                if inside and (joined := choice.grouping.joining(wish.together, site.tokens.atoms)):
+                    choices[site] = Choice(joined, (*choice.reasons, str(wish)))
         if choices == plan.choices:
             break
         plan = planned(choices)

@@ -73,6 +73,8 @@ class Generated(nn.Module):
             x, weights = block(x, keep)
             if self.recipe.branch == "between" and self.recipe.per_frame and self.recipe.layout == "batch":
                 x = self.between(x, self.recipe.grid[0])
+            if self.recipe.branch == "windows" and self.recipe.paired and not (recipe.leading or recipe.after):
+                x = self.between.in_windows(x, recipe.grid[1:])
             states.append(x)
             maps.append(weights)
         if self.recipe.layout == "sequence":
@@ -147,6 +149,8 @@ class Generated(nn.Module):
             return frames.tanh().prod(1)
         if tail == "spelled":
             return self.spelled(x)
+        if tail == "blocks" and recipe.paired:
+            return self.between.attended(self.joined(in_blocks(clip, *recipe.grid[1:])))
         return frames.mean(1)
 
     def spelled(self, x: Tensor) -> list[list[Tensor]]:
@@ -173,6 +177,12 @@ class Frames(nn.Module):
 
     def attended(self, x: Tensor) -> Tensor:
         return x + self.mixed(x)
+
+    def in_windows(self, x: Tensor, picture: tuple[int, int]) -> Tensor:
+        (h, w), frames = picture, x.shape[1] // (picture[0] * picture[1])
+        rows = x.reshape(-1, frames, h, w // 2, 2, WIDTH).transpose(2, 3)
+        mixed = self.mixed(rows.reshape(-1, h * 2, WIDTH)).reshape(rows.shape)
+        return x + mixed.transpose(2, 3).reshape(x.shape)
 
     def mixed(self, rows: Tensor) -> Tensor:
         q, k, v = self.heads(self.norm(rows)).chunk(3, -1)
@@ -253,6 +263,14 @@ class Mlp(nn.Module):
         if kind == "squeezed" and plain:
             return x * self.gate(x.mean(1, keepdim=True))[..., :WIDTH].sigmoid()
         return self.down(F.gelu(self.up(x)))
+
+
+def in_blocks(x: Tensor, h: int, w: int) -> Tensor:
+    """Two columns beside each other as one token, `[B, N / 2, 2 C]`: of two rows, where the rows are even."""
+    if h % 2:
+        return x.reshape(x.shape[0], -1, 2 * WIDTH)
+    rows = x.reshape(x.shape[0], -1, h // 2, 2, w // 2, 2, WIDTH).permute(0, 1, 2, 4, 5, 6, 3)
+    return rows.reshape(x.shape[0], -1, 4 * WIDTH)[..., : 2 * WIDTH]
 
 
 def sinusoids(length: int) -> Tensor:

@@ -26,7 +26,7 @@ class Recipe:
     norm: str = "pre"  # pre, post, none
     branch: str = "serial"
     # serial, parallel, scaled (LayerScale), inplace, ushaped, between (attention over frames), joint (after one block),
-    # twins (two attentions on one residual)
+    # twins (two attentions on one residual), windows (attention in windows two columns wide)
     attention: str = "sdpa"  # sdpa, matmul, bmm, baddbmm, einsum, capped, sinks, talking, module
     qkv: str = "fused"  # fused, split, grouped, multiquery, normed, prompted (learned tokens among the keys)
     scale: str = "after"  # after, before, both, divided
@@ -34,7 +34,7 @@ class Recipe:
     mlp: str = "gelu"  # gelu, gated, mixing (of tokens), experts, routed, convolution, squeezed
     tail: str = "mean"
     # mean, first, tokens, pooled, dense, states, skip, softmax, frames, difference, product, attentions, decoder,
-    # spelled (what is equal in eager, in several spellings)
+    # spelled (what is equal in eager, in several spellings), blocks (neighbours become one, and attention follows)
     beside: str = "none"  # none, scale (another patch size), view (another clip, an input), text (leads, an input)
     dtype: str = "float32"  # float32, float64, bfloat16
     dynamic: bool = False  # the batch
@@ -82,6 +82,11 @@ class Recipe:
             and self.mlp not in ("mixing", "convolution")
             and self.depth > 1
         )
+
+    @property
+    def paired(self) -> bool:
+        """Whether columns can be taken two by two, beside each other in every row of a plain sequence."""
+        return self.grid[2] % 2 == 0 and self.layout == "batch"
 
     @property
     def duplicable(self) -> bool:

@@ -32,6 +32,8 @@ FOUND: list[tuple[Recipe, dict[str, Any]]] = [
     # Merged per frame and then over the whole clip, which holds the frames' runs.
     (Recipe(embed="frames", branch="joint", depth=3), {"schedule": [2, 4, 3]}),
     (Recipe(embed="frames", branch="joint", attention="matmul", tail="attentions"), {"schedule": [2, 4]}),
+    # Masses of keys in windows without heads: queries and keys, which lie along the same dimensions, changed places.
+    (Recipe(branch="windows", grid=(2, 3, 4)), {"schedule": [2, 2]}),
 ]
 """What thousands of random models once broke, in its smallest form."""
 
@@ -63,6 +65,10 @@ def test_every_layout_and_norm_merges(layout: str, norm: str) -> None:
 
 
 LAID = [
+    Recipe(branch="windows", grid=(2, 3, 4)),
+    Recipe(embed="frames", branch="windows", grid=(2, 2, 4)),
+    Recipe(tail="blocks", grid=(2, 3, 4)),
+    Recipe(tail="blocks", grid=(1, 3, 4), before=1),
     Recipe(embed="folded"),
     Recipe(embed="folded", branch="between"),
     Recipe(embed="rows", layout="packed"),
