@@ -82,6 +82,7 @@ def test_protect_says_how_many_tokens_of_a_piece_lead(lead: int) -> None:
 
 
 UNNAMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "joined one by one": lambda x: torch.cat(x.split(1)),
     "stacked": lambda x: torch.stack(list(x.unbind(0))),
     "picked": lambda x: x[[1, 0, 3, 2]],
     "selected": lambda x: x.index_select(0, torch.tensor([0, 2, 1, 3])),
@@ -99,9 +100,6 @@ def test_samples_without_a_name_stay_apart(how: str) -> None:
     assert apart.raised(tldr_compile.apply(model, (x,), schedule=[20], verify=True)) == []
 
 
-def test_samples_joined_one_by_one_are_refused() -> None:
-    with pytest.raises(NothingToMerge, match="joins several clips"):
-        tldr_compile.apply(twice(lambda x: torch.cat(x.split(1))), (picture(4),), schedule=[20])
 
 
 def twice(lay: Callable[[Tensor], Tensor]) -> Plain:
@@ -138,7 +136,7 @@ def test_a_count_in_a_product_is_exact() -> None:
 def test_attentions_that_are_no_sites_are_told() -> None:
     def forward(s: Any, x: Tensor) -> Tensor:
         q, k, v = (each.unsqueeze(1) for each in s.qkv[0](x).chunk(3, -1))
-        pooled = [F.avg_pool1d(each.squeeze(1).mT, 2).mT.unsqueeze(1) for each in (k, v)]
+        pooled = [F.avg_pool1d(each.squeeze(1).mT, 3, 1).mT.unsqueeze(1) for each in (k, v)]
         x = x + F.scaled_dot_product_attention(q, *pooled).squeeze(1)
         return (x + s.attend(x, 1)).mean(1)
 

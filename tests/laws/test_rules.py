@@ -33,7 +33,7 @@ from tldr_compile.passes.sizes import size
 OPTIONS = TokenMerging(schedule=(2,))
 CLIP = number(B, T, N, W)
 
-SPELLED = {"einsum": "matmul"}
+SPELLED = {"einsum": ("matmul", "permute")}
 NUMBERS = {f"aten::sym_{name}" for name in ("size", "stride", "numel", "storage_offset")}
 
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -62,7 +62,8 @@ def called(plan: Plan, sample: Sample) -> list[fx.Node]:
     names = ["reshape" if name in ("view", "_unsafe_view") else name for name in sample.names]
     first = [user for user in plan.merges[0].node.users if user.op != "output"][:1]
     said = {name: first for name in names if f"aten::{name}" in DECOMPOSITIONS}
-    return [(named(graph, name) or named(graph, SPELLED.get(name, "")) or said[name])[-1] for name in names]
+    spelled = {name: [node for each in others for node in named(graph, each)] for name, others in SPELLED.items()}
+    return [(named(graph, name) or spelled.get(name) or said[name])[-1] for name in names]
 
 
 @every_sample

@@ -130,7 +130,12 @@ def saliency(sharpness: Tensor) -> Tensor:
 
 
 def unit(metric: Tensor) -> Tensor:
-    """Vectors `[..., C]` of length 1, a zero vector as it is, in float32 (float64 of float64)."""
+    """Vectors `[..., C]` of length 1, a zero vector as it is, in float32 (float64 of float64).
+
+    >>> ops.unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
     metric = metric.to(wide(metric.dtype))
     return metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(metric.dtype).tiny)
 
