@@ -21,8 +21,12 @@ from tests.laws.accounting import dearer, miscounted, unaccounted
 from tests.laws.grouped import MODELS
 from tests.laws.independence import Apart
 from tests.laws.support import assert_same, distance, tensors
-from tldr_compile import MergedModule, NothingToMerge, OptionError
+from tldr_compile import MergedModule, NothingToMerge, OptionError, ops
+from tldr_compile.errors import VerificationError
 from tldr_compile.inspection import Decision, inspect
+from tldr_compile.passes.axes import product
+from tldr_compile.passes.emit import resample
+from tldr_compile.passes.sites.dependence import Mixing
 
 ONE, MIX = "one fraction", "a mix"
 DTYPES = {ONE: torch.float32, MIX: torch.float64}
@@ -152,7 +156,68 @@ def is_pure(decision: Decision) -> bool:
     return all(len(rows[groups == group].unique()) == 1 for groups in decision.assign for group in groups.unique())
 
 
+# --- what is joined is told on average ---
+
+
+def told(name: str, grouping: str, **options: Any) -> tuple[dict[str, Tensor], Decision]:
+    """What the first merge of a model read, by name, and what it decided."""
+    read: dict[str, Tensor] = {}
+
+    def noted(which: str) -> Any:
+        def note(reading: Tensor) -> Tensor:
+            read[which] = reading
+            return ops.saliency(reading) if which == "sharpness" else reading
+
+        return note
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ops.SIGNALS, "noted", ops.Measure(("sharpness",), noted("sharpness")))
+        patch.setitem(ops.METRICS, "noted", ops.Measure(("tokens",), noted("tokens")))
+        schedule = [
+            0.4 if merges and not any(able(name, grouping)[:k]) else 0 for k, merges in enumerate(able(name, grouping))
+        ]
+        found = tldr_compile.apply(
+            program(name, MIX), schedule=schedule, grouping=grouping, saliency="noted", metric="noted", **options
+        )
+        (decision,) = inspect(found, noise(name, MIX))
+    return read, decision
+
+
+@pytest.mark.parametrize(
+    ("name", "grouping", "joined"),
+    [("divided: factorised", "shared", (2, 3, 15)), ("blocks: in order", "blocks", (2, 15, 4))],
+)
+def test_joined_tokens_say_what_they_say_on_average(name: str, grouping: str, joined: tuple[int, ...]) -> None:
+    """Sharpness is the mean of theirs, and two groups are as alike as their tokens are on average."""
+    (each, _), (one, decision) = told(name, "each"), told(name, grouping)
+    along = 1 if grouping == "shared" else 2
+    torch.testing.assert_close(one["sharpness"], each["sharpness"].reshape(joined).mean(along))
+    tokens = each["tokens"].reshape(*joined, -1).movedim(along, 1)  # [B, J, N, C]
+    alike = torch.stack([(ops.unit(row) @ ops.unit(row).mT) for row in tokens.unbind(1)]).mean(0)
+    best = alike[:, ::2, 1::2].max(-1)
+    for b, assign in enumerate(decision.assign):
+        gone = best.values[b].topk(int(0.4 * joined[2 if along == 1 else 1])).indices
+        assert all(assign[2 * k] == assign[2 * best.indices[b, k] + 1] for k in gone)
+
+
 # --- the laws can fail ---
+
+
+def test_a_grouping_that_frames_must_not_share_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mixing, "kept_apart", lambda mixing, stream, atom: None)
+    name = "divided: causal"
+    found = tldr_compile.apply(program(name, ONE), schedule=0.3, grouping="shared")
+    assert any("dimension 2" in line for line in kept_apart(name, ONE).raised(found))
+    with pytest.raises(VerificationError, match="mixes what the model keeps apart"):
+        found.verify((noise(name, ONE),))
+
+
+@pytest.mark.parametrize("name", ["windows: no shift", "blocks: pixel shuffle"])
+def test_tokens_that_are_laid_in_another_order_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = resample.gathered
+    monkeypatch.setattr(resample, "gathered", lambda axes, run: real(axes, product(reversed(run.factors))))
+    with pytest.raises((VerificationError, ValueError)):
+        tldr_compile.apply(program(name, ONE), schedule=0.3).verify((noise(name, ONE),))
 
 
 def test_a_group_of_two_rows_is_not_pure() -> None:
