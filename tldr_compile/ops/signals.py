@@ -30,7 +30,11 @@ READINGS: Final[Mapping[str, str]] = MappingProxyType(
         "keys": "[B, N, d], the attention's keys, mean over the heads",
     }
 )
-"""What a site can be asked about its `N` clip tokens: name, shape, meaning. A token merged before has its group's."""
+"""What a site can be asked about its `N` clip tokens: name, shape, meaning. A token merged before has its group's.
+
+Where several tokens are grouped as one (a block, the same place of all frames), `N` counts those: a signal reads the
+mean of their numbers and their rows one behind the other; a metric reads each by itself, and cosines are averaged.
+"""
 
 Function: TypeAlias = Callable[..., Tensor]
 
