@@ -197,14 +197,14 @@ def gathered(axes: Axes, run: Axis) -> Axes:
     A run may lie in any order in one product, or over several dimensions: `b x h1·h2·w1·w2` becomes `b x h1·w1·h2·w2`
     for `h1·w1`, and `b·t x h·w` becomes `b·t·h x w` for `t·h`. One that lies half inside of a sum is not held whole.
     """
-    inner = run.factors
-    if len(run.segments) != 1 or not touches(axes, run):
+    inner, dims = run.factors, [dim for dim, each in enumerate(axes) if touches((each,), run)]
+    if len(run.segments) != 1 or not dims:
         return axes
-    columns = [_together([each.factors], inner)[0] for each in axes]
-    partial = [dim for dim, column in enumerate(columns) if len({column.count(f) for f in inner}) > 1]
-    for dim, column in zip(partial, _together([columns[dim] for dim in partial], inner), strict=True):
-        columns[dim] = column
-    return tuple(product(_gathered_inside(f, run) for f in column) for column in columns)
+    found = {dim: _together([axes[dim].factors], inner)[0] for dim in dims}
+    partial = [dim for dim in dims if len({found[dim].count(f) for f in inner}) > 1]
+    found.update(zip(partial, _together([found[dim] for dim in partial], inner), strict=True))
+    whole = {dim: product(_gathered_inside(f, run) for f in factors) for dim, factors in found.items()}
+    return tuple(whole.get(dim, each) for dim, each in enumerate(axes))
 
 
 def _gathered_inside(factor: Factor, run: Axis) -> Factor:
