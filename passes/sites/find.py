@@ -29,7 +29,7 @@ from tldr_compile.passes.axes import (
 from tldr_compile.passes.capture import Attention
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import mask_analysis
-from tldr_compile.passes.sites.groupings import TIME, Grouping, has_place
+from tldr_compile.passes.sites.groupings import PICTURE, TIME, Grouping, has_place
 from tldr_compile.passes.sizes import Size, simplify
 
 aten = torch.ops.aten
@@ -266,13 +266,19 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
     if run is None:
         return f"its tokens {tokens!r} are not held whole by the residual stream {_text(axes)}"
     apart = product(f for f in _beside(flow.typed, node, run) if f not in run.atoms)
-    finest: Grouping | None = Grouping(run, apart)
-    assert finest is not None
-    if pooled := run.atoms - _key_axes(flow.typed, attention)[-1].atoms:
-        finest = finest.joining(pooled, tokens.atoms)
-    if finest is None:
-        return f"its keys are pooled over all of {_text(tuple(Axis(((each,),)) for each in pooled))}"
-    return Stream(node, before, finest)
+    finest = _finest(run, apart, tokens, product(flow.typed.value(attention.queries).axes[:-2]))
+    pooled = run.atoms - _key_axes(flow.typed, attention)[-1].atoms
+    joined = finest.joining(pooled, tokens.atoms) if pooled else finest
+    if joined is None:
+        return f"its keys are pooled over all of {', '.join(map(repr, pooled))}"
+    return Stream(node, before, joined)
+
+
+def _finest(run: Axis, apart: Axis, tokens: Axis, batch: Axis) -> Grouping:
+    """All that a site attends along as the run, and the rest apart; places that it has pooled are shared."""
+    seen = {*batch.factors, *tokens.atoms}
+    pooled = [f for f in apart.factors if f not in seen and isinstance(f, Atom) and f.role in PICTURE]
+    return Grouping(run, product(f for f in apart.factors if f not in pooled), product(pooled))
 
 
 def _laid_along(axes: Axes, run: Axis) -> Axis | None:
@@ -349,7 +355,7 @@ def _without_space(run: Axis) -> str | None:
 
 def _layout(tokens: Axis, stream: Axes = (), finest: Grouping | None = None) -> str:
     roles = {atom.role for atom in tokens.atoms if atom.clip}
-    if finest is not None and has_place(finest.run) and has_place(finest.apart):
+    if finest is not None and has_place(finest.run) and any(atom.role in PICTURE for atom in finest.apart.atoms):
         return "windows"
     if roles & TIME:
         return "joint space-time" if roles - TIME else "temporal"

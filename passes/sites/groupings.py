@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from tldr_compile.passes.axes import UNIT, Atom, Axis, Factor, Role, product
 
 TIME = frozenset({Role.TIME, Role.FOLDED, Role.SAMPLE})
+PICTURE = frozenset({Role.HEIGHT, Role.WIDTH})
 
 
 @dataclass(frozen=True)

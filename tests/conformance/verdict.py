@@ -8,7 +8,7 @@ from math import isnan
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils import _pytree as pytree
@@ -93,20 +93,53 @@ def saves_little(record: Mapping[str, Any]) -> bool:
 
 
 def attends(program: ExportedProgram) -> bool:
-    """Whether a graph has self-attention over tokens, told without the pass: as many keys as queries."""
-    return any(guard_or_false(queries == keys) for queries, keys in _attention(program))
+    """Whether a graph has self-attention over tokens, told without the pass: as many keys as queries.
+
+    Learned queries that attend to each other, of objects in a picture, are no tokens of it.
+    """
+    told: dict[Size, bool] = {}
+    for node, queries, keys in _attention(program):
+        if guard_or_false(queries == keys):
+            told.setdefault(queries, _of_input(node, program))
+    return any(told.values())
 
 
-def _attention(program: ExportedProgram) -> Iterator[tuple[Size, Size]]:
-    """Queries and keys of fused attention, and of softmax over the last dimension of matrices of more than one."""
+def _of_input(node: fx.Node, program: ExportedProgram) -> bool:
+    """Whether a value is made of what the user gives."""
+    given, pending, seen = set(program.graph_signature.user_inputs), [node], {node}
+    while pending:
+        each = pending.pop()
+        if each.op == "placeholder" and each.name in given:
+            return True
+        pending += [above for above in each.all_input_nodes if above not in seen]
+        seen.update(each.all_input_nodes)
+    return False
+
+
+def _attention(program: ExportedProgram) -> Iterator[tuple[fx.Node, Size, Size]]:
+    """Fused attention and probabilities, with their queries and keys, in order.
+
+    Probabilities are a softmax over the last dimension of matrices of more than one, in a product with values.
+    """
     calls = program.graph.find_nodes
     for node in calls(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default):
         query, key = (argument.meta["val"] for argument in node.args[:2])
-        yield query.shape[-2], key.shape[-2]
+        yield node, query.shape[-2], key.shape[-2]
     for node in calls(op="call_function", target=torch.ops.aten.softmax.int):
         scores = node.meta["val"]
-        if scores.ndim >= 3 and node.args[1] in (-1, scores.ndim - 1) and not guard_or_false(scores.shape[-1] == 1):
-            yield scores.shape[-2], scores.shape[-1]
+        last = scores.ndim >= 3 and node.args[1] in (-1, scores.ndim - 1)
+        if last and not guard_or_false(scores.shape[-1] == 1) and _multiplies(node):
+            yield node, scores.shape[-2], scores.shape[-1]
+
+
+def _multiplies(probabilities: fx.Node) -> bool:
+    """Whether probabilities go into a product, as they are or only moved."""
+    moves = {"dropout", "view", "reshape", "expand", "clone", "to", "_to_copy", "contiguous", "unsqueeze", "slice"}
+    for user in probabilities.users:
+        name = getattr(user.target, "__name__", "").partition(".")[0]
+        if name in ("matmul", "bmm", "baddbmm", "einsum") or (name in moves and _multiplies(user)):
+            return True
+    return False
 
 
 def _export(built: Built) -> ExportedProgram:
@@ -143,7 +176,7 @@ def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) 
             laws |= {"Projection": projection} if projection else {}
             laws |= samples
     facts = reported(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(dense, traced)}
-    facts |= {"softmax": any(_attention(program)), "rounding": rounding} | saving
+    facts |= {"softmax": any(True for _ in _attention(program)), "rounding": rounding} | saving
     return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
 
 
