@@ -385,6 +385,18 @@ def of_pooled_keys(m: Grouped, x: Tensor, pooled: Callable[[Grouped, Tensor], Te
     return x.mean(1)
 
 
+def of_pooled_tokens(m: Grouped, x: Tensor) -> Tensor:
+    """LoFTR: blocks of 2 x 2 attend to each other, and every token gets what its block was told."""
+    x = pictures(x)
+    b, h, w, c = x.shape
+    for site in range(2):
+        y = block_means(m, m.norms[site](x))
+        y = m.attend(y, site).view(b, h // 2, 1, w // 2, 1, c).expand(-1, -1, 2, -1, 2, -1)
+        x = (x.view(y.shape) + y).view(x.shape)
+        x = x + m.mlps[site](x)
+    return x.mean((1, 2))
+
+
 # --- the table ---
 
 
@@ -482,6 +494,7 @@ MODELS: dict[str, Model] = {
         }.items()
         for layers in (0, 2)
     },
+    "keys: and queries, of blocks": of(of_pooled_tokens, 1, 6, 10),
     "keys: memory": of(with_memory, 1, 3, 5, tokens=3),
     "keys: class token": of(with_memory, 1, 3, 5, tokens=1),
     **{
