@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import partial
@@ -106,10 +107,13 @@ def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 def write(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Keep a record as `name.json`."""
+    """Keep a record as `name.json`; of paths what does not belong to this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1) + "\n"
+    for place in sorted((str(Path(each).resolve()) for each in sys.path if each), key=len, reverse=True):
+        text = text.replace(f"{place}/", "")
+    path.write_text(text)
     return path
 
 

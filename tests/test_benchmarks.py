@@ -171,3 +171,8 @@ def test_the_pages_show_what_was_measured() -> None:
     ):
         shown = (timing.RESULTS.parents[1] / "docs" / f"{page}.md").read_text()
         assert replaced(shown, text, marker) == shown
+
+
+def test_a_record_keeps_no_path_of_the_machine(tmp_path: Path) -> None:
+    timing.write("lines", {"line": f'"{torch.__file__}", line 3'}, tmp_path)
+    assert '\\"torch/__init__.py\\", line 3' in (tmp_path / "lines.json").read_text()
