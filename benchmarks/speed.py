@@ -197,7 +197,7 @@ def middles(record: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         MODELS[record["model"]].title,
         f"`{json.dumps(record['schedule'])}`",
-        record["machine"]["device"],
+        _device(record["machine"]),
         record["dtype"],
         str(record["batch"]),
         f"{1000 * dense['latency'][1]:.0f}",
@@ -206,6 +206,10 @@ def middles(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{floor['ours_over_this'][1]:.2f}",
         f"{(weights + ours['peak_bytes']) / (weights + dense['peak_bytes']):.2f}",
     )
+
+
+def _device(machine: Mapping[str, Any]) -> str:
+    return machine["device"] if machine["cuda"] else f"{machine['device']}, {machine['threads']} thread(s)"
 
 
 def kept(folder: Path = timing.RESULTS) -> str:
