@@ -209,7 +209,8 @@ def middles(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _device(machine: Mapping[str, Any]) -> str:
-    return machine["device"] if machine["cuda"] else f"{machine['device']}, {machine['threads']} thread(s)"
+    threads = "" if machine.get("cuda") else f", {machine['threads']} thread(s)" if "threads" in machine else ""
+    return f"{machine['device']}{threads}"
 
 
 def kept(folder: Path = timing.RESULTS) -> str:

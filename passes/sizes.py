@@ -43,6 +43,8 @@ def one_symbol(length: Size) -> tuple[sympy.Symbol, int, int] | None:
     if isinstance(length, int) or len(length.free_symbols) != 1:
         return None
     (symbol,) = length.free_symbols
+    if not length.is_polynomial(symbol):
+        return None
     times, offset = length.coeff(symbol), length.subs(symbol, 0)
     exact = times.is_Integer and offset.is_Integer and simplify(length - times * symbol - offset) == 0
     return (symbol, int(times), int(offset)) if exact and times != 0 else None

@@ -93,7 +93,8 @@ class Projection(fx.Interpreter):
             result = self._call(n, step)
         self._learn(n, result)
         for merge in self.plan.merges_after(n):
-            result = self._project(result, self.plan.typed.value(n).axes, merge.target, How.MERGE)
+            projected = self._project(result, self.plan.typed.value(n).axes, merge.target, How.MERGE)
+            result = torch.empty_like(result).copy_(projected)  # laid in memory as before
         return result
 
     def _learn(self, node: fx.Node, value: Any) -> None:

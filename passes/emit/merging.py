@@ -149,7 +149,10 @@ class Reader:
         told = {factor for each in (batch, tokens, *joined) for factor in each.factors}
         rest = [product(f for axis in axes for f in axis.factors if f not in told)] if channels else []
         target = (batch, tokens, *joined, *rest)
-        return Laid(self._layout.arrange(part, axes, target), target)
+        node = self._layout.arrange(part, axes, target)
+        if not all(any(each.atoms & axis.atoms for axis in axes) for each in joined):  # keys, one for each block
+            node = self._layout.call(aten.expand.default, node, self._layout.lengths(target))
+        return Laid(node, target)
 
 
 def merged(reader: Reader) -> tuple[Converter, Laid]:

@@ -37,6 +37,8 @@ from tldr_compile.passes.options import Policy
 from tldr_compile.passes.plan import Conversion, Merge, Plan, Step, at
 from tldr_compile.passes.sizes import size
 
+aten = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -137,9 +139,16 @@ class _Rewriter:
             number = conversion.operand
             reads, full = typed.reads[number] if typed else None, self.typed.value(operands[number]).axes
             laid[number] = self.converter.convert(laid[number], conversion, reads=reads, full=full)
+            if typed is not None and not typed.known and operands[number].meta["val"].is_contiguous():
+                laid[number] = self._contiguous(laid[number])
         for scaling in step.scalings:
             laid[scaling.operand] = self._weigher.scaled(laid[scaling.operand], scaling)
         return laid
+
+    def _contiguous(self, laid: Laid) -> Laid:
+        """What an operator of which nothing is known may read by its place in memory (`as_strided`)."""
+        node = self.layout.call(aten.clone.default, laid.node, memory_format=torch.contiguous_format)
+        return Laid(node, laid.axes)
 
     def _call(self, node: fx.Node, step: Step, operands: Sequence[Laid], results: tuple[Axes, ...]) -> fx.Node:
         operands = list(operands)

@@ -6,14 +6,14 @@ coarser   one grouping for all frames -> attention over frames, on groups -> ...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TypeAlias
 
 from torch import fx
 
-from tldr_compile.passes.axes import Atom, Axis
+from tldr_compile.passes.axes import Atom, Axis, Role
 from tldr_compile.passes.errors import OptionError, ScheduleError
 from tldr_compile.passes.plan import cost
 from tldr_compile.passes.plan.plan import Choice, Choices, How, Plan
@@ -104,7 +104,7 @@ class _Search:
         grouping = choice.grouping
         if grouping.run != wish.run:
             return choice
-        for atom in wish.together & grouping.apart.atoms - site.tokens.atoms:
+        for atom in _in_order(grouping.apart, wish.together - site.tokens.atoms):
             if (found := self.kept_apart(site.stream.node, atom)) is not None:
                 self._refuse(site, f"{wish}, but {found.reason_at}")
                 return choice
@@ -143,8 +143,9 @@ def _sharing(choices: Choices, kept_apart: KeptApart) -> Choices:
     """One grouping for all frames, wherever all that a merge reaches depends on all of them."""
     found, refused = dict(choices), list[str]()
     for site, choice in choices.items():
-        frames = [atom for atom in choice.grouping.apart.atoms if atom.role in TIME]
-        reasons = {atom: kept_apart(site.stream.node, atom) for atom in frames if atom not in site.tokens.atoms}
+        frames = {atom for atom in choice.grouping.apart.atoms if atom.role in TIME - {Role.SAMPLE}}
+        seen = _in_order(choice.grouping.apart, frames - site.tokens.atoms)
+        reasons = {atom: kept_apart(site.stream.node, atom) for atom in seen}
         refused += [f"{site.name}: {reason.reason_at}" for reason in reasons.values() if reason]
         refused += [] if reasons else [f"{site.name} has no frames but those that it attends along"]
         free = {atom for atom, reason in reasons.items() if reason is None}
@@ -156,6 +157,11 @@ def _sharing(choices: Choices, kept_apart: KeptApart) -> Choices:
             "is grouping='each'"
         )
     return found
+
+
+def _in_order(axis: Axis, atoms: Collection[Atom]) -> list[Atom]:
+    """Some atoms of an axis, as it has them."""
+    return [factor for factor in axis.factors if isinstance(factor, Atom) and factor in atoms]
 
 
 def _in_blocks(plan: Plan, planned: Planned) -> Plan:

@@ -202,7 +202,7 @@ def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:
     """
     value, (*batch, keys) = typed.value(attention.queries), _key_axes(typed, attention)
     tokens = value.axes[-2]
-    if not value.clip or _clip_atoms(batch) != _clip_atoms(value.axes[:-2]) or not _clip_atoms([tokens]):
+    if not value.clip or _clip_atoms(batch) != _clip_atoms(value.axes[:-2]) or not maximal_runs(tokens):
         return False
     pooled = len(maximal_runs(keys)) == len(maximal_runs(tokens)) == 1 and _clip_atoms([keys]) < _clip_atoms([tokens])
     return maximal_runs(keys) == maximal_runs(tokens) or pooled

@@ -161,3 +161,66 @@ def test_one_head_of_keys_for_all_queries() -> None:
 
     module = merged(forward, tokens())
     assert [site["status"] for site in module.report.to_dict()["sites"]] == ["merged", "left"]
+
+
+def on_grid(tail: Callable[[Any, Tensor], Any]) -> Blocks:
+    """Attention over the places of every frame, and then what is done with pictures `[B·T, C, h, w]`."""
+
+    def forward(s: Any, x: Tensor) -> Any:
+        x = s.patches(x).flatten(0, 1)
+        b, h, w, c = x.shape
+        x = x.flatten(1, 2)
+        x = x + s.attend(x)
+        return tail(s, x.transpose(1, 2).reshape(b, c, h, w))
+
+    return Blocks(forward).eval()
+
+
+def unpooled(s: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y, places = F.max_pool2d(x, 2, return_indices=True)
+    return F.max_unpool2d(y, places, 2), places
+
+
+def of_other_tokens(s: Any, x: Tensor) -> Tensor:
+    """Rows mixed by a parameter are no places of the clip; attention over them is no site."""
+    y = torch.einsum("bchw,rh->brwc", x, s.weight[0, :2, :4]).flatten(1, 2)
+    return (y + s.attend(y, 1)).mean(1)
+
+
+def unshuffled(s: Any, x: Tensor) -> Tensor:
+    return F.pixel_unshuffle(x, 2).flatten(2).mean(2)
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        unpooled,
+        lambda s, x: x.contiguous().as_strided((8, 8, 2, 2), (128, 16, 8, 2)),
+        of_other_tokens,
+        unshuffled,
+        lambda s, x: F.pixel_shuffle(x, 2),
+    ],
+    ids=["places of maxima", "places in memory", "rows mixed", "blocks into channels", "channels into blocks"],
+)
+@pytest.mark.parametrize("grouping", ["auto", "each"])
+def test_what_reads_a_picture_reads_what_it_did(tail: Callable[[Any, Tensor], Any], grouping: str) -> None:
+    model = on_grid(tail)
+    merged = tldr_compile.apply(model, (video(),), schedule=[4], grouping=grouping)
+    merged.verify((video(),))
+    assert merged.report.sites[0]["status"] == "merged"
+
+
+def test_keys_of_blocks_are_compared_as_all_their_tokens() -> None:
+    """Pairs of frames share a key: it stands for both."""
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        x = s.patches(x)
+        b, t, h, w, c = x.shape
+        x = x.flatten(1, 3)
+        pairs = x.view(b, t // 2, 2, h * w, c).mean(2).flatten(1, 2)
+        query, key = (F.linear(each, s.weight[n, :WIDTH])[:, None] for n, each in enumerate((x, pairs)))
+        return (x + F.scaled_dot_product_attention(query, key, pairs[:, None])[:, 0]).mean(1)
+
+    merged = tldr_compile.apply(Blocks(forward).eval(), (video(),), schedule=[0.4], metric="keys", saliency="uniform")
+    merged.verify((video(),))
+    assert merged.report.sites[0]["grouping"] == "run t1·h·w; apart b; carried t2"

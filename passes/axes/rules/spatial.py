@@ -62,7 +62,8 @@ def _patches(call: Call, x: Operand, kernel: Sequence[Any], stride: Any) -> Axes
     if found is None:
         return None
     counts, inside = found
-    call.use(Kind.MIX, x, *counts, part=inside)
+    if inside:
+        call.use(Kind.MIX, x, *counts, part=inside)
     return tuple(counts.values())
 
 
@@ -97,7 +98,7 @@ def resampled(call: Call) -> Typed:
     x = call.operands[0]
     spatial = RANKS[call.name]
     kernel = call.given.get("kernel_size")
-    if kernel is not None:
+    if kernel is not None and len(call.sizes) == 1:  # with indices, they number the places of the whole picture
         lengths = kernel if isinstance(kernel, (list, tuple)) else [kernel]
         lengths = list(lengths) * (spatial // len(lengths))
         if (patches := _patches(call, x, lengths, call.given.get("stride") or lengths)) is not None:

@@ -111,6 +111,40 @@ def expand(call: Call) -> Typed:
     return call.typed(outputs)
 
 
+@rule("pixel_unshuffle")
+def unshuffled(call: Call) -> Typed:
+    """Blocks of places become channels: `[.., C, h·r, w·r]` to `[.., C·r·r, h, w]`."""
+    (operand,) = call.operands
+    rank, times = len(operand.axes), call.given["downscale_factor"]
+    found = call.blocks(operand, {rank - 2: times, rank - 1: times})
+    if found is None:
+        call.use(Kind.MIX, operand, -3, -2, -1)
+        channels, *places = call.sizes[0][-3:]
+        born = (call.fresh(channels, clip=False), *(call.fresh(size, strength=BORN) for size in places))
+        return call.typed((*call.axes(operand)[:-3], *born))
+    counts, part = found
+    if part:
+        call.use(Kind.MIX, operand, -2, -1, part=part)
+    axes = call.axes(operand)
+    inside = [product(axes[dim].factors[len(each.factors) :]) for dim, each in counts.items()]
+    return call.typed((*axes[:-3], product([axes[-3], *inside]), *counts.values()), reads={operand.index: axes})
+
+
+@rule("pixel_shuffle")
+def shuffled(call: Call) -> Typed:
+    """Channels become blocks of places: `[.., C·r·r, h, w]` to `[.., C, h·r, w·r]`."""
+    (operand,) = call.operands
+    times, sizes = call.given["upscale_factor"], call.sizes[0]
+    solved, channels, rest = call.solved.take(call.axes(operand)[-3].factors, sizes[-3])
+    call.solved, rows, columns = solved.take(rest, times)
+    if part := rows.atoms | product(columns).atoms:
+        call.use(Kind.MIX, operand, -3, part=part)
+    axes = call.axes(operand)
+    places = product([axes[-2], rows]), product([axes[-1], *columns])
+    outputs = (*axes[:-3], *(call.solved.resolve(each) for each in (channels, *places)))
+    return call.typed(outputs, reads={operand.index: axes})
+
+
 @rule("repeat", "tile")
 def repeat(call: Call) -> Typed:
     (operand,) = call.operands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from tests.laws.samples.sample import (
     GROUPED,
@@ -37,6 +38,10 @@ def view(name: str) -> list[Sample]:
     ]
 
 
+def picture(h: Any) -> Any:
+    return aten.reshape.default(aten.transpose.int(parts(h)[1], 1, 2), [B, C, T, N])
+
+
 VIEWS = [
     *view("view"),
     *view("_unsafe_view"),
@@ -48,6 +53,8 @@ VIEWS = [
         lambda h: aten.squeeze.dims(aten.unsqueeze.default(h, 1), [0, 1]),
         lambda h: aten.squeeze.default(aten.unsqueeze.default(h, 1)),
     ),
+    *barred("pixel_unshuffle", MIXES, lambda h: aten.pixel_unshuffle.default(picture(h), T)),
+    *carried("pixel_shuffle", lambda h: aten.pixel_shuffle.default(picture(h), 2)),
     *carried("permute", lambda h: aten.permute.default(h, [1, -1, 0])),
     *carried("transpose", lambda h: aten.transpose.int(h, -1, 1)),
     *carried("t", lambda h: aten.t.default(rows(h))),
