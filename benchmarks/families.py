@@ -28,7 +28,7 @@ from tldr_compile.errors import CaptureError
 FRACTION = 0.3
 CLIPS = 2  # so that the batch has a name
 MARKER = "<!-- families -->"
-HEAD = ("model", "GFLOPs of two", f"merged at {FRACTION}", "groupings", "attentions merged", "why not the others")
+HEAD = ("model", "GFLOPs of two clips", f"merged at {FRACTION}", "groupings", "attentions merged", "why not the others")
 
 
 def facts(spec: Spec) -> dict[str, Any]:

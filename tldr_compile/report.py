@@ -18,10 +18,10 @@ from tldr_compile import passes
 from tldr_compile.ops.attention import attention_flop
 from tldr_compile.passes import show
 from tldr_compile.passes.axes import Axes, Axis
-from tldr_compile.passes.plan import Entry, Plan, Resolution, at, cost
+from tldr_compile.passes.plan import Entry, Merge, Plan, Resolution, at, cost
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import AnySite, RefusedSite, Site, protected
-from tldr_compile.passes.sizes import Size
+from tldr_compile.passes.sizes import Size, simplify
 from tldr_compile.passes.sources import line_of
 
 _NO_CLASS_TOKEN = (
@@ -126,7 +126,7 @@ class Report:
             "status": "merged" if merge else "refused" if isinstance(site, RefusedSite) else "left",
             "reason": "" if merge else self._why_left(site, entry),
             "line": line_of(site.attention.node),
-            "inserted": f"saliency, matching, merge to {merge.target!r}{_capped(entry, merge.count)}" if merge else "",
+            "inserted": _inserted(merge, entry) if merge else "",
         }
 
     def _why_left(self, site: AnySite, entry: Entry) -> str:
@@ -253,6 +253,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _text(axes: Axes) -> str:
     return " x ".join(map(repr, axes))
+
+
+def _inserted(merge: Merge, entry: Entry) -> str:
+    """What a merge does; a number asked for counts tokens that one attention sees, not groups."""
+    removed = simplify(merge.count * merge.grouping.block(merge.site.tokens.atoms))
+    return f"saliency, matching, merge to {merge.target!r}{_capped(entry, removed)}"
 
 
 def _capped(entry: Entry, count: Size) -> str:

@@ -83,7 +83,7 @@ class _Search:
                     trial = self.planned(choices)
                 except ScheduleError as indivisible:
                     for site in changed:
-                        self._refuse(site, f"a coarser grouping removes a barrier, but {indivisible}")
+                        self._refuse(site, str(indivisible))
                     continue
                 if cost.of(trial) < cost.of(plan):
                     return trial
@@ -104,11 +104,11 @@ class _Search:
         grouping = choice.grouping
         if grouping.run != wish.run:
             return choice
-        for atom in _in_order(grouping.apart, wish.together - site.tokens.atoms):
-            if (found := self.kept_apart(site.stream.node, atom)) is not None:
-                self._refuse(site, f"{wish}, but {found.reason_at}")
-                return choice
         if joined := grouping.joining(wish.together, site.tokens.atoms):
+            for atom in _in_order(joined.shared, wish.together):
+                if (found := self.kept_apart(site.stream.node, atom)) is not None:
+                    self._refuse(site, f"{wish}, but {found.reason_at}")
+                    return choice
             return Choice(joined, (*choice.reasons, str(wish)))
         if within := grouping.within(wish.together):
             reason = f"a grouping for each of {within.apart!r} removes a barrier: {wish.refusal}"
@@ -116,7 +116,7 @@ class _Search:
         return choice
 
     def _refuse(self, site: Site, reason: str) -> None:
-        self.against.setdefault(site, {})[reason] = None
+        self.against.setdefault(site, {})[f"a coarser one is not taken: {reason}"] = None
 
 
 def _wishes(plan: Plan) -> Iterator[Wish]:
@@ -146,15 +146,15 @@ def _sharing(choices: Choices, kept_apart: KeptApart) -> Choices:
         frames = {atom for atom in choice.grouping.apart.atoms if atom.role in TIME - {Role.SAMPLE}}
         seen = _in_order(choice.grouping.apart, frames - site.tokens.atoms)
         reasons = {atom: kept_apart(site.stream.node, atom) for atom in seen}
-        refused += [f"{site.name}: {reason.reason_at}" for reason in reasons.values() if reason]
+        refused += [reason.reason_at for reason in reasons.values() if reason]
         refused += [] if reasons else [f"{site.name} has no frames but those that it attends along"]
         free = {atom for atom, reason in reasons.items() if reason is None}
         if grouping := choice.grouping.joining(free, site.tokens.atoms) if free else None:
             found[site] = Choice(grouping, (*choice.reasons, "grouping='shared' asks for it"))
     if found == choices:
         raise OptionError(
-            f"grouping='shared': no site can share one grouping: {'; '.join(refused[:3])}. What each of them can have "
-            "is grouping='each'"
+            f"grouping='shared': no site can share one grouping: {'; '.join(list(dict.fromkeys(refused))[:3])}. Use "
+            "grouping='auto' or 'each'"
         )
     return found
 
@@ -179,6 +179,6 @@ def _in_blocks(plan: Plan, planned: Planned) -> Plan:
     if not any(choice.grouping.carried.atoms for choice in plan.choices.values()):
         raise OptionError(
             "grouping='blocks': no operator after any site joins tokens in blocks, such as 2 x 2 patches that become "
-            "one. What each of them can have is grouping='each'"
+            "one. Use grouping='auto' or 'each'"
         )
     return plan

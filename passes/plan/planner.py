@@ -14,7 +14,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import UNIT, Atom, Axis, Kind, Typed, TypedGraph, Value, product, touches
+from tldr_compile.passes.axes import Atom, Axis, Kind, Typed, TypedGraph, Value, touches
 from tldr_compile.passes.capture import Attention
 from tldr_compile.passes.errors import NothingToMerge
 from tldr_compile.passes.plan import cost, shares
@@ -156,12 +156,12 @@ class _Walk:
         source = of_run(state.held, run) or source
         source = source if source is not None and source.batch.atoms == batch.atoms else None
         tokens = tokens_at(run, source)
-        block = product((grouping.carried, *(f for f in batch.factors if f in site.tokens.atoms)))
-        entry = in_blocks(entry, block.size, site)
+        block = grouping.block(site.tokens.atoms)
+        entry = in_blocks(entry, block, site)
         left = self.left.pop(run, Fraction())
         count = removed(entry, tokens.size, left)
         if count == 0:
-            if block != UNIT and isinstance(entry, float) and isinstance(tokens.size, int):
+            if block != 1 and isinstance(entry, float) and isinstance(tokens.size, int):
                 self.left[run] = left + Fraction(str(entry)) * tokens.size
             return
         number = len(self.merges) + 1

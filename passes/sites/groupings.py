@@ -16,6 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from tldr_compile.passes.axes import UNIT, Atom, Axis, Factor, Role, product
+from tldr_compile.passes.sizes import Size
 
 TIME = frozenset({Role.TIME, Role.FOLDED, Role.SAMPLE})
 PICTURE = frozenset({Role.HEIGHT, Role.WIDTH})
@@ -34,6 +35,10 @@ class Grouping:
     def joined(self) -> Axis:
         """All that one grouping serves all values of."""
         return product((self.shared, self.carried))
+
+    def block(self, attended: Collection[Atom]) -> Size:
+        """How many tokens that one attention sees one group of it stands for."""
+        return product((self.carried, *(f for f in self.apart.factors if f in attended))).size
 
     def joining(self, atoms: Collection[Atom], attended: Collection[Atom]) -> Grouping | None:
         """One grouping for all values of some atoms; None if that groups whole rows or columns, or windows alike."""

@@ -47,12 +47,12 @@ def test_frames_that_the_model_keeps_apart_share_none(name: str, why: str) -> No
 
 
 def test_frames_that_leave_one_by_one_share_none() -> None:
-    with pytest.raises(OptionError, match=r"not known to be all of it.* can have is grouping='each'"):
+    with pytest.raises(OptionError, match=r"not known to be all of it.* Use grouping='auto' or 'each'"):
         explained("divided: frames leave one by one", schedule=0.3, grouping="shared")
 
 
 def test_blocks_that_nothing_joins_are_refused() -> None:
-    with pytest.raises(OptionError, match=r"joins tokens in blocks.* can have is grouping='each'"):
+    with pytest.raises(OptionError, match=r"joins tokens in blocks.* Use grouping='auto' or 'each'"):
         explained("keys: memory", schedule=0.3, grouping="blocks")
 
 
@@ -61,6 +61,7 @@ def test_numbers_of_tokens_divide_by_what_is_carried() -> None:
     whole = explained(name, schedule=[8, 0])
     assert [site["tokens_in"] - site["tokens_out"] for site in whole.sites] == [8, 0]
     assert groupings(whole) == ["run h1·w1; apart b; carried h2·w2"]
+    assert "no more than half" not in str(whole)
     with pytest.raises(ScheduleError, match=r"schedule\[0\] = 6, but site 0 .* in blocks of 4"):
         explained(name, schedule=[6], grouping="blocks")
 
@@ -68,7 +69,7 @@ def test_numbers_of_tokens_divide_by_what_is_carried() -> None:
 def test_a_number_that_does_not_divide_keeps_the_finest_and_says_so() -> None:
     report = explained("blocks: pixel shuffle", schedule=[6, 0])
     assert groupings(report) == ["run h1·h2·w1·w2; apart b"]
-    assert any("but schedule[0] = 6" in reason for reason in report.groupings)
+    assert any("not taken: schedule[0] = 6" in reason for reason in report.groupings)
 
 
 def test_the_finest_is_had_by_asking() -> None:
