@@ -46,7 +46,7 @@ class Grouping:
         apart, given = _parted(self.apart, atoms)
         shared = [f for f in given if f not in attended]
         carried = [f for f in given if f in attended]
-        if not has_place(product(run)) or _places(self.run) != _places(product(run)) or has_place(product(shared)):
+        if not has_place(product(run)) or _places(self.run) != _places(product(run)) or has_place(product(given)):
             return None
         return Grouping(
             product(run), product(apart), product((self.shared, *shared)), product((self.carried, *taken, *carried))

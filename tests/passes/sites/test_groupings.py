@@ -39,6 +39,7 @@ def test_rows_and_columns_are_never_grouped_as_wholes_and_windows_never_alike() 
     assert FINEST.joining(PLACES.atoms, PLACES.atoms) is None
     windows = Grouping(axis(H2, W2), axis(B, H1, W1))
     assert windows.joining({H1, W1}, {H2, W2}) is None
+    assert windows.joining({H1, W1}, {H1, H2, W1, W2}) is None
 
 
 def test_a_part_of_the_run_may_be_grouped_for_each_value_of_the_rest() -> None:
