@@ -159,17 +159,16 @@ class Weigher:
         return self._layout.reshape(laid, wide, tuple(axis if dim in used else UNIT for dim, axis in enumerate(axes)))
 
     def _beside_ones(self, weight: fx.Node, source: Axes, target: Axes) -> fx.Node:
-        """Lay weights along axes of which one may be a sum; its other segments weigh one."""
+        """Lay weights along axes of which some may be sums; their other segments weigh one."""
         atoms = {factor for axis in source for factor in axis.factors}
         mixed = [dim for dim, axis in enumerate(target) if len(axis.segments) > 1 and axis not in atoms]
         if not mixed:
             return self._layout.arrange(weight, source, target)
-        (dim,) = mixed
-        pieces = []
+        dim, pieces = mixed[0], []
         for segment in target[dim].segments:
             laid = (*target[:dim], product([Axis((segment,))]), *target[dim + 1 :])
             if set(segment) & atoms:
-                pieces.append(self._layout.arrange(weight, source, laid))
+                pieces.append(self._beside_ones(weight, source, laid))
             else:
                 pieces.append(self._layout.call(aten.new_ones.default, weight, self._layout.lengths(laid)))
         return self._layout.call(aten.cat.default, pieces, dim)

@@ -254,7 +254,8 @@ def _samples(merged: MergedModule, program: ExportedProgram, built: Built) -> di
     A batch of one, or a model that mixes its samples, has nothing to compare.
     """
     video = any(value.ndim > 4 for value in built.inputs.values())
-    apart = Apart.of(program.module(), (), built.inputs, CHANGED if video else CHANGED[:1])
+    dense = program.module(check_guards=False)  # the guards of torch cannot be asked twice about some models
+    apart = Apart.of(dense, (), built.inputs, CHANGED if video else CHANGED[:1])
     if not apart.compared:
         return {}
     raised = apart.raised(merged)
