@@ -201,7 +201,14 @@ def unshuffled(s: Any, x: Tensor) -> Tensor:
         lambda s, x: F.pixel_shuffle(x, 2),
         lambda s, x: F.pad(x, (0, 1, 2, 0)).mean((2, 3)),
     ],
-    ids=["places of maxima", "places in memory", "rows mixed", "blocks into channels", "channels into blocks", "padded"],
+    ids=[
+        "places of maxima",
+        "places in memory",
+        "rows mixed",
+        "blocks into channels",
+        "channels into blocks",
+        "padded",
+    ],
 )
 @pytest.mark.parametrize("grouping", ["auto", "each"])
 def test_what_reads_a_picture_reads_what_it_did(tail: Callable[[Any, Tensor], Any], grouping: str) -> None:

@@ -40,9 +40,7 @@ def test_frames_that_the_model_keeps_apart_share_none(name: str, why: str) -> No
     report = explained(name, schedule=0.3)
     assert set(groupings(report)) == {"run h·w; apart b·t"}
     assert any(why in reason for reason in report.groupings)
-    with pytest.raises(
-        OptionError, match=f"no site can share one grouping: .*{why.removeprefix('but ')}.*'each'"
-    ):
+    with pytest.raises(OptionError, match=f"no site can share one grouping: .*{why.removeprefix('but ')}.*'each'"):
         explained(name, schedule=0.3, grouping="shared")
 
 
