@@ -267,13 +267,19 @@ class Projection(fx.Interpreter):
         beside = self._beside(axes[dim], probe)
         sample = self._across(axes, resolution.batch.factors, (dim,)).expand(x.shape).movedim(dim, -1)
         moved = x.movedim(dim, -1)
-        result = moved.clone()
+        rows, samples = moved.reshape(-1, x.shape[dim]), sample.reshape(-1, x.shape[dim])
+        result = rows.clone()
         for number in range(groups.group.shape[0]):
-            matrix = _matrix(token, beside, groups, number, how)
+            here = samples == number
+            if not here.any():
+                continue
+            row, place = (here.any(d).nonzero()[:, 0] for d in (1, 0))
+            part = rows[row][:, place]
+            matrix = _matrix(token[place], beside[place], groups, number, how)
             picked = how is How.PICK
-            projected = moved[..., matrix.argmax(-1)] if picked else (moved.double() @ matrix.T).to(x.dtype)
-            result = torch.where(sample == number, projected, result)
-        return result.movedim(-1, dim).contiguous()
+            projected = part[:, matrix.argmax(-1)] if picked else (part.double() @ matrix.T).to(x.dtype)
+            result[row[:, None], place] = torch.where(here[row][:, place], projected, part)
+        return result.reshape(moved.shape).movedim(-1, dim).contiguous()
 
     def shorten(self, x: Tensor, axes: Axes, resolution: Resolution) -> Tensor:
         """A projected value `[..., run, ...]` with one entry for each group, as it is held."""
