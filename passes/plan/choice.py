@@ -18,7 +18,7 @@ from tldr_compile.passes.errors import OptionError, ScheduleError
 from tldr_compile.passes.plan import cost
 from tldr_compile.passes.plan.plan import Choice, Choices, How, Plan
 from tldr_compile.passes.refusal import Refusal
-from tldr_compile.passes.sites import Site
+from tldr_compile.passes.sites import Grouping, Site
 from tldr_compile.passes.sites.groupings import TIME
 
 KeptApart: TypeAlias = Callable[[fx.Node, Atom], Refusal | None]
@@ -67,6 +67,7 @@ class _Search:
     def __init__(self, planned: Planned, kept_apart: KeptApart) -> None:
         self.planned, self.kept_apart = planned, kept_apart
         self.against: dict[Site, dict[str, None]] = {}
+        self.tried: set[tuple[Grouping, ...]] = set()
 
     def cheapest(self, plan: Plan) -> Plan:
         """All barriers removed at once where that costs less, or else one after the other."""
@@ -77,16 +78,22 @@ class _Search:
         return replace(plan, choices=told)
 
     def _cheaper(self, plan: Plan) -> Plan | None:
+        price, now = cost.of(plan), tuple(each.grouping for each in plan.choices.values())
+        self.tried.add(now)
         for choices in self._coarser(plan):
-            if changed := [site for site, each in plan.choices.items() if each.grouping != choices[site].grouping]:
-                try:
-                    trial = self.planned(choices)
-                except ScheduleError as indivisible:
-                    for site in changed:
+            groupings = tuple(each.grouping for each in choices.values())
+            if groupings in self.tried:
+                continue
+            self.tried.add(groupings)
+            try:
+                trial = self.planned(choices)
+            except ScheduleError as indivisible:
+                for site, before, after in zip(choices, now, groupings, strict=True):
+                    if before != after:
                         self._refuse(site, str(indivisible))
-                    continue
-                if cost.of(trial) < cost.of(plan):
-                    return trial
+                continue
+            if cost.of(trial) < price:
+                return trial
         return None
 
     def _coarser(self, plan: Plan) -> Iterator[Choices]:

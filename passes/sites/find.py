@@ -270,7 +270,7 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
     pooled = run.atoms - _key_axes(flow.typed, attention)[-1].atoms
     joined = finest.joining(pooled, tokens.atoms) if pooled else finest
     if joined is None:
-        return f"its keys are pooled over all of {', '.join(map(repr, pooled))}"
+        return f"its keys are pooled over all of {', '.join(sorted(map(repr, pooled)))}"
     return Stream(node, before, joined)
 
 

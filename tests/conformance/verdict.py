@@ -134,7 +134,8 @@ def _attention(program: ExportedProgram) -> Iterator[tuple[fx.Node, Size, Size]]
 
 def _multiplies(probabilities: fx.Node) -> bool:
     """Whether probabilities go into a product, as they are or only moved."""
-    moves = {"dropout", "view", "reshape", "expand", "clone", "to", "_to_copy", "contiguous", "unsqueeze", "slice"}
+    shapes = {"view", "reshape", "expand", "unsqueeze", "slice", "permute", "transpose"}
+    moves = {"dropout", "clone", "to", "_to_copy", "contiguous", *shapes}
     for user in probabilities.users:
         name = getattr(user.target, "__name__", "").partition(".")[0]
         if name in ("matmul", "bmm", "baddbmm", "einsum") or (name in moves and _multiplies(user)):

@@ -358,6 +358,29 @@ def largest(m: Grouped, x: Tensor) -> Tensor:
 # --- keys that are not the tokens that ask ---
 
 
+def framed(m: Grouped, x: Tensor) -> Tensor:
+    """Every frame has a class token, and all attend to all: tokens lie along `t·(1 + h·w)`."""
+    b, t, h, w, c = x.shape
+    token = m.memory[:, None, :1].expand(b, t, -1, -1)
+    x = torch.cat([token, x.flatten(2, 3)], 2).flatten(1, 2)
+    for site in range(3):
+        x = m.block(x, site)
+    return x.view(b, t, 1 + h * w, c)[:, :, 0]
+
+
+def heads_first(m: Grouped, x: Tensor) -> Tensor:
+    """Hiera: heads are laid before the windows, which are whole rows of blocks."""
+    x = windowed(pictures(x), (3, 3))
+    b, n = BATCH, x.shape[1]
+    for site in range(3):
+        y = m.qkvs[site](m.norms[site](x)).view(b, -1, n, 3, HEADS, WIDTH // HEADS)
+        q, k, v = y.permute(3, 0, 4, 1, 2, 5).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).permute(0, 2, 3, 1, 4).reshape(x.shape)
+        x = x + m.outs[site](y)
+        x = x + m.mlps[site](x)
+    return x.reshape(b, -1, WIDTH).mean(1)
+
+
 def with_memory(m: Grouped, x: Tensor, tokens: int) -> Tensor:
     """`tokens` learned ones join the keys, and ask nothing."""
     x = pictures(x).flatten(1, 2)
@@ -494,6 +517,8 @@ MODELS: dict[str, Model] = {
         }.items()
         for layers in (0, 2)
     },
+    "joint: a class token for every frame": of(framed, 3, 3, 5),
+    "windows: heads before them": windows(heads_first, 1, 6, 9),
     "keys: and queries, of blocks": of(of_pooled_tokens, 1, 6, 10),
     "keys: memory": of(with_memory, 1, 3, 5, tokens=3),
     "keys: class token": of(with_memory, 1, 3, 5, tokens=1),

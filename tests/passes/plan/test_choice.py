@@ -64,6 +64,19 @@ def test_numbers_of_tokens_divide_by_what_is_carried() -> None:
         explained(name, schedule=[6], grouping="blocks")
 
 
+def test_what_rounds_to_nothing_on_few_blocks_goes_at_the_next_site() -> None:
+    """0.06 of 15 blocks is no block, and twice that is one."""
+    report = explained("blocks: pixel shuffle", schedule=[0.06, 0.06], grouping="blocks")
+    assert [site["tokens_in"] - site["tokens_out"] for site in report.sites] == [0, 4]
+
+
+def test_a_site_counts_the_protected_tokens_of_all_frames() -> None:
+    report = explained("joint: a class token for every frame", schedule=[6])
+    assert {site["protected"] for site in report.sites} == {3}
+    assert groupings(report) == ["run h·w; apart b·t"]
+    assert report.sites[0]["tokens_in"] - report.sites[0]["tokens_out"] == 6  # two of each of three frames
+
+
 def test_a_number_that_does_not_divide_keeps_the_finest_and_says_so() -> None:
     report = explained("blocks: pixel shuffle", schedule=[6, 0])
     assert groupings(report) == ["run h1·h2·w1·w2; apart b"]
