@@ -24,8 +24,9 @@ from tests.laws.support import assert_same, distance, tensors
 from tldr_compile import MergedModule, NothingToMerge, OptionError, ops
 from tldr_compile.errors import VerificationError
 from tldr_compile.inspection import Decision, inspect
-from tldr_compile.passes.axes import product
-from tldr_compile.passes.emit import resample
+from tldr_compile.passes.axes import Axis
+from tldr_compile.passes.emit.resample import Converter, holding
+from tldr_compile.passes.emit.views import Laid
 from tldr_compile.passes.sites.dependence import Mixing
 
 ONE, MIX = "one fraction", "a mix"
@@ -214,9 +215,15 @@ def test_a_grouping_that_frames_must_not_share_shows(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["windows: no shift", "blocks: pixel shuffle"])
 def test_tokens_that_are_laid_in_another_order_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = resample.gathered
-    monkeypatch.setattr(resample, "gathered", lambda axes, run: real(axes, product(reversed(run.factors))))
-    with pytest.raises((VerificationError, ValueError)):
+    real = Converter.together
+
+    def backwards(converter: Converter, laid: Laid, tokens: Axis) -> Laid:
+        laid = real(converter, laid, tokens)
+        dims = holding(laid.axes, tokens)
+        return Laid(converter.layout.call(torch.ops.aten.flip.default, laid.node, dims), laid.axes)
+
+    monkeypatch.setattr(Converter, "together", backwards)
+    with pytest.raises(VerificationError, match="differs from its meaning"):
         tldr_compile.apply(program(name, ONE), schedule=0.3).verify((noise(name, ONE),))
 
 

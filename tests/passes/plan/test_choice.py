@@ -10,6 +10,7 @@ import tldr_compile
 from tests.laws.grouped import MODELS
 from tldr_compile import Report
 from tldr_compile.errors import OptionError, ScheduleError
+from tldr_compile.passes.plan import cost
 
 pytestmark = pytest.mark.filterwarnings("ignore:tldr. the merged graph costs")  # these models are small
 
@@ -30,6 +31,13 @@ def test_one_grouping_for_all_frames_where_attention_along_time_follows() -> Non
     assert sites == [1, 3]
     assert reason.startswith("one grouping for all t removes a barrier: aten.scaled_dot_product_attention.default")
     assert f"grouping of sites 1, 3: {reason}" in str(report)
+
+
+def test_what_costs_no_less_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "of", lambda plan: 1.0)
+    report = explained("divided: frames in the batch", schedule=[0, 4, 0, 4])
+    assert groupings(report) == ["run h·w; apart b·t"] * 2
+    assert report.groupings == {}
 
 
 @pytest.mark.parametrize(
