@@ -298,5 +298,19 @@ def _counted(graph: fx.GraphModule) -> float:
             for value in (node.meta.get("val") for node in graph.graph.find_nodes(op="placeholder"))
         ]
         with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-            fx.Interpreter(graph).run(*inputs)
+            _ToOutputs(graph).run(*inputs)
     return float(counter.get_total_flops()) / 1e9
+
+
+class _ToOutputs(fx.Interpreter):
+    """Runs what the outputs are made of: what only asserts something of the data has nothing to run on."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.needed: set[fx.Node] = set()
+        for node in reversed(graph.graph.nodes):
+            if node.op == "output" or not self.needed.isdisjoint(node.users):
+                self.needed.add(node)
+
+    def run_node(self, n: fx.Node) -> Any:
+        return super().run_node(n) if n in self.needed or n.op == "placeholder" else None

@@ -38,7 +38,8 @@ from tldr_compile.passes.errors import OptionError
 from tldr_compile.passes.fx_utils import named, operands, operator_name, tensors
 from tldr_compile.passes.sizes import Size, simplify, size
 
-PLACES = frozenset({Role.TIME, Role.HEIGHT, Role.WIDTH})
+_PICTURE = frozenset({Role.HEIGHT, Role.WIDTH})
+PLACES = _PICTURE | {Role.TIME}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def infer(captured: Captured, clips: frozenset[str], queries: Sequence[fx.Node] 
     walk = _Walk(captured, clips)
     first = walk.run(Substitution())
     attended = [_resolved(walk.solved, first.value(each).axes[:-1]) for each in queries]
-    solved = _carrying(_sequence_first(walk.solved, walk.rows, attended), walk.channels, attended)
+    solved = walk.solved if walk.pictured(attended) else _patches(walk.solved, attended)
+    solved = _carrying(_sequence_first(solved, walk.rows, attended), walk.channels, attended)
     tokens = [axes[-1] for axes in attended if protect and not _over_time(walk.solved.resolve(axes[-1]))]
     try:
         return walk.run(_protecting(solved, tokens, protect)).resolved(walk.solved)
@@ -139,6 +141,13 @@ class _Walk:
     def rows(self) -> frozenset[Axis]:
         """The first dimensions of inputs of rank 3."""
         return frozenset(axes[0] for axes in self.born.values() if len(axes) == 3)
+
+    def pictured(self, attended: Iterable[Axes]) -> bool:
+        """Whether there are places of a picture anywhere, or no pixels to have them."""
+        pixels = any(len(axes) > 3 and node.name in self.clips for (node, _), axes in self.born.items())
+        places = any(atom.role in _PICTURE and atom.size != 1 for births in self.births.values() for atom in births)
+        seen = (atom for axes in attended for each in axes for atom in self.solved.resolve(each).atoms)
+        return not pixels or places or any(atom.clip and atom.role in _PICTURE for atom in seen)
 
     def run(self, solved: Substitution) -> TypedGraph:
         """The graph with its axes as they were when each call was typed; `self.solved` says what they became."""
@@ -228,6 +237,15 @@ def _results(node: fx.Node, call: Call, typed: Typed) -> tuple[Value, ...]:
     varies = any(operand.varies for operand in call.operands)
     pairs = zip(typed.outputs, tensors(node), strict=True)
     return tuple(Value(axes, varies, call.clip, each.is_floating_point()) for axes, each in pairs)
+
+
+def _patches(solved: Substitution, attended: Iterable[Axes]) -> Substitution:
+    """Pictures that are each embedded whole are patches, in one row: what is attended along are tokens, no samples."""
+    for *_, tokens in attended:
+        for atom in solved.resolve(tokens).atoms:
+            if atom.clip and atom.role in (Role.SAMPLE, Role.FOLDED, Role.TIME):
+                solved = solved.assign(atom, axis(replace(atom, role=Role.TOKEN)))
+    return solved
 
 
 def _sequence_first(solved: Substitution, rows: Collection[Axis], attended: Iterable[Axes]) -> Substitution:

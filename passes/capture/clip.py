@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import fx
 
 from tldr_compile.passes.capture.canonicalize import Captured
 from tldr_compile.passes.errors import OptionError
+from tldr_compile.passes.fx_utils import operands, operator_name
+
+_PRODUCTS = frozenset(
+    f"aten::{name}"
+    for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d")
+)
 
 
 def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> frozenset[str]:
     """Names of the placeholders that carry the video: the floating-point inputs of the highest rank, 2 or more.
+
+    Where parameters embed some of those, as they do patches, the others are tables: positions, weights, masks.
 
     Raises:
         OptionError: a name in `clip` is no input of the graph.
@@ -31,6 +40,21 @@ def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> froze
     placeholders = [node for node in captured.graph.graph.find_nodes(op="placeholder") if node.name in inputs]
     ranks = {node.name: node.meta["val"].ndim for node in placeholders if node.meta["val"].is_floating_point()}
     if not any(rank >= 3 for rank in ranks.values()):  # pixels as they come from a decoder
-        ranks = {node.name: node.meta["val"].ndim for node in placeholders if node.meta["val"].ndim >= 4}
+        ranks = {n.name: n.meta["val"].ndim for n in placeholders if n.meta["val"].ndim >= 4} or ranks
     highest = max(ranks.values(), default=0)
-    return frozenset(name for name, rank in ranks.items() if rank == highest and rank >= 2)
+    found = frozenset(name for name, rank in ranks.items() if rank == highest and rank >= 2)
+    return found & _embedded(captured) or found
+
+
+def _embedded(captured: Captured) -> frozenset[str]:
+    """The inputs that meet a parameter in a product before they meet another input."""
+    above: dict[fx.Node, frozenset[str]] = {}
+    found: set[str] = set()
+    for node in captured.graph.graph.nodes:
+        above[node] = frozenset().union(*(above[each] for each in node.all_input_nodes))
+        if node.op == "placeholder" and node.name not in captured.constants:
+            above[node] = frozenset({node.name})
+        product = node.op == "call_function" and operator_name(node) in _PRODUCTS
+        if product and len(above[node]) == 1 and not all(above[each] for each in operands(node)):
+            found |= above[node]
+    return frozenset(found)

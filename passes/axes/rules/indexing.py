@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tldr_compile.passes.axes.algebra import BORN, UNIT, Axes, Axis, Role
 from tldr_compile.passes.axes.rules.table import Call, Kind, Operand, Typed, broadcast, rule, unknown
 from tldr_compile.passes.sizes import Size
@@ -25,9 +27,7 @@ def index(call: Call) -> Typed:
         return unknown(call)
     call.use(Kind.MIX, x, *places)
     axes = call.axes(x)
-    found = broadcast(call, [each.axes for each in tensors])
-    if not any(each.varies for each in tensors):
-        found = tuple(_chosen(call, each.size, axes[places[0] : places[-1] + 1]) for each in found)
+    found = _chosen_by(call, tensors, axes[places[0] : places[-1] + 1])
     return call.typed((*axes[: places[0]], *found, *axes[places[-1] + 1 :]))
 
 
@@ -45,9 +45,7 @@ def index_select(call: Call) -> Typed:
     dim = call.given["dim"] % len(x.axes)
     call.use(Kind.MIX, x, dim)
     axes = call.axes(x)
-    found = indices.axes or (UNIT,)
-    if not indices.varies:
-        found = tuple(_chosen(call, each.size, axes[dim : dim + 1]) for each in found)
+    found = _chosen_by(call, [replace(indices, axes=indices.axes or (UNIT,))], axes[dim : dim + 1])
     return call.typed((*axes[:dim], *found, *axes[dim + 1 :]))
 
 
@@ -64,6 +62,19 @@ def gather(call: Call) -> Typed:
         )
         outputs = (*outputs[:dim], chosen, *outputs[dim + 1 :])
     return call.typed(tuple(call.solved.resolve(each) for each in outputs if each is not None))
+
+
+def _chosen_by(call: Call, indices: list[Operand], among: Axes) -> Axes:
+    """What a choice among the entries of some axes is laid along: its indices, and new entries of what is chosen.
+
+    An index along what is of the clip already says itself what is chosen.
+    """
+    found = broadcast(call, [each.axes for each in indices])
+    varies = any(each.varies for each in indices)
+    if varies and (len(found) != 1 or not among[0].clip or found[0].clip):
+        return found
+    chosen = tuple(_chosen(call, each.size, among) for each in found)
+    return tuple(call.same(*pair) for pair in zip(chosen, found, strict=True)) if varies else chosen
 
 
 def _chosen(call: Call, size: Size, among: Axes) -> Axis:

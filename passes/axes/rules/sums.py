@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tldr_compile.passes.axes.algebra import UNIT, Axes
+from tldr_compile.passes.axes.algebra import BORN, UNIT, Axes, Role
 from tldr_compile.passes.axes.rules.pointwise import pointwise
 from tldr_compile.passes.axes.rules.table import Call, Kind, Operand, Rule, Typed, rule
 
@@ -54,15 +54,14 @@ def _along(kind: Kind) -> Rule:
 
     def along(call: Call) -> Typed:
         operand: Operand = call.operands[0]
-        dim = call.given.get("dim", -1)  # that of sort where none is given; the others always have one
-        call.use(kind, operand, *_dims(dim, len(operand.axes)))
+        call.use(kind, operand, *_dims(call.given["dim"], len(operand.axes)))
         return call.typed(*[call.axes(operand)] * len(call.sizes))
 
     return along
 
 
 rule("softmax", "_softmax", "_safe_softmax")(_along(Kind.SOFTMAX))
-rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort")(_along(Kind.MIX))
+rule("log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")(_along(Kind.MIX))
 
 
 @rule("tril", "triu")
@@ -81,6 +80,20 @@ def moved(call: Call) -> Typed:
     dims = _dims(call.given.get("dims"), len(axes))
     call.use(Kind.MIX, operand, *dims)
     return call.typed(tuple(call.fresh(each.size) if dim in dims else each for dim, each in enumerate(axes)))
+
+
+@rule("sort", "argsort")
+def sorted_along(call: Call) -> Typed:
+    """Entries change places along `dim`; what they were is what they are."""
+    (operand,) = call.operands
+    axes = call.axes(operand)
+    (dim,) = _dims(call.given.get("dim", -1), len(axes)) or (-1,)
+    call.use(Kind.MIX, operand, *([dim] if axes else []))
+    if not axes:
+        return call.typed(*[axes] * len(call.sizes))
+    role = Role.TOKEN if axes[dim].clip else Role.UNKNOWN
+    placed = call.fresh(axes[dim].size, clip=axes[dim].clip, strength=BORN, role=role)
+    return call.typed(*[(*axes[:dim], placed, *axes[dim + 1 :])] * len(call.sizes))
 
 
 @rule("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
