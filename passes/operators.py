@@ -63,6 +63,7 @@ class Operators(Protocol):
         *,
         reduction: str,
         seed: int,
+        place: Tensor | None,
     ) -> Grouping: ...
     def down(
         self,

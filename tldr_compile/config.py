@@ -23,7 +23,7 @@ _CHOICES: Final[Mapping[str, Collection[str]]] = {
     "on_nothing": ("raise", "warn"),
     "grouping": ("auto", "each", "shared", "blocks"),
 }
-_SWITCHES: Final = ("proportional", "verify")
+_SWITCHES: Final = ("proportional", "return_places", "verify")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class TokenMerging:
         was registered with `tldr_compile.ops.metric`.
     reduction: how tokens are chosen: merge, one of the baselines that drop tokens instead, or one that was registered
         with `tldr_compile.ops.reduction`.
-    outputs: whether outputs over tokens get their original length back.
+    outputs: whether outputs over tokens get their original length back. Those that stay short are all as long as the
+        shortest of them, their tokens in the order of their places.
+    return_places: whether a merged module returns, beside the model's outputs, which tokens are left (`Kept`).
     pooling: whether means over tokens are weighted by mass.
     proportional: whether later attention adds the logarithm of the mass of its keys.
     protect: the tokens that are never merged: those that no pixel made, or at least so many that lead.
@@ -61,6 +63,7 @@ class TokenMerging:
     metric: str = "tokens"
     reduction: str = "merge"
     outputs: Literal["restore", "merged"] = "restore"
+    return_places: bool = False
     pooling: Literal["mass", "plain"] = "mass"
     proportional: bool = True
     protect: Literal["auto"] | int = "auto"
@@ -84,6 +87,8 @@ class TokenMerging:
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
+        if self.return_places and self.outputs != "merged":
+            raise OptionError("return_places=True tells which tokens are left: it needs outputs='merged'")
         if REDUCTIONS[self.reduction].ranks and not SIGNALS[self.saliency].reads:
             raise OptionError(
                 f"reduction={self.reduction!r} drops the least salient tokens, and with saliency={self.saliency!r} all "

@@ -25,7 +25,7 @@ from tldr_compile.passes.axes import Atom, Axes, Axis, Factor, Kind, Use, gather
 from tldr_compile.passes.capture import SDPA
 from tldr_compile.passes.fx_utils import named
 from tldr_compile.passes.options import Policy
-from tldr_compile.passes.plan import How, Plan, Resolution, Step, Weighing, Weight
+from tldr_compile.passes.plan import Conversion, How, Plan, Resolution, Step, Weighing, Weight, at
 from tldr_compile.passes.sizes import Size, one_symbol, size
 
 aten = torch.ops.aten
@@ -81,11 +81,13 @@ class Projection(fx.Interpreter):
     """Runs the plan's graph at full length with the meaning that the plan gives it."""
 
     def __init__(self, plan: Plan, groups: Mapping[int, Groups], policy: Policy) -> None:
-        super().__init__(plan.typed.captured.graph)
+        super().__init__(plan.typed.captured.graph, garbage_collect_values=not plan.leaving)
         self.plan, self.groups, self.policy = plan, groups, policy
         self.symbols: dict[sympy.Symbol, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op == "output":
+            return self._output(n)
         step = self.plan.steps.get(n)
         if step is None or n.target is getitem or not (step.conversions or step.weighings or step.scalings):
             result = super().run_node(n)
@@ -119,12 +121,7 @@ class Projection(fx.Interpreter):
                 operands[number] = self._project(
                     wide, reads[len(reads) - wide.ndim :], conversion.target, conversion.how
                 )
-        for scaling in step.scalings:
-            axes = own[scaling.operand]
-            each = self._token_weights(scaling.weight, axes, (scaling.dim,), self.policy.proportional)
-            if scaling.weight.held:  # it leaves with one entry for each group, which stands for all of its tokens
-                each = each * self._token_sizes(scaling.weight, axes, (scaling.dim,))
-            operands[scaling.operand] = (operands[scaling.operand] * each).to(operands[scaling.operand].dtype)
+        operands = self._scaled(step, operands, own)
         weights: dict[Use, Tensor] = {}
         for weighing in step.weighings:
             assert typed is not None
@@ -146,7 +143,41 @@ class Projection(fx.Interpreter):
             return next(feed) if isinstance(each.meta.get("val"), Tensor) else self.env[each]
 
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
-        return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _output(self, node: fx.Node) -> Any:
+        results = self.plan.typed.operands(node)
+        operands = self._scaled(self.plan.steps[node], [self.env[each] for each in results], self.plan.typed.own(node))
+        for each in self.plan.leaving:
+            left = operands[each.operand] if each.key is None else self.env[each.value]
+            left = self._left(left, each.value, each.conversions, each.held)
+            if each.key is not None:
+                left = left[self._left(self.env[each.key], each.key, each.key_conversions, each.held).argsort()]
+            operands[each.operand] = left
+        feed = iter(operands)
+        return fx.node.map_arg(
+            node.args[0], lambda n: next(feed) if isinstance(n.meta.get("val"), Tensor) else self.env[n]
+        )
+
+    def _left(self, x: Tensor, node: fx.Node, conversions: Sequence[Conversion], held: Sequence[Resolution]) -> Tensor:
+        """A value as it leaves, with one entry for each group."""
+        axes = self.plan.typed.value(node).axes
+        for conversion in conversions:
+            assert conversion.target is not None
+            x = self._project(x, axes, conversion.target, conversion.how)
+        for number, resolution in enumerate(held):
+            x = self.shorten(x, at(axes, held[:number]), resolution)
+        return x
+
+    def _scaled(self, step: Step, operands: list[Tensor], own: Sequence[Axes]) -> list[Tensor]:
+        """Operands that are distributions, with the weights of their tokens."""
+        for scaling in step.scalings:
+            axes = own[scaling.operand]
+            each = self._token_weights(scaling.weight, axes, (scaling.dim,), self.policy.proportional)
+            if scaling.weight.held:  # it leaves with one entry for each group, which stands for all of its tokens
+                each = each * self._token_sizes(scaling.weight, axes, (scaling.dim,))
+            operands[scaling.operand] = (operands[scaling.operand] * each).to(operands[scaling.operand].dtype)
+        return operands
 
     # --- coordinates ---
 

@@ -52,11 +52,9 @@ def verify(
         expected = meaning.run(*inputs)
     old = plan.typed.captured.graph.graph
     (output,) = old.find_nodes(op="output")
-    pairs = zip(plan.typed.operands(output), _tensors(actual), _tensors(expected), strict=True)
+    results = _tensors(expected)
+    pairs = zip(plan.typed.operands(output), _tensors(actual)[: len(results)], results, strict=True)
     for number, (node, one, two) in enumerate(pairs):
-        if one.shape != two.shape:
-            for resolution in plan.held(node):
-                two = meaning.shorten(two, plan.typed.value(node).axes, resolution)
         try:
             _compare(f"output {number} ({node.name})", one, two, agreement(old))
         except VerificationError as difference:
@@ -189,7 +187,7 @@ def check_shapes(before: fx.GraphModule, after: fx.GraphModule, *, restored: boo
         is_known = not any(map(is_open, pytree.tree_leaves([node.meta.get("val") for node in before.graph.nodes])))
         results = _tensors((_Shapes if is_known else fx.Interpreter)(after).run(*values))
     (output,) = before.graph.find_nodes(op="output")
-    for node, result in zip(operands(output), results, strict=True):
+    for node, result in zip(operands(output), results, strict=False):  # what is told of places comes after them
         traced = node.meta["val"]
         same = len(traced.shape) == len(result.shape) and all(
             size(one) == size(two) or _follows_from_data(one)

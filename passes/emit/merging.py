@@ -164,6 +164,7 @@ def merged(reader: Reader) -> tuple[Converter, Laid]:
     grouping = call(
         converter.operators.group, metric, saliency, mass, size, converter.layout.length(merge.count),
         reduction=policy.reduction, seed=merge.target.index,
+        place=converter.places(merge.source, mass) if merge.ordered else None,
     )  # fmt: skip
     grouped = Grouped(grouping, *(call(getitem, grouping, k) for k in range(8)))
     converter = converter.knowing(merge.target, grouped)

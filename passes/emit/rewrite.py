@@ -34,7 +34,7 @@ from tldr_compile.passes.emit.views import Laid, Layout
 from tldr_compile.passes.fx_utils import named, operator_name
 from tldr_compile.passes.operators import Operators
 from tldr_compile.passes.options import Policy
-from tldr_compile.passes.plan import Conversion, Merge, Plan, Step, at
+from tldr_compile.passes.plan import Conversion, How, Leaving, Merge, Plan, Step, at, rows
 from tldr_compile.passes.sizes import size
 
 aten = torch.ops.aten
@@ -111,6 +111,8 @@ class _Rewriter:
             return Emitted(self.layout.length(size(node.meta["val"])))
         if node.target is getitem and (results := self.env[node.args[0]].results):  # type: ignore[index]
             return self._copy(node, (results[node.args[1]],))  # type: ignore[index]
+        if node.op == "output":
+            return self._output(node)
         step, merge = self.plan.steps.get(node), self.plan.merge_of(node)
         busy = step and (step.held or step.conversions or step.weighings or step.scalings)
         if step is None or not (busy or (merge is not None and asked(self.policy))):
@@ -128,6 +130,43 @@ class _Rewriter:
         if isinstance(emitted.value, fx.Node):
             emitted.value.meta = {key: value for key, value in node.meta.items() if key != "val"}
         return emitted
+
+    def _output(self, node: fx.Node) -> Emitted:
+        operands = self._operands(node, self.plan.steps[node])
+        for each in self.plan.leaving:
+            operands[each.operand] = self._left(each, operands[each.operand])
+        (results,), _ = self._arguments(node, iter(operands))
+        kept = self._kept() if self.policy.return_places else ()
+        return Emitted(self.graph.output((*results, *kept)))
+
+    def _kept(self) -> tuple[fx.Node, fx.Node]:
+        """Of every group that leaves its place and its mass, `[B, n]`."""
+        leaving, resolution = self.plan.row
+        batch, row = rows(self.typed, leaving, resolution)
+        reads = (batch, row)
+        call, length = self.layout.call, self.layout.length(row.size)
+        ones = call(aten.new_ones.default, self.converter.grouped[resolution].kept, [length])
+        number = Laid(call(aten.sub.Tensor, call(aten.cumsum.default, ones, 0), 1), (row,))
+        picking = Conversion(0, resolution.run, None, resolution, How.PICK)
+        places = self.converter.convert(number, picking, reads=reads)
+        mass = self.converter.grouped[resolution].mass
+        short = at(reads, [resolution])
+        weights = self.layout.arrange(mass, (resolution.batch, resolution.axis), short)
+        if leaving.key is None:
+            return self.layout.arrange(places.node, places.axes, short), weights
+        keys = self._brought(leaving.key, leaving.key_conversions)
+        told = self.layout.view(keys, short)
+        order = call(aten.argsort.default, told.node, 1)
+        return tuple(call(aten.gather.default, each, 1, order) for each in (told.node, weights))  # type: ignore[return-value]
+
+    def _left(self, leaving: Leaving, operand: Laid) -> Laid:
+        """An output that leaves short: where it has a key, in the order of the keys that are left."""
+        if leaving.key is None:
+            return self.converter.converted(operand, leaving.conversions)
+        laid = self._brought(leaving.value, leaving.conversions)
+        keys = self._brought(leaving.key, leaving.key_conversions)
+        order = self.layout.call(aten.argsort.default, keys.node)
+        return Laid(self.layout.call(aten.index_select.default, laid.node, 0, order), laid.axes)
 
     def _operands(self, node: fx.Node, step: Step) -> list[Laid]:
         typed, operands, own = self.typed.calls.get(node), self.typed.operands(node), self.typed.own(node)

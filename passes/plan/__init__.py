@@ -8,7 +8,19 @@ operands are converted before it, which sums are weighed, and where full length 
 Nothing here makes a node, and nobody else decides anything.
 """
 
-from tldr_compile.passes.plan.plan import Barrier, Conversion, How, Merge, Plan, Scaling, Step, Weighing, Weight
+from tldr_compile.passes.plan.leaving import rows
+from tldr_compile.passes.plan.plan import (
+    Barrier,
+    Conversion,
+    How,
+    Leaving,
+    Merge,
+    Plan,
+    Scaling,
+    Step,
+    Weighing,
+    Weight,
+)
 from tldr_compile.passes.plan.planner import make_plan
 from tldr_compile.passes.plan.resolution import Resolution, at, of_run, tokens_at
 from tldr_compile.passes.plan.schedule import Entry
@@ -18,6 +30,7 @@ __all__ = [
     "Conversion",
     "Entry",
     "How",
+    "Leaving",
     "Merge",
     "Plan",
     "Resolution",
@@ -28,5 +41,6 @@ __all__ = [
     "at",
     "make_plan",
     "of_run",
+    "rows",
     "tokens_at",
 ]

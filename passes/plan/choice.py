@@ -78,7 +78,7 @@ class _Search:
         return replace(plan, choices=told)
 
     def _cheaper(self, plan: Plan) -> Plan | None:
-        price, now = cost.of(plan), tuple(each.grouping for each in plan.choices.values())
+        price, now = _price(plan), tuple(each.grouping for each in plan.choices.values())
         self.tried.add(now)
         for choices in self._coarser(plan):
             groupings = tuple(each.grouping for each in choices.values())
@@ -92,7 +92,7 @@ class _Search:
                     if before != after:
                         self._refuse(site, str(indivisible))
                 continue
-            if cost.of(trial) < price:
+            if _price(trial) < price:
                 return trial
         return None
 
@@ -124,6 +124,11 @@ class _Search:
 
     def _refuse(self, site: Site, reason: str) -> None:
         self.against.setdefault(site, {})[f"a coarser one is not taken: {reason}"] = None
+
+
+def _price(plan: Plan) -> tuple[int, float]:
+    """Outputs that leave short were asked for: whoever reads them pays for every token."""
+    return -len(plan.leaving), cost.of(plan)
 
 
 def _wishes(plan: Plan) -> Iterator[Wish]:

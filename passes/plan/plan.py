@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from tldr_compile.passes.axes import Atom, Axis, TypedGraph, Use
+from tldr_compile.passes.errors import OptionError
 from tldr_compile.passes.plan.resolution import Resolution, holds
 from tldr_compile.passes.plan.schedule import Entry
 from tldr_compile.passes.refusal import Refusal
@@ -110,12 +111,28 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Leaving:
+    """Output number `operand` leaves short, as `value` is at the resolutions `held`.
+
+    Where there is a `key`, one number for each entry along the first dimension, it leaves in the order of those.
+    """
+
+    operand: int
+    value: fx.Node
+    held: tuple[Resolution, ...]
+    conversions: tuple[Conversion, ...]
+    key: fx.Node | None = None
+    key_conversions: tuple[Conversion, ...] = ()
+
+
+@dataclass(frozen=True)
 class Merge:
     """After `node`, `count` entries of the run go; `source` is the resolution it starts from.
 
     `stream` brings the residual stream to `source`; `rows` what the site says of its tokens (sharpness, keys), which
     are as the site's own scores are held; `keys` the keys to that first; `before` what the attention was added to.
-    `held` are the resolutions of other runs that the stream keeps.
+    `held` are the resolutions of other runs that the stream keeps. `ordered`: the groups leave the graph, and come in
+    the order of their places.
     """
 
     site: Site
@@ -129,6 +146,7 @@ class Merge:
     rows: tuple[Conversion, ...]
     keys: tuple[Conversion, ...]
     before: tuple[Conversion, ...]
+    ordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,8 +163,8 @@ class Restored:
 class Plan:
     """Everything that the rewriter does and that the report prints.
 
-    `choices` say how each site groups its tokens, `left_out` are the sites whose merge did not pay, `others` the
-    attentions that are no sites, and why.
+    `leaving` are the outputs that do not get their length back; `choices` say how each site groups its tokens;
+    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why.
     """
 
     typed: TypedGraph
@@ -155,6 +173,7 @@ class Plan:
     schedule: tuple[Entry, ...]
     merges: tuple[Merge, ...]
     steps: Mapping[fx.Node, Step]
+    leaving: tuple[Leaving, ...] = ()
     choices: Choices = field(default_factory=dict)
     left_out: tuple[Site, ...] = ()
     others: tuple[Refusal, ...] = ()
@@ -171,6 +190,24 @@ class Plan:
 
     def merge_of(self, attention: fx.Node) -> Merge | None:
         return next((merge for merge in self.merges if merge.site.attention.node is attention), None)
+
+    @property
+    def row(self) -> tuple[Leaving, Resolution]:
+        """The output whose tokens are counted when all is done, and their resolution.
+
+        Raises `OptionError` where none leaves short, or several are grouped differently.
+        """
+        found = {each: leaving for leaving in reversed(self.leaving) for each in leaving.held}
+        found |= {each: leaving for leaving in self.leaving if leaving.key is not None for each in leaving.held}
+        if len(found) != 1:
+            runs = " and ".join(repr(each.run) for each in found)
+            raise OptionError(
+                f"outputs along {runs} leave merged, and are grouped differently: there is no one answer"
+                if found
+                else "no output leaves merged: outputs='merged' keeps those short that are over merged tokens"
+            )
+        ((resolution, leaving),) = found.items()
+        return leaving, resolution
 
     def restored(self) -> Iterator[Restored]:
         """Every value of the graph that gets its full length back, in execution order."""

@@ -20,7 +20,19 @@ from tldr_compile.passes.errors import NothingToMerge
 from tldr_compile.passes.plan import cost, shares
 from tldr_compile.passes.plan.barriers import Asked, Obstacle, obstacle
 from tldr_compile.passes.plan.choice import Choices, chosen, finest
-from tldr_compile.passes.plan.plan import Barrier, Conversion, How, Merge, Plan, Scaling, Step, Weighing, Weight
+from tldr_compile.passes.plan.leaving import leaving, restoring
+from tldr_compile.passes.plan.plan import (
+    Barrier,
+    Conversion,
+    How,
+    Leaving,
+    Merge,
+    Plan,
+    Scaling,
+    Step,
+    Weighing,
+    Weight,
+)
 from tldr_compile.passes.plan.resolution import Resolution, holds, meet, of_run, tokens_at
 from tldr_compile.passes.plan.schedule import Entry, bind_schedule, in_blocks, removed
 from tldr_compile.passes.plan.states import PLAIN, State, bring, doubled, how_down, joined, of_rows, told_apart, twice
@@ -56,8 +68,10 @@ def make_plan(
     def planned(entries: Sequence[Entry], choices: Choices) -> Plan:
         given = {site: entry for site, entry in zip(sites, entries, strict=True) if isinstance(site, Site)}
         walk = _Walk(typed, given, choices, merged_outputs, asks)
-        merges, steps = walk.run()
-        return Plan(typed, sites, misses, tuple(entries), merges, steps, choices, others=others)
+        walk.run()
+        short = {each for leaving in walk.leaving for each in leaving.held}
+        merges = tuple(replace(merge, ordered=merge.target in short) for merge in walk.merges)
+        return Plan(typed, sites, misses, tuple(entries), merges, walk.steps, walk.leaving, choices, others=others)
 
     others = tuple(no_sites(typed, attentions))
     able = [site for site in sites if isinstance(site, Site)]
@@ -123,12 +137,12 @@ class _Walk:
         self.states: dict[fx.Node, tuple[State, ...]] = {}
         self.steps: dict[fx.Node, Step] = {}
         self.merges: list[Merge] = []
+        self.leaving: tuple[Leaving, ...] = ()
         self.left: dict[Axis, Fraction] = {}  # what rounded to nothing, of few blocks, goes at the run's next site
 
-    def run(self) -> tuple[tuple[Merge, ...], dict[fx.Node, Step]]:
+    def run(self) -> None:
         for node in self.typed.captured.graph.graph.nodes:
             self.visit(node)
-        return tuple(self.merges), self.steps
 
     def state(self, node: fx.Node) -> State:
         return self.states.get(node, (PLAIN,))[0]
@@ -385,17 +399,15 @@ class _Walk:
         results = self.typed.operands(node)
         writes = len(self.typed.captured.mutated)
         states = [self.state(each) for each in results]
-        short = [self.merged_outputs and number >= writes for number in range(len(results))]
-        conversions = (
-            Conversion(number, held.run, held, None, How.RESTORE)
-            for number, state in enumerate(states)
-            for held in state.held
-            if not short[number]
-        )
+        self.leaving = leaving(self.typed, results, writes, self.state) if self.merged_outputs else ()
+        short = {each.operand for each in self.leaving}
+        for each in self.leaving:
+            if each.key is not None and set(results[each.operand].users) == {node}:
+                self.steps[results[each.operand]] = Step()  # nobody reads it at full length
         scalings = (
             scaling
             for number, state in enumerate(states)
             for run in {each for each, _ in state.shares}
-            for scaling in self._scalings(number, state, run, short[number])
+            for scaling in self._scalings(number, state, run, number in short)
         )
-        return Step(conversions=tuple(conversions), scalings=tuple(scalings))
+        return Step(conversions=restoring(states, short), scalings=tuple(scalings))

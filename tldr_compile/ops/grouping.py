@@ -45,13 +45,15 @@ def group(
     *,
     reduction: str = "merge",
     seed: int = 0,
+    place: Tensor | None = None,
 ) -> Grouping:
     """Decide which `r` of `N` tokens go where: steps 5 and 6 of vid-TLDR (arXiv 2403.13347, section 3).
 
     `metric [B, N, C]`, `N >= 2`; `saliency [B, N]`, None for 1 everywhere; `mass`, `size [B, N]`; `0 <= r <= N // 2`.
     All are floats; the fields of the result say their own shapes and dtypes.
     `reduction` names one of `REDUCTIONS`. A source gives its size to the group that it joins; and its value and mass,
-    weighed by its saliency, if the reduction gives.
+    weighed by its saliency, if the reduction gives. Groups come in the order of the reduction, or of what `place`
+    (int64 `[B, N]`) says of their representatives.
 
     Raises:
         ValueError: no reduction has that name, or it ranks by saliency and that is None.
@@ -67,6 +69,9 @@ def group(
     with torch.autocast(metric.device.type, enabled=False):
         split = chosen.choose(Tokens(metric.detach(), None if saliency is None else saliency.detach(), r, seed))
     kept, source, target = split
+    if place is not None:
+        order = place.gather(1, kept).argsort(1)
+        kept, target = kept.gather(1, order), order.argsort(1).gather(1, target)
     dtype = wide(mass.dtype)
     mass, size = mass.to(dtype), size.to(dtype)
     kept_mass, given = mass.gather(1, kept), mass.gather(1, source)
@@ -77,7 +82,9 @@ def group(
     merged_mass = kept_mass.scatter_add(1, target, given)
     groups = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     return Grouping(
-        *split,
+        kept,
+        source,
+        target,
         kept_weight=kept_mass / merged_mass,
         source_weight=given / merged_mass.gather(1, target),
         mass=merged_mass,
