@@ -18,7 +18,7 @@ from tldr_compile import passes
 from tldr_compile.ops.attention import attention_flop
 from tldr_compile.passes import show
 from tldr_compile.passes.axes import Axes, Axis
-from tldr_compile.passes.plan import Entry, Merge, Plan, Resolution, at, cost
+from tldr_compile.passes.plan import Entry, Merge, Plan, Resolution, Restored, at, cost
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import AnySite, RefusedSite, Site, protected
 from tldr_compile.passes.sizes import Size, simplify
@@ -181,10 +181,17 @@ class Report:
         rows = list(_folded(rows))
         lines += _table(header, rows) if rows else ["no attention over clip tokens"]
         lines += [f"grouping of sites {_spans(numbers)}: {reason}" for reason, numbers in self.groupings.items()]
+        alike: dict[tuple[str, Any, str], list[Restored]] = {}
         for each in self.plan.restored():
-            what = f"{each.value.name} [{_text(self.plan.typed.value(each.value).axes)}]"
-            lines.append(f"restored: {what} for {Refusal(each.node, each.reason)}")
-            lines += self._around(each.node)
+            axes = _text(self.plan.typed.value(each.value).axes)
+            alike.setdefault((axes, each.node.target, each.reason), []).append(each)
+        for (axes, _, reason), (first, *others) in alike.items():
+            more = f" (and {len(others)} more like it)" if others else ""
+            lines.append(f"restored: {first.value.name} [{axes}] for {Refusal(first.node, reason)}{more}")
+            lines += self._around(first.node)
+        for leaving in self.plan.leaving:
+            short = at(self.plan.typed.value(leaving.value).axes, leaving.held)
+            lines.append(f"leaves merged: {leaving.value.name} [{_text(short)}]")
         for kind, refusals in (("not a site", self.plan.others), ("not an attention", self.plan.misses)):
             for refusal in refusals:
                 lines.append(f"{kind}: {refusal}")

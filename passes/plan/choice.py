@@ -27,11 +27,15 @@ Planned: TypeAlias = Callable[[Choices], Plan]
 
 @dataclass(frozen=True)
 class Wish:
-    """A barrier that would be none if one grouping of `run` held all values of some atoms."""
+    """A barrier that would be none if one grouping of `run` held all values of some atoms.
+
+    `windows`: they are what another site attends along, and can be grouped within each window.
+    """
 
     run: Axis
     together: frozenset[Atom]
     refusal: Refusal
+    windows: bool
 
     def __str__(self) -> str:
         names = ", ".join(sorted(map(repr, self.together)))
@@ -111,16 +115,20 @@ class _Search:
         grouping = choice.grouping
         if grouping.run != wish.run:
             return choice
+        within = grouping.within(wish.together)
+        if within and wish.windows:
+            return self._within(choice, within, wish)
         if joined := grouping.joining(wish.together, site.tokens.atoms):
             for atom in _in_order(joined.shared, wish.together):
                 if (found := self.kept_apart(site.stream.node, atom)) is not None:
                     self._refuse(site, f"{wish}, but {found.reason_at}")
                     return choice
             return Choice(joined, (*choice.reasons, str(wish)))
-        if within := grouping.within(wish.together):
-            reason = f"a grouping for each of {within.apart!r} removes a barrier: {wish.refusal}"
-            return Choice(within, (*choice.reasons, reason))
-        return choice
+        return self._within(choice, within, wish) if within else choice
+
+    def _within(self, choice: Choice, within: Grouping, wish: Wish) -> Choice:
+        reason = f"a grouping for each of {within.apart!r} removes a barrier: {wish.refusal}"
+        return Choice(within, (*choice.reasons, reason))
 
     def _refuse(self, site: Site, reason: str) -> None:
         self.against.setdefault(site, {})[f"a coarser one is not taken: {reason}"] = None
@@ -137,7 +145,8 @@ def _wishes(plan: Plan) -> Iterator[Wish]:
         for barrier in step.barriers:
             if barrier.together and (key := (barrier.run, barrier.together)) not in seen:
                 seen.add(key)
-                yield Wish(*key, Refusal(node, barrier.reason))
+                windows = any(site.tokens.atoms & barrier.run.atoms == barrier.together for site in plan.sites)
+                yield Wish(*key, Refusal(node, barrier.reason), windows)
 
 
 def _as_before(plan: Plan) -> Iterator[Choices]:

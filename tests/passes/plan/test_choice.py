@@ -100,5 +100,5 @@ def test_the_finest_is_had_by_asking() -> None:
 def test_all_tokens_may_go_on_as_windows() -> None:
     report = explained("windows: then all", schedule=0.3)
     assert set(groupings(report)) == {"run h2·w2; apart b·h1·w1"}
-    assert any("come grouped along h2·w2" in reason for reason in report.groupings)
+    assert any("a grouping for each of b·h1·w1" in reason for reason in report.groupings)
     assert [each["operator"] for each in report.restorations if each["operator"] != "output"] == []
