@@ -177,7 +177,7 @@ def _export_pretrained(
     except Exception as second:  # noqa: BLE001 - as above
         raise CaptureError(
             f"{_cannot(model, reason)}\ntransformers' exporter cannot, either: {type(second).__name__}: {second}\n"
-            f"apply takes the program that these lines make, if other inputs or versions help:\n{exporters.HOW}"
+            f"It is that of {exporters.NEEDED}\nIf other inputs help, apply takes this program, too:\n{exporters.HOW}"
         ) from reason
     return program, Origin(model, preparation)
 

@@ -34,6 +34,9 @@ _SETTLED: WeakSet[Any] = WeakSet()
 _SHOWN = 3
 _NEXT = "\n  "
 
+# What Dynamo speaks of, and which of its options it advises, where a number or a size comes out of a tensor.
+_READS = ("data-dependent", "capture_scalar_outputs", "capture_dynamic_output_shape_ops")
+
 _TOWER = (
     "What is in a tensor decides how this model goes on. tldr_compile.apply captures such a tower of transformers "
     "through transformers' own exporter; `inputs` is what the tower is called with, by name:\n"
@@ -49,15 +52,12 @@ class Break:
     place: str
     ends: bool
     """Whether the graph itself ends in a break, after which the model goes on."""
+    reads_tensors: bool = False
+    """Whether what is in a tensor decides how the model goes on."""
 
     @property
     def why(self) -> str:
         return self.told([self.place])
-
-    @property
-    def reads_tensors(self) -> bool:
-        """Whether what is in a tensor decides how the model goes on: no tracer can follow it."""
-        return all(word in self.reason.lower() for word in ("depend", "data"))
 
     def told(self, places: Sequence[str]) -> str:
         """The reason with the lines that it was met at, or the first few of them."""
@@ -209,7 +209,8 @@ def why_piece(gm: fx.GraphModule) -> Break | None:
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         places = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in reason.user_stack[-1:]]
-        return Break(_gist(reason.reason), "".join(places), ends=True)
+        reads = any(word in reason.reason for word in _READS)
+        return Break(_gist(reason.reason), "".join(places), ends=True, reads_tensors=reads)
     caller = next(_callers(), None)
     if caller is None:
         return None
