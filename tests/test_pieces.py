@@ -181,6 +181,35 @@ def test_a_model_that_merges_nothing_says_so(where: str) -> None:
         run(video)
 
 
+class Sized(nn.Module):
+    """Sizes that come out of tensors, read one by one: a piece for each, and no attention over the clip."""
+
+    def forward(self, video: Tensor, sizes: Tensor) -> Tensor:
+        x = video + 1
+        a = sizes[0].item()
+        x = x * a
+        b = sizes[1].item()
+        x = x * b
+        c = sizes[2].item()
+        x = x * c
+        d = sizes[3].item()
+        return x * d
+
+
+def test_each_reason_is_given_once_and_how_a_tower_is_taken() -> None:
+    run, sizes = compiled(Sized(), schedule=0.2), torch.ones(4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        text = refusal(lambda: run(clip(), sizes), NothingToMerge)
+    assert text.count("Dynamo broke it") == 1
+    assert text.count("in forward") == 3
+    assert "and 1 more" in text
+    assert "model.visual = tldr_compile.apply(model.visual, kwargs=inputs, schedule=0.2)" in text
+    assert sum("a piece of the model merges nothing" in str(each.message) for each in caught) == 1
+    # A break of another kind needs no tower.
+    assert "tldr_compile.apply" not in refusal(lambda: compiled(Blind("broken"), schedule=[5])(clip()), NothingToMerge)
+
+
 def test_after_a_reset_it_is_said_again() -> None:
     run = compiled(Blind("python"), schedule=0.2)
     refusal(lambda: run(clip()), NothingToMerge)

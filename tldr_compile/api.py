@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from tldr_compile import ops, passes
+from tldr_compile import exporters, ops, passes
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import CaptureError, NothingToMerge, OptionError
-from tldr_compile.module import MergedModule
+from tldr_compile.module import UNKNOWN, MergedModule, Origin
 from tldr_compile.passes.capture import from_export
 from tldr_compile.passes.sources import raised_at
 from tldr_compile.report import Report
@@ -35,7 +36,9 @@ def apply(
     """`model` with its tokens merged, as a module that is called like `model` and shares its parameters.
 
     Args:
-        model: an `nn.Module`, an FX `GraphModule` or an `ExportedProgram` (which needs no example inputs).
+        model: an `nn.Module`, an FX `GraphModule` or an `ExportedProgram` (which needs no example inputs). A model of
+            transformers that `torch.export` cannot capture, because its sizes come out of tensors, is captured by
+            transformers' own exporter; the result is called like the model all the same.
         args, kwargs, dynamic_shapes: as in `torch.export.export`.
         config: the options as one value; or give them by name: `apply(model, (clip,), schedule=[600, 200, 100])`.
 
@@ -46,8 +49,8 @@ def apply(
         VerificationError: `verify=True` and the merged graph is not what its definition says.
     """
     config = _config(config, options)
-    program = _export(model, args, kwargs, dynamic_shapes)
-    result = assemble(program, passes.analyse(from_export(program), config), config)
+    program, origin = _export(model, args, kwargs, dynamic_shapes)
+    result = assemble(program, passes.analyse(from_export(program), config), config, origin)
     if config.verify:
         result.verify(*(program.example_inputs or (args, dict(kwargs or {}))))
     return result
@@ -68,23 +71,27 @@ def explain(
     `verbose`: the printed report shows the typed graph around every node that something is restored or refused at.
     """
     config = _config(config, options)
-    captured = from_export(_export(model, args, kwargs, dynamic_shapes))
-    merged, nothing = _attempt(passes.analyse(captured, config), config)
-    return _report(merged, config, nothing, verbose=verbose)
+    program, origin = _export(model, args, kwargs, dynamic_shapes)
+    merged, nothing = _attempt(passes.analyse(from_export(program), config), config)
+    return _report(merged, config, nothing, origin, verbose=verbose)
 
 
-def assemble(program: ExportedProgram, analysis: passes.Analysis, config: TokenMerging) -> MergedModule:
+def assemble(
+    program: ExportedProgram, analysis: passes.Analysis, config: TokenMerging, origin: Origin = UNKNOWN
+) -> MergedModule:
     """`apply` on a program that is analysed: one analysis serves all configurations with its `clip` and `protect`."""
     merged, nothing = merge(analysis, config)
-    report = _report(merged, config, nothing)
+    report = _report(merged, config, nothing, origin)
     for note in report.little:
         warnings.warn(f"tldr: {note}", stacklevel=3)
-    return MergedModule(program, analysis.captured, merged, report)
+    return MergedModule(program, analysis.captured, merged, report, origin)
 
 
-def _report(merged: passes.Merged, config: TokenMerging, nothing: str | None, *, verbose: bool = False) -> Report:
-    default = config.is_default_schedule
-    return Report(merged, default=default, nothing=nothing, asked=config.entries, verbose=verbose)
+def _report(
+    merged: passes.Merged, config: TokenMerging, nothing: str | None, origin: Origin, *, verbose: bool = False
+) -> Report:
+    default, how = config.is_default_schedule, str(origin.preparation or "")
+    return Report(merged, default=default, nothing=nothing, asked=config.entries, how=how, verbose=verbose)
 
 
 def merge(analysis: passes.Analysis, config: TokenMerging) -> tuple[passes.Merged, str | None]:
@@ -121,23 +128,62 @@ def _config(config: TokenMerging | None, options: Mapping[str, Any]) -> TokenMer
 
 def _export(
     model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
-) -> ExportedProgram:
+) -> tuple[ExportedProgram, Origin]:
     if isinstance(model, MergedModule):
         raise CaptureError("this model is merged already: apply tldr_compile to the model that it was made of")
     if isinstance(model, ExportedProgram):
         if dynamic_shapes is not None:
             raise OptionError("dynamic_shapes= belongs to torch.export.export, and this program is already exported")
-        return model
+        return model, UNKNOWN
     if not isinstance(model, nn.Module):
         raise CaptureError(f"the model is {type(model).__name__}, not an nn.Module or an ExportedProgram")
     if not isinstance(args, tuple):
         raise CaptureError(f"args is {type(args).__name__}, not a tuple: for one input write (input,)")
+    kwargs = dict(kwargs or {})
     try:
-        return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+        with exporters.unheard() if exporters.is_pretrained(model) else nullcontext():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes), Origin(model)
     except Exception as reason:  # the tracer runs the model's own code, which can raise anything
+        exported = _export_pretrained(model, args, kwargs, dynamic_shapes, reason)
+        if exported is not None:
+            return exported
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__} as one graph: {type(reason).__name__}: {reason}\n"
-            f"It stopped at {raised_at(reason) or 'the arguments'}. Write that so that it can be traced, or try "
+            f"{_cannot(model, reason)} Write that so that it can be traced, or try "
             'torch.compile(model, backend="tldr"), which leaves to Python what it cannot trace, or apply on what '
             "torch.export.export(..., strict=True) gives"
         ) from reason
+
+
+def _export_pretrained(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, reason: Exception
+) -> tuple[ExportedProgram, Origin] | None:
+    """`model` as transformers exports it; None where it is not one of transformers. Raises `CaptureError`."""
+    if not exporters.is_pretrained(model):
+        return None
+    if dynamic_shapes is not None:
+        raise CaptureError(
+            f"{_cannot(model, reason)} transformers' exporter, which may, makes a graph for fixed sizes: leave "
+            "dynamic_shapes= out, and apply tldr_compile once for each size"
+        ) from reason
+    try:
+        program, preparation = exporters.capture(model, args, kwargs)
+    except CaptureError:
+        raise
+    except ImportError as missing:
+        raise CaptureError(
+            f"{_cannot(model, reason)} transformers' exporter may capture it, and is not there ({missing}): it needs "
+            f"{exporters.NEEDED}\napply then does this by itself, or takes the program:\n{exporters.HOW}"
+        ) from reason
+    except Exception as second:  # noqa: BLE001 - as above
+        raise CaptureError(
+            f"{_cannot(model, reason)}\ntransformers' exporter cannot, either: {type(second).__name__}: {second}\n"
+            f"It is that of {exporters.NEEDED}\nIf other inputs help, apply takes this program, too:\n{exporters.HOW}"
+        ) from reason
+    return program, Origin(model, preparation)
+
+
+def _cannot(model: nn.Module, reason: Exception) -> str:
+    return (
+        f"torch.export cannot capture {type(model).__name__} as one graph: {type(reason).__name__}: {reason}\n"
+        f"It stopped at {raised_at(reason) or 'the arguments'}."
+    )

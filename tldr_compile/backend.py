@@ -81,7 +81,7 @@ def _merged(
     piece = Piece(config, broken, bound, nothing)
     call.compiles(piece)
     if nothing is not None and broken.ends and not call.merges:
-        pieces.warn_of(piece)
+        call.warn_of(piece)
     return gm if isinstance(found, str) else _emitted(found, captured, config, gm, example_inputs), piece
 
 

@@ -15,24 +15,44 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tldr_compile import passes
 from tldr_compile.errors import CaptureError
+from tldr_compile.exporters import Preparation
 from tldr_compile.passes.capture import Captured, inherit, with_writes
 from tldr_compile.report import Report
 from tldr_compile.signature import Signature
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that a program was made of, if it is known; and what computes inputs of the program that it lacks."""
+
+    model: nn.Module | None = None
+    preparation: Preparation | None = None
+
+
+UNKNOWN = Origin()
 
 
 class MergedModule(nn.Module):
     """A captured model whose graph merges tokens; called with the arguments that the model was captured with.
 
     Parameters and buffers are the model's own, under their own names. The captured graph is in the mode (`train` or
-    `eval`) that the model was in; changing the mode of this module does not change the graph.
+    `eval`) that the model was in; changing the mode of this module does not change the graph. Plain attributes of the
+    model, such as its `config`, can be read here too.
     """
 
     graph_module: fx.GraphModule
     """The merged graph: parameters, buffers and inputs in, flat outputs out."""
 
-    def __init__(self, program: ExportedProgram, captured: Captured, merged: passes.Merged, report: Report) -> None:
+    def __init__(
+        self,
+        program: ExportedProgram,
+        captured: Captured,
+        merged: passes.Merged,
+        report: Report,
+        origin: Origin = UNKNOWN,
+    ) -> None:
         super().__init__()
-        self._facts = _Facts(merged, report)
+        self._facts = _Facts(merged, report, origin)
         self._signature = Signature.of(program, captured)
         self._out_spec = _out_spec(program)
         self._sources = [_source(spec.kind, spec.target) for spec in program.graph_signature.input_specs]
@@ -49,6 +69,21 @@ class MergedModule(nn.Module):
     def _merged(self) -> passes.Merged:
         return self._facts.merged
 
+    def __getattr__(self, name: str) -> Any:
+        """What this module lacks is looked up on the model: plain values; `dtype` and `device` are those held here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            facts = self.__dict__.get("_facts")  # not there while a copy is being made
+            value = getattr(facts.origin.model, name, None) if facts and not name.startswith("_") else None
+            if isinstance(value, torch.dtype):
+                return next((each.dtype for each in self.parameters() if each.is_floating_point()), value)
+            if isinstance(value, torch.device):
+                return _device(self) or value
+            if value is None or callable(value) or isinstance(value, torch.Tensor):  # a module is callable
+                raise
+            return value
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, in the model's structure. Raises `ShapeError` before anything runs."""
         return tree_unflatten(self.graph_module(*self._inputs(args, kwargs)), self._out_spec)
@@ -63,6 +98,8 @@ class MergedModule(nn.Module):
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """What `graph_module` is called with."""
+        if (preparation := self._facts.origin.preparation) is not None:
+            args, kwargs = (), preparation(args, kwargs)
         leaves = iter(self._signature.flatten(args, kwargs))
         return [next(leaves) if source is None else functools.reduce(getattr, source, self) for source in self._sources]
 
@@ -89,6 +126,7 @@ class _Facts:
 
     merged: passes.Merged
     report: Report
+    origin: Origin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Facts:
         return self

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -30,13 +30,41 @@ from tldr_compile.errors import GraphBreakError, NothingToMerge
 _SETTLED: WeakSet[Any] = WeakSet()
 
 
+# Of many places one wants to see a few.
+_SHOWN = 3
+_NEXT = "\n  "
+
+# What Dynamo speaks of, and which of its options it advises, where a number or a size comes out of a tensor.
+_READS = ("data-dependent", "capture_scalar_outputs", "capture_dynamic_output_shape_ops")
+
+_TOWER = (
+    "What is in a tensor decides how this model goes on. tldr_compile.apply captures such a tower of transformers "
+    "through transformers' own exporter; `inputs` is what the tower is called with, by name:\n"
+    "    model.visual = tldr_compile.apply(model.visual, kwargs=inputs, schedule=0.2)"
+)
+
+
 @dataclass(frozen=True)
 class Break:
     """Why a graph is not known to be the whole of what was compiled."""
 
-    why: str
+    reason: str
+    place: str
     ends: bool
     """Whether the graph itself ends in a break, after which the model goes on."""
+    reads_tensors: bool = False
+    """Whether what is in a tensor decides how the model goes on."""
+
+    @property
+    def why(self) -> str:
+        return self.told([self.place])
+
+    def told(self, places: Sequence[str]) -> str:
+        """The reason with the lines that it was met at, or the first few of them."""
+        shown = [*places[:_SHOWN], *([f"and {len(places) - _SHOWN} more"] if len(places) > _SHOWN else [])]
+        if self.ends:
+            return f"Dynamo broke it, because {self.reason}{''.join(f'{_NEXT}{each}' for each in shown if each)}"
+        return f"Dynamo did not capture {', '.join(shown)} as one graph, and {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +77,11 @@ class Piece:
     """Whether a sequence is bound to the sites of this graph, so that no other graph can have it."""
     nothing: str | None
     """Why nothing is merged in it."""
+
+    @property
+    def same(self) -> tuple[str | None, str]:
+        """What pieces have in common of which the same is to be said."""
+        return self.nothing, self.broken.reason
 
     def watched(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled`, which tells the present call of the model that it runs."""
@@ -69,6 +102,7 @@ class Call:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._ran: list[Piece] = []
+        self._told: set[tuple[str | None, str]] = set()
         self._merging = 0
         self._compiled: tuple[Piece, TracingContext | None] | None = None
 
@@ -86,6 +120,17 @@ class Call:
 
     def compiles(self, piece: Piece) -> None:
         self._compiled = (piece, TracingContext.try_get())
+
+    def warn_of(self, piece: Piece) -> None:
+        """Say at once that a graph merges nothing and that the model was broken after it: nobody may call the rest."""
+        if piece.same in self._told:
+            return
+        self._told.add(piece.same)
+        warnings.warn(
+            f"tldr: a piece of the model merges nothing: {piece.nothing} ({piece.broken.why})\n"
+            "What follows the break is looked at by itself; fullgraph=True names every break",
+            stacklevel=2,
+        )
 
     def refuse_second(self, config: TokenMerging, broken: Break) -> None:
         """Raises `GraphBreakError` where a sequence is bound already in this call."""
@@ -110,13 +155,23 @@ class Call:
                 self._say_several()
 
     def _say_nothing(self) -> None:
-        lines = [f"\n- {piece.nothing} ({piece.broken.why})" for piece in self._ran]
-        text = f"no graph of this model merges tokens:{''.join(dict.fromkeys(lines))}"
+        text = f"no graph of this model merges tokens:{''.join(self._reasons())}"
+        if any(piece.broken.reads_tensors for piece in self._ran):
+            text = f"{text}\n{_TOWER}"
         if self._ran[0].config.on_nothing == "raise":
             raise NothingToMerge(
                 f'{text}\nfullgraph=True names every break; with on_nothing="warn" the model runs as it is'
             )
         warnings.warn(f"tldr: {text}\nThe model runs as it is", stacklevel=3)
+
+    def _reasons(self) -> Iterator[str]:
+        """Why nothing is merged: each reason once, with the lines of the model that it was met at."""
+        alike: dict[tuple[str | None, str], list[Piece]] = {}
+        for piece in sorted(self._ran, key=lambda piece: not piece.broken.ends):  # what follows a break comes after it
+            alike.setdefault(piece.same, []).append(piece)
+        for pieces in alike.values():
+            places = list(dict.fromkeys(piece.broken.place for piece in pieces))
+            yield f"\n- {pieces[0].nothing} ({pieces[0].broken.told(places)})"
 
     def _say_several(self) -> None:
         """One fraction holds for every graph, and still the answer depends on where the model was broken."""
@@ -153,15 +208,16 @@ def why_piece(gm: fx.GraphModule) -> Break | None:
     """Why `gm`, which Dynamo hands to the backend now, may be a piece of the model; None for the whole of it."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
-        places = [f"\n  {frame.filename}:{frame.lineno} in {frame.name}" for frame in reason.user_stack[-1:]]
-        return Break(f"Dynamo broke it, because {reason.reason}{''.join(places)}", ends=True)
+        places = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in reason.user_stack[-1:]]
+        reads = any(word in reason.reason for word in _READS)
+        return Break(_gist(reason.reason), "".join(places), ends=True, reads_tensors=reads)
     caller = next(_callers(), None)
     if caller is None:
         return None
     code = caller.f_code
     name = code.co_qualname if hasattr(code, "co_qualname") else code.co_name
     place = f"{name} ({code.co_filename}:{caller.f_lineno})"
-    return Break(f"Dynamo did not capture {place} as one graph, and TORCH_LOGS=graph_breaks says why", ends=False)
+    return Break("TORCH_LOGS=graph_breaks says why", place, ends=False)
 
 
 def refuse_sequence(config: TokenMerging, broken: Break) -> None:
@@ -178,13 +234,11 @@ def refuse_sequence(config: TokenMerging, broken: Break) -> None:
     )
 
 
-def warn_of(piece: Piece) -> None:
-    """Say at once that a graph merges nothing and that the model was broken after it: nobody may call the rest."""
-    warnings.warn(
-        f"tldr: a piece of the model merges nothing: {piece.nothing} ({piece.broken.why})\n"
-        "What follows the break is looked at by itself; fullgraph=True names every break",
-        stacklevel=2,
-    )
+def _gist(reason: str) -> str:
+    """What Dynamo says of a break, without its hints: the first line, and the explanation."""
+    first, *rest = (line.strip() for line in reason.strip().splitlines())
+    explained = [line.removeprefix("Explanation: ") for line in rest if line.startswith("Explanation: ")]
+    return ": ".join((first, *explained))
 
 
 def _frames() -> Iterator[FrameType]:

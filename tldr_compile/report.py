@@ -40,9 +40,12 @@ class Report:
         default: bool = False,
         nothing: str | None = None,
         asked: Entry | Sequence[Entry] | None = None,
+        how: str = "",
         verbose: bool = False,
     ) -> None:
         self._merged, self._default, self.nothing, self._verbose = merged, default, nothing, verbose
+        self.how = how
+        """How the model was captured, where it was not by torch's own tracer."""
         self._asked = asked if nothing else None
 
     @property
@@ -102,6 +105,7 @@ class Report:
             "not_attention": [_refused(each) for each in self.plan.misses],
             "not_sites": [_refused(each) for each in self.plan.others],
             "nothing": self.nothing,
+            "how": self.how,
             "notes": self.notes,
             "gflops_before": before,
             "gflops_after": after,
@@ -168,7 +172,7 @@ class Report:
             saved = "GFLOPs in matrix products: not known, for sizes depend on the data"
         schedule = self.plan.schedule if self._asked is None else self._asked
         shown = list(schedule) if isinstance(schedule, tuple) else schedule
-        lines = [f"tldr-compile: schedule {shown}{default}", saved]
+        lines = [f"tldr-compile: schedule {shown}{default}", *([self.how] if self.how else []), saved]
         if self.nothing:
             lines.append(f"nothing is merged: {self.nothing}")
         columns = ("index", "node", "tokens", "batch", "layout", "grouping", "tokens_in", "tokens_out", "protected")
