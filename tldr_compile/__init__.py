@@ -20,13 +20,14 @@ from tldr_compile.errors import (
     VerificationError,
 )
 from tldr_compile.inspection import Decision, inspect
-from tldr_compile.module import MergedModule
+from tldr_compile.module import Kept, MergedModule
 from tldr_compile.report import Report
 
 __all__ = [
     "CaptureError",
     "Decision",
     "GraphBreakError",
+    "Kept",
     "MergedModule",
     "NothingToMerge",
     "OptionError",

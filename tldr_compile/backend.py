@@ -16,7 +16,7 @@ from torch._dynamo import list_backends, register_backend
 from tldr_compile import passes, pieces
 from tldr_compile.api import merge
 from tldr_compile.config import TokenMerging
-from tldr_compile.errors import NothingToMerge
+from tldr_compile.errors import NothingToMerge, OptionError
 from tldr_compile.passes.capture import Captured, from_dynamo, inherit, with_writes
 from tldr_compile.pieces import Break, Call, Piece
 from tldr_compile.report import Report
@@ -44,6 +44,8 @@ def tldr(
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
 
     config = TokenMerging.from_options(options or {})
+    if config.return_places:
+        raise OptionError("return_places=True: a compiled model returns what it did; use tldr_compile.apply")
     patches = list_mode_options(mode) if mode else dict(config.inductor)
     graph, piece = _merged(gm, example_inputs, config)
     compiled = cast(Callable[..., Any], compile_fx(graph, list(example_inputs), config_patches=patches or None))

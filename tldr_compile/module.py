@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import TreeSpec, tree_unflatten
@@ -17,8 +17,23 @@ from tldr_compile import passes
 from tldr_compile.errors import CaptureError
 from tldr_compile.exporters import Preparation
 from tldr_compile.passes.capture import Captured, inherit, with_writes
+from tldr_compile.passes.sizes import Size
 from tldr_compile.report import Report
 from tldr_compile.signature import Signature
+
+
+class Kept(NamedTuple):
+    """Which tokens are left where outputs leave merged: one of each group, which stands for it.
+
+    A row holds what lies in one dimension of an output: the tokens of a sample, or all frames that are packed in one
+    row. A block of tokens that stay together is one place, and so is one that all frames share. Protected tokens are
+    not counted.
+    """
+
+    places: Tensor
+    """int64 `[B, n]`, ascending: where along the row of length `N` each stood."""
+    weights: Tensor
+    """float32 `[B, n]`: the mass of each group."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +99,25 @@ class MergedModule(nn.Module):
                 raise
             return value
 
+    @property
+    def tokens_out(self) -> Size:
+        """How many tokens are left in each row of `Kept`: a number, or a formula of the sizes that were left open.
+
+        It is known before anything runs, and the same for every input. Raises `OptionError` where no output leaves
+        merged, or several do that are grouped differently.
+        """
+        return self._merged.plan.tokens_out
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs, in the model's structure. Raises `ShapeError` before anything runs."""
-        return tree_unflatten(self.graph_module(*self._inputs(args, kwargs)), self._out_spec)
+        """The model's outputs, in the model's structure. Raises `ShapeError` before anything runs.
+
+        With `return_places=True` a pair: the outputs, and the tokens that are left, as `Kept`; None if nothing merges.
+        """
+        results = self.graph_module(*self._inputs(args, kwargs))
+        if not self._merged.options.return_places:
+            return tree_unflatten(results, self._out_spec)
+        own, kept = results[: self._out_spec.num_leaves], results[self._out_spec.num_leaves :]
+        return tree_unflatten(own, self._out_spec), Kept(*kept) if kept else None
 
     def verify(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         """Compare the merged graph with its definition on these inputs, on the device of the capture.

@@ -194,8 +194,10 @@ class Report:
             lines.append(f"restored: {first.value.name} [{axes}] for {Refusal(first.node, reason)}{more}")
             lines += self._around(first.node)
         for leaving in self.plan.leaving:
-            short = at(self.plan.typed.value(leaving.value).axes, leaving.held)
-            lines.append(f"leaves merged: {leaving.value.name} [{_text(short)}]")
+            full = self.plan.typed.value(leaving.value).axes
+            short = at(full, leaving.held)
+            sizes = (f"{one.size} of {two.size}" for one, two in zip(short, full, strict=True) if one.size != two.size)
+            lines.append(f"leaves merged: {leaving.value.name} [{_text(short)}], with {' x '.join(sizes)} entries")
         for kind, refusals in (("not a site", self.plan.others), ("not an attention", self.plan.misses)):
             for refusal in refusals:
                 lines.append(f"{kind}: {refusal}")

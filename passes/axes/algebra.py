@@ -169,6 +169,12 @@ def subaxis(segments: Sequence[Segment]) -> Axis:
     return product([Axis(tuple(segments))])
 
 
+def products(whole: Axis) -> list[Segment]:
+    """All products of an axis, those of sums inside of it too: `1 + n` and `n` of `b·(1 + n)`."""
+    inner = [each for segment in whole.segments for f in segment if isinstance(f, Axis) for each in products(f)]
+    return [*whole.segments, *inner]
+
+
 def find(whole: Axis, run: Axis) -> tuple[int, int] | None:
     """Where the segments of `run` stand, as `[first, last)`, among the segments of `whole`; None if they do not."""
     span = len(run.segments)

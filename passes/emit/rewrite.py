@@ -34,7 +34,7 @@ from tldr_compile.passes.emit.views import Laid, Layout
 from tldr_compile.passes.fx_utils import named, operator_name
 from tldr_compile.passes.operators import Operators
 from tldr_compile.passes.options import Policy
-from tldr_compile.passes.plan import Conversion, How, Leaving, Merge, Plan, Step, at, rows
+from tldr_compile.passes.plan import Conversion, How, Leaving, Merge, Plan, Step, at, in_rows
 from tldr_compile.passes.sizes import size
 
 aten = torch.ops.aten
@@ -142,7 +142,7 @@ class _Rewriter:
     def _kept(self) -> tuple[fx.Node, fx.Node]:
         """Of every group that leaves its place and its mass, `[B, n]`."""
         leaving, resolution = self.plan.row
-        batch, row = rows(self.typed, leaving, resolution)
+        batch, row = in_rows(self.typed.value(leaving.value).axes, resolution)
         reads = (batch, row)
         call, length = self.layout.call, self.layout.length(row.size)
         ones = call(aten.new_ones.default, self.converter.grouped[resolution].kept, [length])

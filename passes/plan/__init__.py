@@ -8,7 +8,6 @@ operands are converted before it, which sums are weighed, and where full length 
 Nothing here makes a node, and nobody else decides anything.
 """
 
-from tldr_compile.passes.plan.leaving import rows
 from tldr_compile.passes.plan.plan import (
     Barrier,
     Conversion,
@@ -23,7 +22,7 @@ from tldr_compile.passes.plan.plan import (
     Weight,
 )
 from tldr_compile.passes.plan.planner import make_plan
-from tldr_compile.passes.plan.resolution import Resolution, at, of_run, tokens_at
+from tldr_compile.passes.plan.resolution import Resolution, at, in_rows, of_run, tokens_at
 from tldr_compile.passes.plan.schedule import Entry
 
 __all__ = [
@@ -41,8 +40,8 @@ __all__ = [
     "Weighing",
     "Weight",
     "at",
+    "in_rows",
     "make_plan",
     "of_run",
-    "rows",
     "tokens_at",
 ]

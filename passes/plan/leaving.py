@@ -7,17 +7,17 @@ z [b, n2, C] -- index(argsort(k)) > [b, n2, C]     tokens put back in order: by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import getitem
 
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import Axes, Axis, Segment, Typed, TypedGraph, product
+from tldr_compile.passes.axes import Axes, Axis, Typed, TypedGraph
 from tldr_compile.passes.fx_utils import named
 from tldr_compile.passes.plan.barriers import Asked, obstacle
 from tldr_compile.passes.plan.plan import Conversion, How, Leaving
-from tldr_compile.passes.plan.resolution import Resolution, at, holds, of_run
+from tldr_compile.passes.plan.resolution import Resolution, holds, of_run
 from tldr_compile.passes.plan.states import State, bring, how_down
 
 aten = torch.ops.aten
@@ -96,27 +96,6 @@ def _sorted(order: fx.Node) -> fx.Node | None:
         return None
     key: fx.Node = given["self"]
     return key
-
-
-def rows(typed: TypedGraph, leaving: Leaving, resolution: Resolution) -> tuple[Axis, Axis]:
-    """`B` and the tokens of an output at full length: what lies in one row with the groups is told apart by places.
-
-    What one grouping serves all values of is in no row: all of it is where its group is.
-    """
-    (short,) = (each for axis in at(typed.value(leaving.value).axes, [resolution]) for each in _with(axis, resolution))
-    inside = [f for f in short if f is resolution.groups or f in resolution.batch.factors]
-    row = product(resolution.run if f is resolution.groups else f for f in inside)
-    return product(f for f in resolution.batch.factors if f not in inside), row
-
-
-def _with(whole: Axis, resolution: Resolution) -> Iterator[Segment]:
-    """The product that has the groups, wherever in the sums of an axis it is."""
-    for segment in whole.segments:
-        if resolution.groups in segment:
-            yield segment
-        for factor in segment:
-            if isinstance(factor, Axis):
-                yield from _with(factor, resolution)
 
 
 def restoring(states: Sequence[State], short: Iterable[int]) -> tuple[Conversion, ...]:

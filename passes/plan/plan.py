@@ -18,7 +18,7 @@ from torch import fx
 
 from tldr_compile.passes.axes import Atom, Axis, TypedGraph, Use
 from tldr_compile.passes.errors import OptionError
-from tldr_compile.passes.plan.resolution import Resolution, holds
+from tldr_compile.passes.plan.resolution import Resolution, at, holds, in_rows
 from tldr_compile.passes.plan.schedule import Entry
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import AnySite, Grouping, Site
@@ -190,6 +190,13 @@ class Plan:
 
     def merge_of(self, attention: fx.Node) -> Merge | None:
         return next((merge for merge in self.merges if merge.site.attention.node is attention), None)
+
+    @property
+    def tokens_out(self) -> Size:
+        """How many tokens are left in a row of an output that leaves merged. Raises `OptionError` as `row` does."""
+        leaving, resolution = self.row
+        _, row = in_rows(self.typed.value(leaving.value).axes, resolution)
+        return at((row,), [resolution])[0].size
 
     @property
     def row(self) -> tuple[Leaving, Resolution]:

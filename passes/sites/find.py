@@ -23,6 +23,7 @@ from tldr_compile.passes.axes import (
     TypedGraph,
     find,
     product,
+    products,
     segment_size,
     subaxis,
 )
@@ -285,18 +286,12 @@ def _laid_along(axes: Axes, run: Axis) -> Axis | None:
     """The run as the stream holds it: whole segments, or factors of one product in the order that the stream has."""
     if len(run.segments) > 1:
         return run if sum(find(axis, run) is not None for axis in axes) == 1 else None
-    inside = [segment for axis in axes for segment in _segments(axis)]
+    inside = [segment for axis in axes for segment in products(axis)]
     for factors in (tuple(factor for axis in axes for factor in axis.factors), *inside):
         own = [factor for factor in factors if factor in run.atoms]
         if len(own) == len(run.factors) == len(set(own)):
             return product(own)
     return None
-
-
-def _segments(axis: Axis) -> list[Segment]:
-    """All products of an axis, those of sums inside of it too: `1 + n` and `n` of `b·(1 + n)`."""
-    inner = [each for segment in axis.segments for f in segment if isinstance(f, Axis) for each in _segments(f)]
-    return [*axis.segments, *inner]
 
 
 def _beside(typed: TypedGraph, stream: fx.Node, run: Axis) -> tuple[Factor, ...]:
@@ -309,7 +304,7 @@ def _beside(typed: TypedGraph, stream: fx.Node, run: Axis) -> tuple[Factor, ...]
     for axis in typed.value(stream).axes:
         if not axis.atoms & run.atoms:
             found += axis.factors
-        for segment in _segments(axis) if axis.atoms & run.atoms else ():
+        for segment in products(axis) if axis.atoms & run.atoms else ():
             if any(f in run.atoms or (isinstance(f, Axis) and f.atoms & run.atoms) for f in segment):
                 found += [f for f in segment if isinstance(f, Atom) or not f.atoms & run.atoms]
     return tuple(f for f in dict.fromkeys(found) if not _is_channel(typed, f))
