@@ -24,6 +24,11 @@ from tldr_compile.passes.sizes import is_open
 aten = torch.ops.aten
 
 _VARLEN = "torch_attn::_varlen_attn"  # by its name: not every release has it
+# What is understood of its arguments; splits say how a sum is done. Releases have others, such as caches of keys.
+_ARGUMENTS = frozenset(
+    {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"}
+    | {"is_causal", "scale", "window_size", "enable_gqa", "num_splits"}
+)
 _NO_WINDOW = (-1, -1)
 _CAUSAL = (-1, 0)
 
@@ -43,11 +48,11 @@ def spell_varlen(graph: fx.Graph) -> list[Refusal]:
 
 def _spell(graph: fx.Graph, node: fx.Node) -> None:
     call, given = Call(graph, node), named(node)
-    options = {name: given[name] for name in ("scale", "enable_gqa") if given.get(name)}
     with graph.inserting_before(node):
-        batches = (_batched(call, given[name], given["max_q"]) for name in ("query", "key", "value"))
-        arguments = (*batches, *((None, 0.0, True) if given.get("is_causal") else ()))
-        attended = call(aten.scaled_dot_product_attention.default, *arguments, **options)
+        q, k, v = (_batched(call, given[name], given["max_q"]) for name in ("query", "key", "value"))
+        causal, grouped = given.get("is_causal", False), q.meta["val"].shape[1] != k.meta["val"].shape[1]
+        options = {"scale": given.get("scale"), **({"enable_gqa": True} if grouped else {})}
+        attended = call(aten.scaled_dot_product_attention.default, q, k, v, None, 0.0, causal, **options)
         moved = call(aten.transpose.int, attended, 1, 2)
         packed = call(aten.reshape.default, moved, [-1, *moved.meta["val"].shape[2:]])
     for output in list(node.users):
@@ -67,10 +72,8 @@ def _why_whole(node: fx.Node) -> str | None:
     given = named(node)
     if read := [user.name for user in node.users if user.target is not getitem or user.args[1] != 0]:
         return f"something else than its output is read ({read[0]})"
-    if given.get("block_table") is not None:
-        return "its keys lie in pages"
-    if given.get("seqused_k") is not None or given["cu_seq_k"] is None:
-        return "only some keys of its segments are used"
+    if others := [name for name, each in given.items() if each is not None and name not in _ARGUMENTS]:
+        return f"it is called with {', '.join(others)}: its keys are not just those of its segments"
     window = tuple(given.get("window_size") or _NO_WINDOW)
     if window != _NO_WINDOW and not (window == _CAUSAL and given.get("is_causal")):
         return f"a token sees only the window {list(window)} of its segment"
@@ -83,9 +86,11 @@ def _why_whole(node: fx.Node) -> str | None:
         reason = "its segments have different lengths" if known else "its segments are not known to have one length"
         return f"{reason}: {tokens} tokens in {segments} segments of at most {length}"
     if given["cu_seq_q"] is not given["cu_seq_k"]:
-        others = (keys[0], given["cu_seq_k"].meta["val"].shape[0] - 1, _number(given["max_k"]))
-        same = zip((tokens, segments, length), others, strict=True)
-        if not all(statically_known_true(one == other) for one, other in same):
+        if given["cu_seq_k"] is None:
+            return "the segments of its keys are not given"
+        of_keys = (keys[0], given["cu_seq_k"].meta["val"].shape[0] - 1, _number(given["max_k"]))
+        pairs = zip((tokens, segments, length), of_keys, strict=True)
+        if not all(statically_known_true(one == other) for one, other in pairs):
             return "its keys lie in other segments than its queries"
     return None
 
