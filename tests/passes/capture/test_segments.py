@@ -138,6 +138,11 @@ def factors(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([attend(*each) * (2.0 + (n == 2)) for n, each in pieces], 1)
 
 
+def operators(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    pieces = enumerate(zip(split(q), split(k), split(v), strict=True))
+    return torch.cat([-(attend(*each) * 2.0 if n else attend(*each) / 2.0) for n, each in pieces], 1)
+
+
 def read_twice(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     found = [attend(*each) for each in zip(split(q), split(k), split(v), strict=True)]
     return torch.cat(found, 1), found[0]
@@ -161,6 +166,7 @@ APART: dict[str, Any] = {
     "a last one that is shorter": loop(lambda x: x.split(5, 2)),
     "another scale": scales,
     "another factor": factors,
+    "another operator": operators,
     "keys of the next segment": other_keys,
     "common keys": lambda q, k, v: torch.cat([attend(each, k, v) for each in split(q)], 1),
     "one that is read elsewhere": read_twice,
