@@ -21,7 +21,9 @@ from torch import fx
 
 from tldr_compile.passes.capture.canonicalize import Captured
 from tldr_compile.passes.capture.heads import CUT, DROPOUT, PRODUCT, Read, onward
+from tldr_compile.passes.capture.segments import stack_segments
 from tldr_compile.passes.capture.sums import decompose, insert
+from tldr_compile.passes.capture.varlen import spell_varlen
 from tldr_compile.passes.fx_utils import lazy_module, named, operands, operator_name
 from tldr_compile.passes.refusal import Refusal
 
@@ -107,16 +109,18 @@ def fuse(captured: Captured) -> tuple[Captured, tuple[Attention, ...], tuple[Ref
     for node in graph.find_nodes(op="call_function", target=getitem):
         if operator_name(node.args[0]).startswith(_KERNEL) and node.args[1] == 0:
             _replace_kernel(graph, node)
+    whole = spell_varlen(graph)
     search = _search(graph)
     for match in search.found:
         if match.scores is not None:
             _replace(graph, match, match.scores)
+    stack_segments(graph)
     graph.eliminate_dead_code(lambda node: not _draws(node) and node.is_impure())
     kept = {match.output: match for match in search.found if match.scores is None}
     attentions = tuple(_attentions(graph, kept))
     module = lazy_module(captured.graph, graph)
     module.meta.update(captured.graph.meta)
-    return replaced(captured, graph=module), attentions, tuple(search.misses)
+    return replaced(captured, graph=module), attentions, (*whole, *search.misses)
 
 
 def _draws(node: fx.Node) -> bool:
