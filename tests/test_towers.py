@@ -94,6 +94,14 @@ def test_it_is_called_like_the_tower(make: Callable[[], Any]) -> None:
     assert_same(model(clip, GRID), wanted)
 
 
+def test_it_has_the_outputs_that_it_was_captured_with() -> None:
+    model, flags = tower(), {"return_dict": False, "output_hidden_states": True}
+    merged = apply(model, (pixels(), GRID), flags, schedule=())
+    assert_same(merged(pixels(), GRID, **flags), model(pixels(), GRID, **flags))
+    with pytest.raises(ShapeError, match="return_dict=True: the model was captured with False"):
+        merged(pixels(), GRID, return_dict=True)
+
+
 def test_its_parameters_are_the_towers_and_its_values_can_be_read() -> None:
     model = tower()
     merged = apply(model, (pixels(), GRID), schedule=())

@@ -172,12 +172,14 @@ def _export_pretrained(
     except ImportError as missing:
         raise CaptureError(
             f"{_cannot(model, reason)} transformers' exporter may capture it, and is not there ({missing}): it needs "
-            f"{exporters.NEEDED}\napply then does this by itself, or takes the program:\n{exporters.HOW}"
+            f"{exporters.NEEDED} ({exporters.INSTALL})\n"
+            f"apply then does this by itself, or takes the program:\n{exporters.HOW}"
         ) from reason
     except Exception as second:  # noqa: BLE001 - as above
         raise CaptureError(
             f"{_cannot(model, reason)}\ntransformers' exporter cannot, either: {type(second).__name__}: {second}\n"
-            f"It is that of {exporters.NEEDED}\nIf other inputs help, apply takes this program, too:\n{exporters.HOW}"
+            f"It has to be that of {exporters.NEEDED}\napply takes the program that these lines make, if other inputs "
+            f"help:\n{exporters.HOW}"
         ) from reason
     return program, Origin(model, preparation)
 

@@ -27,7 +27,8 @@ HOW = (
     "    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter\n"
     "    program = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic=False)).program"
 )
-NEEDED = 'transformers 5.23 or newer: pip install "tldr-compile[towers]"'
+NEEDED = "transformers 5.23 or newer"
+INSTALL = "pip install 'tldr-compile[towers]'"
 
 # What the exporter sets on the model's configuration while it traces: they are no inputs of the program.
 _FLAGS = ("return_dict", "output_hidden_states", "output_attentions", "use_cache", "return_loss")
@@ -77,9 +78,6 @@ class Preparation:
         self._check_shapes(plain, prepared)
         return prepared
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
-        return self
-
     def __str__(self) -> str:
         text = "captured by transformers' DynamoExporter"
         if not self.tables:
@@ -125,7 +123,8 @@ def capture(
     preparation, inputs = Preparation.of(model, args, kwargs)
     changed = "forward" in vars(model)
     try:
-        program = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic=False)).program
+        with unheard():
+            program = DynamoExporter().export(model, inputs, config=DynamoConfig(dynamic=False)).program
     finally:
         if not changed:  # the exporter puts the method back as an attribute of this one model
             vars(model).pop("forward", None)
