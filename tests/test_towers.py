@@ -181,7 +181,7 @@ def test_a_language_model_takes_it_for_its_tower(make: Callable[[], Any]) -> Non
     whole.model.visual = apply(dense, kwargs=kwargs, schedule=())
     assert all(map(torch.equal, told(), (logits, tokens)))
     assert list(whole.state_dict()) == names
-    whole.model.visual = apply(dense, kwargs=kwargs, schedule=0.3, clip="hidden_states", on_nothing="warn")
+    whole.model.visual = apply(dense, kwargs=kwargs, schedule=0.3)
     merged, _ = told()
     assert merged.shape == logits.shape
     assert torch.equal(merged, logits) == (whole.model.visual.report.nothing is not None)

@@ -352,12 +352,12 @@ def _layout(tokens: Axis, stream: Axes = (), finest: Grouping | None = None) -> 
     roles = {atom.role for atom in tokens.atoms if atom.clip}
     if finest is not None and has_place(finest.run) and any(atom.role in PICTURE for atom in finest.apart.atoms):
         return "windows"
-    if finest is not None and any(atom.role is Role.TOKEN for atom in finest.apart.atoms):
-        return "packed"
     if roles & TIME:
         return "joint space-time" if roles - TIME else "temporal"
-    beside = finest and any(finest.run.atoms < set(segment) for axis in stream for segment in axis.segments)
-    return "divided, spatial" if beside else "spatial"
+    beside = finest is not None and any(finest.run.atoms < set(segment) for axis in stream for segment in axis.segments)
+    if beside:
+        return "packed" if {atom.role for atom in finest.run.atoms} == {Role.TOKEN} else "divided, spatial"
+    return "spatial"
 
 
 def _text(axes: Axes) -> str:

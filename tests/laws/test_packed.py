@@ -1,0 +1,296 @@
+"""Frames packed in one row of tokens, as towers of language models have them, are held to the laws.
+
+Blocks of 4 that a merger joins; windows by an index that comes in, put back in order at the end; pictures that are each
+embedded whole. The dense model is the judge wherever it can be.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.export import Dim, ExportedProgram, export
+
+import tldr_compile
+from tests.laws.independence import Apart
+from tldr_compile import Kept, MergedModule, NothingToMerge, OptionError
+
+WIDTH, HEADS, FRAMES, BLOCKS, WINDOWS = 8, 2, 4, 16, 4
+TOKENS = FRAMES * BLOCKS * 4
+EQUALS: dict[str, Any] = {"saliency": "uniform"}
+pytestmark = pytest.mark.filterwarnings("ignore:tldr. the merged graph costs")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, segments: int) -> Tensor:
+        """`x` `[N, C]`; tokens attend within their segment."""
+        length = x.shape[0]
+        q, k, v = self.qkv(self.norm(x)).reshape(length, 3, HEADS, -1).transpose(0, 1).unbind(0)
+        q, k, v = (each.unflatten(0, (segments, length // segments)).transpose(1, 2) for each in (q, k, v))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(length, -1))
+        return x + self.mlp(x)
+
+
+class Tower(nn.Module):
+    """`rows [N, 12]` -> the tokens, an early and a late feature for every block of 4."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(12, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+        self.merger = nn.Linear(4 * WIDTH, 6)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.merger(x.reshape(-1, 4 * WIDTH))
+
+
+class Frames(Tower):
+    def forward(self, rows: Tensor, bounds: Tensor) -> dict[str, Tensor]:
+        x, segments = self.embed(rows), bounds.shape[0] - 1
+        first, *rest = self.blocks
+        x = first(x, segments)
+        early = self.features(x)
+        for block in rest:
+            x = block(x, segments)
+        return {"tokens": x, "early": early, "late": self.features(x)}
+
+
+class Windows(Tower):
+    """All but the second block attend within windows."""
+
+    def forward(self, rows: Tensor, order: Tensor) -> dict[str, Tensor]:
+        x = self.embed(rows).reshape(-1, 4, WIDTH)[order].reshape(-1, WIDTH)
+        for number, block in enumerate(self.blocks):
+            x = block(x, FRAMES if number == 1 else FRAMES * WINDOWS)
+        return {"late": self.features(x)[torch.argsort(order)]}
+
+
+class Pictures(Tower):
+    """`rows [N, 3, 2, 2]`, each embedded whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, WIDTH, 2, 2)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        x = self.patch(rows.reshape(-1, 3, 2, 2)).flatten(1)
+        for block in self.blocks:
+            x = block(x, FRAMES)
+        return x
+
+
+def drawn(tokens: int = TOKENS, seed: int = 0) -> Tensor:
+    return torch.randn(tokens, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def order() -> Tensor:
+    """Frame by frame, the blocks of each in windows."""
+    frame = torch.arange(BLOCKS).reshape(2, 2, 2, 2).transpose(1, 2).flatten()
+    return torch.cat([frame + at * BLOCKS for at in range(FRAMES)])
+
+
+BOUNDS = torch.arange(FRAMES + 1) * BLOCKS * 4
+MODELS: dict[str, tuple[type[nn.Module], tuple[Tensor, ...]]] = {
+    "frames": (Frames, (drawn(), BOUNDS)),
+    "windows": (Windows, (drawn(), order())),
+    "pictures": (Pictures, (drawn().reshape(-1, 3, 2, 2),)),
+}
+
+
+@cache
+def program(name: str) -> ExportedProgram:
+    model, inputs = MODELS[name]
+    return export(model().eval(), inputs)
+
+
+@cache
+def merged(name: str, outputs: str = "restore", **options: Any) -> MergedModule:
+    return tldr_compile.apply(program(name), schedule=0.3, outputs=outputs, **options)
+
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+@every_model
+@pytest.mark.parametrize("outputs", ["restore", "merged"])
+def test_every_site_merges_and_means_what_it_says(name: str, outputs: str) -> None:
+    _, inputs = MODELS[name]
+    found = merged(name, outputs)
+    statuses = [site["status"] for site in found.report.sites]
+    assert statuses[::2] == ["merged"] * 2
+    assert statuses[1] in ("merged", "left")  # where few blocks round to nothing, the next site makes up for it
+    assert {site["layout"] for site in found.report.sites} == {"packed"}
+    found.verify(inputs)
+    others = (drawn(seed=1).reshape(inputs[0].shape), *inputs[1:])
+    found.verify(others)
+
+
+@every_model
+def test_frames_stay_apart(name: str) -> None:
+    """Bit for bit, as in the dense model; and they are compared."""
+    dense, inputs = program(name).module(), MODELS[name][1]
+    apart = Apart.of(dense, inputs, dims=(0,))
+    assert apart.compared
+    assert apart.raised(merged(name)) == []
+
+
+@every_model
+@pytest.mark.parametrize("outputs", ["restore", "merged"])
+def test_equal_tokens_merge_without_a_trace(name: str, outputs: str) -> None:
+    """Every block has an equal one beside it: the dense model's numbers, at the places that are left."""
+    _, (rows, *tables) = MODELS[name]
+    blocks = rows.reshape(FRAMES, WINDOWS, -1, *rows.shape[1:])
+    half = blocks[:, :, : blocks.shape[2] // 2]
+    rows = torch.stack([half, half], 2).reshape(FRAMES, WINDOWS, 2, -1, 4, *rows.shape[1:])
+    rows = rows.transpose(2, 3).reshape(-1, *rows.shape[5:])
+    if name == "windows":  # the halves of a window are equal, wherever they lie
+        rows = rows.reshape(-1, 4, 12)[torch.argsort(tables[0])].reshape(-1, 12)
+    options = EQUALS | ({} if name == "pictures" else {"grouping": "blocks"})
+    found = tldr_compile.apply(
+        program(name), schedule=[0.25, 0, 0], outputs=outputs, return_places=outputs == "merged", **options
+    )
+    with torch.no_grad():
+        dense, actual = program(name).module()(rows, *tables), found(rows, *tables)
+    actual, kept = actual if outputs == "merged" else (actual, None)
+    for key in dense if isinstance(dense, dict) else ():
+        expected = dense[key]
+        if kept is not None:
+            expected = _at(expected, kept, key)
+        assert torch.allclose(actual[key], expected, atol=1e-5), key
+
+
+def _at(full: Tensor, kept: Kept, key: str) -> Tensor:
+    """Blocks at their places; tokens four by four."""
+    blocks = full.reshape(FRAMES * BLOCKS, -1)[kept.places[0]]
+    return blocks.reshape(-1, full.shape[1]) if key == "tokens" else blocks
+
+
+@pytest.mark.parametrize("name", ["frames", "windows"])
+def test_what_leaves_is_sorted_and_of_one_length(name: str) -> None:
+    _, inputs = MODELS[name]
+    found = merged(name, "merged", return_places=True, grouping="blocks")
+    with torch.no_grad():
+        outputs, kept = found(*inputs)
+        restored = merged(name, grouping="blocks")(*inputs)
+    places = kept.places[0]
+    assert kept.places.shape == kept.weights.shape == (1, found.tokens_out)
+    assert bool((places.diff() > 0).all())
+    assert torch.equal((places // BLOCKS).bincount(), torch.full((FRAMES,), int(found.tokens_out) // FRAMES))
+    assert {len(each) for key, each in outputs.items() if key != "tokens"} == {found.tokens_out}
+    assert torch.allclose(outputs["late"], restored["late"][places], atol=1e-5)
+
+
+def test_an_earlier_output_is_merged_to_the_length_of_the_last() -> None:
+    """Uniform saliency: a block that leaves is the mean of what it stands for, of the early features too."""
+    _, inputs = MODELS["frames"]
+    found = tldr_compile.apply(
+        program("frames"), schedule=[0, 0, 0.3], grouping="blocks", outputs="merged", return_places=True, **EQUALS
+    )
+    with torch.no_grad():
+        outputs, kept = found(*inputs)
+        dense = program("frames").module()(*inputs)
+    total = (outputs["early"] * kept.weights[0, :, None]).sum(0)
+    assert torch.allclose(total, dense["early"].sum(0), atol=1e-4)
+    assert kept.weights.sum() == FRAMES * BLOCKS
+
+
+def test_the_numbers_of_what_is_left_put_it_back_in_order() -> None:
+    """Another order that comes in: the same program, and its own places."""
+    rows, other = drawn(), torch.cat([torch.randperm(BLOCKS) + at * BLOCKS for at in range(FRAMES)])
+    found = merged("windows", "merged", return_places=True)
+    found.verify((rows, other))
+    with torch.no_grad():
+        _, kept = found(rows, other)
+    assert bool((kept.places[0].diff() > 0).all())
+
+
+def test_a_number_of_frames_may_be_left_open() -> None:
+    frames = Dim("frames", min=2, max=64)
+    dynamic = {"rows": {0: BLOCKS * 4 * frames}, "bounds": {0: frames + 1}}
+    exported = export(Frames().eval(), (drawn(), BOUNDS), dynamic_shapes=dynamic)
+    found = tldr_compile.apply(exported, schedule=0.3, outputs="merged", return_places=True)
+    inputs = drawn(5 * BLOCKS * 4), torch.arange(6) * BLOCKS * 4
+    found.verify(inputs)
+    with torch.no_grad():
+        outputs, kept = found(*inputs)
+    (symbol,) = found.tokens_out.free_symbols
+    assert kept.places.shape[1] == len(outputs["late"]) == found.tokens_out.subs(symbol, 5)
+
+
+# --- which tokens are left, of other models ---
+
+
+class Samples(nn.Module):
+    """`[b, 3, t, H, W]` -> the tokens of every sample, with a class token or without."""
+
+    def __init__(self, lead: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv3d(3, WIDTH, (1, 2, 2), (1, 2, 2))
+        self.cls = nn.Parameter(torch.randn(1, 1, WIDTH)) if lead else None
+        self.block = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, 0.0, batch_first=True, norm_first=True)
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.stem(video).flatten(2).mT
+        x = x if self.cls is None else torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+        return self.block(x)
+
+
+@pytest.mark.parametrize("lead", [False, True])
+def test_places_are_told_of_every_sample_without_protected_tokens(lead: bool) -> None:
+    video = torch.randn(2, 3, 2, 8, 8)
+    model = Samples(lead).eval()
+    found = tldr_compile.apply(model, (video,), schedule=[6], outputs="merged", return_places=True)
+    assert found.tokens_out == 26
+    with torch.no_grad():
+        tokens, kept = found(video)
+        restored = tldr_compile.apply(model, (video,), schedule=[6])(video)
+    assert tokens.shape[1] == 26 + lead
+    assert kept.places.shape == (2, 26)
+    for short, full, places in zip(tokens, restored, kept.places, strict=True):
+        assert torch.equal(short[lead:], full[lead:][places])
+
+
+def test_nothing_merged_leaves_everything() -> None:
+    video = torch.randn(2, 3, 2, 8, 8)
+    model = Samples(False).eval()
+    found = tldr_compile.apply(model, (video,), schedule=(), outputs="merged", return_places=True)
+    with torch.no_grad():
+        tokens, kept = found(video)
+        assert torch.allclose(tokens, model(video), atol=1e-6)
+    assert kept is None
+
+
+def test_places_need_outputs_that_leave_merged() -> None:
+    model, video = Samples(False).eval(), torch.randn(2, 3, 2, 8, 8)
+    with pytest.raises(OptionError, match="needs outputs='merged'"):
+        tldr_compile.apply(model, (video,), schedule=[6], return_places=True)
+    with pytest.raises(OptionError, match="no output leaves merged"):
+        _ = tldr_compile.apply(model, (video,), schedule=[6]).tokens_out
+    with pytest.raises(BackendCompilerFailed, match="use tldr_compile.apply"):
+        torch.compile(model, backend="tldr", options={"outputs": "merged", "return_places": True})(video)
+
+
+def test_attention_over_whole_frames_is_no_row_of_patches() -> None:
+    """Frames that a network has looked at, place by place, are frames still: time alone is not merged."""
+
+    class Looked(Pictures):
+        def forward(self, rows: Tensor) -> Tensor:
+            x = self.patch(rows).mean((2, 3))
+            for block in self.blocks:
+                x = block(x, FRAMES)
+            return x
+
+    with pytest.raises(NothingToMerge, match="temporal"):
+        tldr_compile.apply(Looked().eval(), (torch.randn(12, 3, 8, 8),), schedule=0.3)
