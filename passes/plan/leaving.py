@@ -17,7 +17,7 @@ from tldr_compile.passes.axes import Axes, Axis, Typed, TypedGraph
 from tldr_compile.passes.fx_utils import named
 from tldr_compile.passes.plan.barriers import Asked, obstacle
 from tldr_compile.passes.plan.plan import Conversion, How, Leaving
-from tldr_compile.passes.plan.resolution import Resolution, holds, of_run
+from tldr_compile.passes.plan.resolution import Resolution, at, of_run
 from tldr_compile.passes.plan.states import State, bring, how_down
 
 aten = torch.ops.aten
@@ -60,13 +60,18 @@ def _leaving(
 def _wanted(axes: Axes, state: State, coarsest: Iterable[Resolution]) -> Iterable[Resolution]:
     for target in coarsest:
         source = of_run(state.held, target.run)
+        probability = state.dims(target.run) or target.run in state.scaled
         if source is not None:
-            yield target if source in target.chain else source
-        elif holds(axes, target.run) and not any(each.meets(target) for each in state.held):
+            yield target if source in target.chain and not probability else source
+        elif _is_stream(axes, target) and not probability and not any(each.meets(target) for each in state.held):
             known = Typed(outputs=(axes,), reads=(axes,), own=(axes,))
-            probability = state.dims(target.run) or target.run in state.scaled
-            if not probability and obstacle(Asked(known, target.run, target, None)) is None:
+            if obstacle(Asked(known, target.run, target, None)) is None:
                 yield target
+
+
+def _is_stream(axes: Axes, target: Resolution) -> bool:
+    """Whether a value has an entry for each token: of pairs of them, nothing says whether they are probabilities."""
+    return sum(target.groups in axis.atoms for axis in at(axes, [target])) == 1
 
 
 def _in_order(typed: TypedGraph, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -354,8 +354,7 @@ def _layout(tokens: Axis, stream: Axes = (), finest: Grouping | None = None) -> 
         return "windows"
     if roles & TIME:
         return "joint space-time" if roles - TIME else "temporal"
-    beside = finest is not None and any(finest.run.atoms < set(segment) for axis in stream for segment in axis.segments)
-    if beside:
+    if finest and any(finest.run.atoms < set(segment) for axis in stream for segment in axis.segments):
         return "packed" if {atom.role for atom in finest.run.atoms} == {Role.TOKEN} else "divided, spatial"
     return "spatial"
 

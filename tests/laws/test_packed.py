@@ -17,8 +17,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.export import Dim, ExportedProgram, export
 
 import tldr_compile
+from tests.laws.accounting import unaccounted
 from tests.laws.independence import Apart
-from tldr_compile import Kept, MergedModule, NothingToMerge, OptionError
+from tldr_compile import Kept, MergedModule, NothingToMerge, OptionError, passes
+from tldr_compile.passes.plan import choice
 
 WIDTH, HEADS, FRAMES, BLOCKS, WINDOWS = 8, 2, 4, 16, 4
 TOKENS = FRAMES * BLOCKS * 4
@@ -30,7 +32,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        wide = nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), *wide)
 
     def forward(self, x: Tensor, segments: int) -> Tensor:
         """`x` `[N, C]`; tokens attend within their segment."""
@@ -131,6 +134,7 @@ def test_every_site_merges_and_means_what_it_says(name: str, outputs: str) -> No
     assert statuses[::2] == ["merged"] * 2
     assert statuses[1] in ("merged", "left")  # where few blocks round to nothing, the next site makes up for it
     assert {site["layout"] for site in found.report.sites} == {"packed"}
+    assert unaccounted(found) == []
     found.verify(inputs)
     others = (drawn(seed=1).reshape(inputs[0].shape), *inputs[1:])
     found.verify(others)
@@ -215,6 +219,34 @@ def test_the_numbers_of_what_is_left_put_it_back_in_order() -> None:
     assert bool((kept.places[0].diff() > 0).all())
 
 
+def test_what_is_sorted_downwards_is_not_put_back() -> None:
+    """No order of the places: it leaves at full length."""
+
+    class Downwards(Windows):
+        def forward(self, rows: Tensor, order: Tensor) -> dict[str, Tensor]:
+            return {"late": super().forward(rows, order)["late"][torch.argsort(order, descending=True)]}
+
+    found = tldr_compile.apply(Downwards().eval(), (drawn(), order()), schedule=0.3, outputs="merged", verify=True)
+    with torch.no_grad():
+        assert found(drawn(), order())["late"].shape == (FRAMES * BLOCKS, 6)
+
+
+def test_entries_in_another_order_lie_along_another_axis() -> None:
+    analysis = passes.analyse(passes.from_export(program("windows")), tldr_compile.TokenMerging())
+    typed = analysis.typed
+    (sort,) = (node for node in typed.values if "argsort" in str(node.target))
+    (axis,) = typed.value(sort).axes
+    (key,) = typed.value(sort.args[0]).axes
+    assert axis.size == key.size
+    assert not axis.atoms & key.atoms
+
+
+def test_who_asks_for_short_outputs_gets_them_at_any_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice.cost, "of", lambda plan: len(plan.leaving))
+    found = tldr_compile.explain(program("frames"), schedule=[0.3, 0, 0], outputs="merged")
+    assert len(found.plan.leaving) == 3
+
+
 def test_a_number_of_frames_may_be_left_open() -> None:
     frames = Dim("frames", min=2, max=64)
     dynamic = {"rows": {0: BLOCKS * 4 * frames}, "bounds": {0: frames + 1}}
@@ -274,11 +306,11 @@ def test_nothing_merged_leaves_everything() -> None:
 
 def test_places_need_outputs_that_leave_merged() -> None:
     model, video = Samples(False).eval(), torch.randn(2, 3, 2, 8, 8)
-    with pytest.raises(OptionError, match="needs outputs='merged'"):
+    with pytest.raises(OptionError, match=r"needs outputs='merged'"):
         tldr_compile.apply(model, (video,), schedule=[6], return_places=True)
     with pytest.raises(OptionError, match="no output leaves merged"):
         _ = tldr_compile.apply(model, (video,), schedule=[6]).tokens_out
-    with pytest.raises(BackendCompilerFailed, match="use tldr_compile.apply"):
+    with pytest.raises(BackendCompilerFailed, match=r"use tldr_compile\.apply"):
         torch.compile(model, backend="tldr", options={"outputs": "merged", "return_places": True})(video)
 
 

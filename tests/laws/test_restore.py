@@ -101,3 +101,20 @@ def test_merged_outputs_are_short_only_along_tokens(case: Case) -> None:
         assert sorted(differences) in ([0] * full.ndim, [0] * (full.ndim - 1) + [lost])
         shortened += short.shape != full.shape
     assert (shortened > 0) == (case.name in ("umt", "videomae-tokens", "clip"))
+
+
+@of_transformers("eager")
+def test_states_leave_at_one_length_and_probabilities_at_their_own(case: Case) -> None:
+    """A row of probabilities is of the tokens that it was of: it is not merged later on."""
+    model = telling(case, output_attentions=True, output_hidden_states=True)
+    schedule = [*case.schedule, 2] if len(case.schedule) == 1 else case.schedule
+    merged = tldr_compile.apply(model, case.inputs(), schedule=schedule, outputs="merged", verify=True)
+    with torch.no_grad():
+        outputs, expected = merged(*case.inputs()), model(*case.inputs())
+    assert len({state.shape for state in outputs.hidden_states}) == 1
+    assert outputs.hidden_states[0].shape != expected.hidden_states[0].shape
+    assert outputs.attentions[0].shape == expected.attentions[0].shape
+    lengths = [each.shape[-1] for each in outputs.attentions]
+    assert lengths == sorted(lengths, reverse=True)
+    for each in outputs.attentions:
+        assert torch.allclose(each.sum(-1), torch.ones(()), atol=1e-5)
