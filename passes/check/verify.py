@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
+from tldr_compile.passes.axes import Role
 from tldr_compile.passes.capture import SDPA
 from tldr_compile.passes.check.independence import raised, runs
 from tldr_compile.passes.check.projection import Projection, full_length
@@ -78,7 +79,9 @@ def _sane(plan: Plan, found: Mapping[int, Mapping[str, Tensor]], policy: Policy)
 
 
 def _independent(plan: Plan, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Law Samples, as far as the inputs tell."""
+    """Law Samples, as far as the inputs tell; frames of a packed row share a grouping only where a user asks for it."""
+    if any(atom.role is Role.TOKEN for merge in plan.merges for atom in merge.grouping.shared.atoms):
+        return
     dense = plan.typed.captured.graph
     on_cpu = all(value.device.type == "cpu" for value in inputs if isinstance(value, Tensor))
     bound = 0.0 if on_cpu else agreement(dense.graph)

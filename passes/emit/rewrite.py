@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import Axes, Kind
+from tldr_compile.passes.axes import UNIT, Axes, Kind, product
 from tldr_compile.passes.capture import SDPA
 from tldr_compile.passes.emit.attention import Evidence, Fused, asked, spelled_out
 from tldr_compile.passes.emit.mass import Weigher
@@ -34,7 +34,7 @@ from tldr_compile.passes.emit.views import Laid, Layout
 from tldr_compile.passes.fx_utils import named, operator_name
 from tldr_compile.passes.operators import Operators
 from tldr_compile.passes.options import Policy
-from tldr_compile.passes.plan import Conversion, How, Leaving, Merge, Plan, Step, at, in_rows
+from tldr_compile.passes.plan import Conversion, How, Leaving, Merge, Plan, Step, at
 from tldr_compile.passes.sizes import size
 
 aten = torch.ops.aten
@@ -141,23 +141,29 @@ class _Rewriter:
 
     def _kept(self) -> tuple[fx.Node, fx.Node]:
         """Of every group that leaves its place and its mass, `[B, n]`."""
-        leaving, resolution = self.plan.row
-        batch, row = in_rows(self.typed.value(leaving.value).axes, resolution)
-        reads = (batch, row)
+        leaving, resolution, reads = self.plan.row
+        row = reads[1]
         call, length = self.layout.call, self.layout.length(row.size)
         ones = call(aten.new_ones.default, self.converter.grouped[resolution].kept, [length])
         number = Laid(call(aten.sub.Tensor, call(aten.cumsum.default, ones, 0), 1), (row,))
         picking = Conversion(0, resolution.run, None, resolution, How.PICK)
         places = self.converter.convert(number, picking, reads=reads)
-        mass = self.converter.grouped[resolution].mass
         short = at(reads, [resolution])
-        weights = self.layout.arrange(mass, (resolution.batch, resolution.axis), short)
+        weights = self._repeated(self.converter.grouped[resolution].mass, (resolution.batch, resolution.axis), short)
         if leaving.key is None:
             return self.layout.arrange(places.node, places.axes, short), weights
         keys = self._brought(leaving.key, leaving.key_conversions)
         told = self.layout.view(keys, short)
         order = call(aten.argsort.default, told.node, 1)
         return tuple(call(aten.gather.default, each, 1, order) for each in (told.node, weights))  # type: ignore[return-value]
+
+    def _repeated(self, node: fx.Node, axes: Axes, target: Axes) -> fx.Node:
+        """Laid as `target`, once for each value of what `axes` have not."""
+        known = {factor for axis in axes for factor in axis.factors}
+        apart = [product([factor]) for axis in target for factor in axis.factors]
+        held = tuple(each if known.issuperset(each.factors) else UNIT for each in apart)
+        wide = self.layout.call(aten.expand.default, self.layout.arrange(node, axes, held), self.layout.lengths(apart))
+        return self.layout.call(aten.reshape.default, wide, self.layout.lengths(target))
 
     def _left(self, leaving: Leaving, operand: Laid) -> Laid:
         """An output that leaves short: where it has a key, in the order of the keys that are left."""

@@ -22,7 +22,7 @@ from tldr_compile.passes.plan.plan import (
     Weight,
 )
 from tldr_compile.passes.plan.planner import make_plan
-from tldr_compile.passes.plan.resolution import Resolution, at, in_rows, of_run, tokens_at
+from tldr_compile.passes.plan.resolution import Resolution, at, of_run, tokens_at
 from tldr_compile.passes.plan.schedule import Entry
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "Weighing",
     "Weight",
     "at",
-    "in_rows",
     "make_plan",
     "of_run",
     "tokens_at",

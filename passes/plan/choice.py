@@ -59,10 +59,10 @@ def chosen(option: str, sites: Sequence[Site], planned: Planned, kept_apart: Kep
     """
     plan = planned(finest(sites))
     if option == "shared":
-        return planned(_sharing(plan.choices, kept_apart))
+        plan = planned(_sharing(plan.choices, kept_apart))
     if option == "blocks":
         return _in_blocks(plan, planned)
-    return _Search(planned, kept_apart).cheapest(plan) if option == "auto" else plan
+    return plan if option == "each" else _Search(planned, kept_apart).cheapest(plan)
 
 
 class _Search:
@@ -161,17 +161,22 @@ def _as_before(plan: Plan) -> Iterator[Choices]:
 
 
 def _sharing(choices: Choices, kept_apart: KeptApart) -> Choices:
-    """One grouping for all frames, wherever all that a merge reaches depends on all of them."""
+    """One grouping for all frames, wherever all that a merge reaches depends on all of them.
+
+    Of frames that are packed in one row nothing says whether they are of one clip: there it is as was asked for.
+    """
     found, refused = dict(choices), list[str]()
+    attended = frozenset[Atom]().union(*(site.tokens.atoms for site in choices))
     for site, choice in choices.items():
         frames = {atom for atom in choice.grouping.apart.atoms if atom.role in TIME - {Role.SAMPLE}}
-        seen = _in_order(choice.grouping.apart, frames - site.tokens.atoms)
-        reasons = {atom: kept_apart(site.stream.node, atom) for atom in seen}
+        packed = {atom for atom in choice.grouping.apart.atoms - attended if atom.role is Role.TOKEN}
+        seen = _in_order(choice.grouping.apart, packed | frames - site.tokens.atoms)
+        reasons = {atom: None if atom in packed else kept_apart(site.stream.node, atom) for atom in seen}
         refused += [reason.reason_at for reason in reasons.values() if reason]
         refused += [] if reasons else [f"{site.name} has no frames but those that it attends along"]
         free = {atom for atom, reason in reasons.items() if reason is None}
-        if grouping := choice.grouping.joining(free, site.tokens.atoms) if free else None:
-            found[site] = Choice(grouping, (*choice.reasons, "grouping='shared' asks for it"))
+        if free:
+            found[site] = Choice(choice.grouping.sharing(free), (*choice.reasons, "grouping='shared' asks for it"))
     if found == choices:
         raise OptionError(
             f"grouping='shared': no site can share one grouping: {'; '.join(list(dict.fromkeys(refused))[:3])}. Use "

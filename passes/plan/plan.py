@@ -194,13 +194,12 @@ class Plan:
     @property
     def tokens_out(self) -> Size:
         """How many tokens are left in a row of an output that leaves merged. Raises `OptionError` as `row` does."""
-        leaving, resolution = self.row
-        _, row = in_rows(self.typed.value(leaving.value).axes, resolution)
+        _, resolution, (_, row) = self.row
         return at((row,), [resolution])[0].size
 
     @property
-    def row(self) -> tuple[Leaving, Resolution]:
-        """The output whose tokens are counted when all is done, and their resolution.
+    def row(self) -> tuple[Leaving, Resolution, tuple[Axis, Axis]]:
+        """The output whose tokens are counted when all is done, their resolution, and how they lie `[B, N]`.
 
         Raises `OptionError` where none leaves short, or several are grouped differently.
         """
@@ -214,7 +213,8 @@ class Plan:
                 else "no output leaves merged: outputs='merged' keeps those short that are over merged tokens"
             )
         ((resolution, leaving),) = found.items()
-        return leaving, resolution
+        (shared,) = {merge.grouping.shared for merge in self.merges if merge.target is resolution}
+        return leaving, resolution, in_rows(self.typed.value(leaving.value).axes, resolution, shared)
 
     def restored(self) -> Iterator[Restored]:
         """Every value of the graph that gets its full length back, in execution order."""

@@ -66,13 +66,14 @@ def holds(axes: Axes, run: Axis) -> bool:
     return any(probe in replace(each, run, probe).atoms for each in gathered(axes, run))
 
 
-def in_rows(axes: Axes, resolution: Resolution) -> tuple[Axis, Axis]:
+def in_rows(axes: Axes, resolution: Resolution, shared: Axis) -> tuple[Axis, Axis]:
     """`B` and the tokens of a row, at full length: what lies in one product with the groups is told apart by place.
 
-    What one grouping serves all values of is in no row: all of it is where its group is.
+    What is carried is in no row: all of a block is where its group is.
     """
     short, *_ = (each for axis in at(axes, [resolution]) for each in products(axis) if resolution.groups in each)
-    inside = [f for f in short if f is resolution.groups or f in resolution.batch.factors]
+    known = {resolution.groups, *resolution.batch.factors, *shared.factors}
+    inside = [f for f in short if f in known]
     row = product(resolution.run if f is resolution.groups else f for f in inside)
     return product(f for f in resolution.batch.factors if f not in inside), row
 

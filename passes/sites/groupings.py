@@ -52,6 +52,11 @@ class Grouping:
             product(run), product(apart), product((self.shared, *shared)), product((self.carried, *taken, *carried))
         )
 
+    def sharing(self, atoms: Collection[Atom]) -> Grouping:
+        """One grouping for all values of some atoms that were apart."""
+        apart, shared = _parted(self.apart, atoms)
+        return Grouping(self.run, product(apart), product((self.shared, *shared)), self.carried)
+
     def within(self, atoms: Collection[Atom]) -> Grouping | None:
         """Only some atoms of the run are grouped, for each value of the others; None if those are no places."""
         rest, run = _parted(self.run, atoms)

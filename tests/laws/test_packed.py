@@ -326,3 +326,32 @@ def test_attention_over_whole_frames_is_no_row_of_patches() -> None:
 
     with pytest.raises(NothingToMerge, match="temporal"):
         tldr_compile.apply(Looked().eval(), (torch.randn(12, 3, 8, 8),), schedule=0.3)
+
+
+def test_frames_of_a_row_share_a_grouping_where_that_is_asked_for() -> None:
+    """And nowhere else: the groups of a frame then depend on the others."""
+    found = tldr_compile.apply(
+        program("frames"), schedule=[0.25, 0, 0], grouping="shared", outputs="merged", return_places=True, verify=True
+    )
+    assert all("shared" in site["grouping"] for site in found.report.sites)
+    with torch.no_grad():
+        outputs, kept = found(*MODELS["frames"][1])
+    places = kept.places[0].reshape(FRAMES, -1)
+    assert len(outputs["tokens"]) == found.tokens_out == kept.places.numel() == kept.weights.numel()
+    first, *others = places % (BLOCKS * 4)
+    assert all(torch.equal(first, each) for each in others)
+    assert torch.equal(places // (BLOCKS * 4), torch.arange(FRAMES)[:, None].expand_as(places))
+
+
+def test_places_are_told_of_all_frames_that_share_a_grouping() -> None:
+    from tests.laws.grouped import MODELS as GROUPED  # noqa: PLC0415
+
+    model = GROUPED["divided: whole blocks, a video leaves"]
+    video = model.noise().float()
+    options = {"schedule": 0.3, "grouping": "shared"}
+    dense = model.build(torch.float32)
+    found = tldr_compile.apply(dense, (video,), outputs="merged", return_places=True, **options)
+    with torch.no_grad():
+        _, kept = found(video)
+    assert kept.places.shape == (len(video), found.tokens_out)
+    assert bool((kept.places.diff() > 0).all())
