@@ -337,10 +337,10 @@ def test_frames_of_a_row_share_a_grouping_where_that_is_asked_for() -> None:
     with torch.no_grad():
         outputs, kept = found(*MODELS["frames"][1])
     places = kept.places[0].reshape(FRAMES, -1)
-    assert len(outputs["tokens"]) == found.tokens_out == kept.places.numel() == kept.weights.numel()
-    first, *others = places % (BLOCKS * 4)
+    assert len(outputs["late"]) == found.tokens_out == kept.places.numel() == kept.weights.numel()
+    first, *others = places % BLOCKS
     assert all(torch.equal(first, each) for each in others)
-    assert torch.equal(places // (BLOCKS * 4), torch.arange(FRAMES)[:, None].expand_as(places))
+    assert torch.equal(places // BLOCKS, torch.arange(FRAMES)[:, None].expand_as(places))
 
 
 def test_places_are_told_of_all_frames_that_share_a_grouping() -> None:
