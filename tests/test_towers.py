@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers as T
 from torch import Tensor, nn
+from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+from transformers.exporters.utils import precompute_export_inputs
 
 import tldr_compile
 from tests.laws.support import compiled, graphs_for_inductor
@@ -286,3 +288,32 @@ def test_a_compiled_tower_says_how_to_do_it() -> None:
     assert len(text.splitlines()) < 16
     pieces = [str(each.message) for each in said if "a piece of the model" in str(each.message)]
     assert len(pieces) <= 2  # one for each reason, of which there are more places
+
+
+def exported(make: Callable[[], Any], **options: Any) -> torch.export.ExportedProgram:
+    inputs = {"hidden_states": pixels(), "grid_thw": GRID}
+    return DynamoExporter().export(tower(make), inputs, config=DynamoConfig(**options)).program
+
+
+@MODELS
+def test_a_program_of_the_exporter_is_taken_as_it_is(make: Callable[[], Any]) -> None:
+    """The rows are found beside tables of the same rank, and assertions about segments cost nothing."""
+    report = explain(exported(make, dynamic=False), schedule=0.3)
+    before, after = report.gflops
+    assert after < before
+    assert {site["layout"] for site in report.sites} == {"packed"}
+    assert all(site["status"] in ("merged", "left") for site in report.sites)
+
+
+def test_a_number_of_frames_may_be_left_open() -> None:
+    frames = torch.export.Dim("frames", min=2, max=64)
+    tables = ("position_ids", "interp_indices", "interp_weights")
+    rows = {name: {0: 64 * frames} for name in ("hidden_states", *tables)}
+    dynamic = {**rows, "cu_seqlens": {0: frames + 1}, "grid_thw": None, "max_seqlen": None}
+    program = exported(stacked, dynamic=True, dynamic_shapes=dynamic)
+    merged = apply(program, schedule=0.3, outputs="merged", return_places=True)
+    inputs = {"hidden_states": pixels(5 * 64), "grid_thw": torch.tensor([[5, 8, 8]])}
+    precompute_export_inputs(tower(), inputs)
+    outputs, kept = merged(**inputs)
+    assert len(outputs.pooler_output) == kept.places.numel() == 5 * (kept.places.numel() // 5) < 5 * 16
+    merged.verify((), inputs)
