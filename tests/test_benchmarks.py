@@ -20,10 +20,8 @@ from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting, difference, mark
 from benchmarks.tables import grid, replaced, write
 from benchmarks.timing import Spread, alternate, peak_bytes, ratio, seconds
 from benchmarks.towers import __main__ as towers
+from benchmarks.towers import answer
 from benchmarks.towers import page as towers_page
-from benchmarks.towers.answer import DENSE as ALL
-from benchmarks.towers.answer import OURS as MERGED
-from benchmarks.towers.answer import PRUNED, answers, changed
 from benchmarks.towers.sizes import TINY
 from benchmarks.umt import UMT, UMTConfig
 
@@ -205,13 +203,13 @@ def test_a_tower_that_is_tiny(part: str, rows: int, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:tldr. the merged graph costs")
 def test_the_ways_to_a_first_token_differ_in_their_choice_of_tokens_alone() -> None:
-    ways = answers(TINY)
+    ways = answer.answers(TINY)
     with torch.inference_mode():
         scores = {name: way() for name, way in ways.items()}
-        assert not torch.equal(scores[PRUNED], scores[ALL])
-        assert not torch.equal(scores[PRUNED], scores[MERGED])
-        ways[PRUNED].tower.keep = 128
-        torch.testing.assert_close(ways[PRUNED](), scores[ALL])
+        assert not torch.equal(scores[answer.PRUNED], scores[answer.DENSE])
+        assert not torch.equal(scores[answer.PRUNED], scores[answer.OURS])
+        ways[answer.PRUNED].tower.keep = 128
+        torch.testing.assert_close(ways[answer.PRUNED](), scores[answer.DENSE])
 
 
 def test_pruning_keeps_the_first_frame_and_what_changed_most() -> None:
@@ -220,6 +218,6 @@ def test_pruning_keeps_the_first_frame_and_what_changed_most() -> None:
     frames[1, 2] = -first[2]  # and back in the frame after
     frames[2, 5] = more[5]
     features = frames.flatten(0, 1)
-    assert changed(features, 3, 9).tolist() == [*range(6), 6 + 2, 12 + 2, 12 + 5]
-    assert changed(features, 3, 8).tolist() == [*range(6), 6 + 2, 12 + 2]
-    assert changed(features, 3, 4).tolist() == [0, 1, 2, 3]
+    assert answer.changed(features, 3, 9).tolist() == [*range(6), 6 + 2, 12 + 2, 12 + 5]
+    assert answer.changed(features, 3, 8).tolist() == [*range(6), 6 + 2, 12 + 2]
+    assert answer.changed(features, 3, 4).tolist() == [0, 1, 2, 3]

@@ -95,7 +95,7 @@ def rows(size: Size, rounds: int) -> list[dict[str, Any]]:
         return {
             "name": name,
             "tower": Spread.of(tower),
-            "language": Spread.of([all_ - part for all_, part in zip(taken[name], tower, strict=True)]),
+            "language": Spread.of([whole - part for whole, part in zip(taken[name], tower, strict=True)]),
             "first_token": Spread.of(taken[name]),
             "this_over_ours": timing.ratio(taken[name], taken[OURS]),
             "tokens": call.tokens,
