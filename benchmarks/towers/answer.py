@@ -74,13 +74,15 @@ class Answer:
 def answers(size: Size) -> dict[str, Answer]:
     """The three ways to a first token: towers are compiled, the language model is as it is."""
     torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(text_config=example.TEXT | size.text, vision_config=dict(size.sight), **example.TOKENS)
+    text = {**example.TEXT, **size.text}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=dict(size.sight), **example.TOKENS)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
     inputs = example.prompt(model, size.grid)
     tower = model.model.visual
     seen = {"hidden_states": inputs["pixel_values_videos"], "grid_thw": inputs["video_grid_thw"]}
     merged = example.merged_tower(tower, inputs, schedule=size.schedule)
     dense = size.compiled(Exported(tower, seen))
+    towers: dict[str, Callable[..., Any]]
     towers = {DENSE: dense, PRUNED: Pruned(dense, int(merged.tokens_out)), OURS: size.compiled(merged)}
     return {name: Answer(model, each, inputs) for name, each in towers.items()}
 
