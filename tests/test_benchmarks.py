@@ -19,6 +19,10 @@ from benchmarks.quality import saliency, tell
 from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting, difference, markdown, measure
 from benchmarks.tables import grid, replaced, write
 from benchmarks.timing import Spread, alternate, peak_bytes, ratio, seconds
+from benchmarks.towers import __main__ as towers
+from benchmarks.towers import answer
+from benchmarks.towers import page as towers_page
+from benchmarks.towers.sizes import TINY
 from benchmarks.umt import UMT, UMTConfig
 
 CPU = torch.device("cpu")
@@ -168,6 +172,10 @@ def test_the_pages_show_what_was_measured() -> None:
         ("quality", tell.short(kept("quality")), tell.MARKER),
         ("quality", saliency.markdown(kept("saliency")["layers"]), saliency.MARKER),
         ("gpu", gpu_page.page(list(gpu_page.records())), gpu_page.MARKER),
+        *(
+            ("towers-speed", towers_page.table(part, record), towers_page.MARKERS[part])
+            for part, record in towers_page.kept().items()
+        ),
     ):
         shown = (timing.RESULTS.parents[1] / "docs" / f"{page}.md").read_text()
         assert replaced(shown, text, marker) == shown
@@ -176,3 +184,40 @@ def test_the_pages_show_what_was_measured() -> None:
 def test_a_record_keeps_no_path_of_the_machine(tmp_path: Path) -> None:
     timing.write("lines", {"line": f'"{torch.__file__}", line 3'}, tmp_path)
     assert '\\"torch/__init__.py\\", line 3' in (tmp_path / "lines.json").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:tldr. the merged graph costs")
+@pytest.mark.parametrize(("part", "rows"), [("tower", 5), ("answer", 3)])
+def test_a_tower_that_is_tiny(part: str, rows: int, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(marker for marker in towers_page.MARKERS.values() for _ in range(2)))
+    towers.main(["--part", part, "--tiny", "--rounds", "1", "--out", str(tmp_path), "--write", str(page)])
+    (record,) = towers_page.kept(tmp_path).values()
+    table = towers_page.table(part, record)
+    assert len(table.splitlines()) == 2 + rows
+    assert table in page.read_text()
+    counts = [row["blocks" if part == "tower" else "tokens"] for row in record["rows"]]
+    # Of 128 blocks, beside 8 tokens of text: dense ones twice, ours, restored, with the default schedule.
+    assert counts == ([128, 128, 90, 128, 114] if part == "tower" else [136, 98, 98])
+
+
+@pytest.mark.filterwarnings("ignore:tldr. the merged graph costs")
+def test_the_ways_to_a_first_token_differ_in_their_choice_of_tokens_alone() -> None:
+    ways = answer.answers(TINY)
+    with torch.inference_mode():
+        scores = {name: way() for name, way in ways.items()}
+        assert not torch.equal(scores[answer.PRUNED], scores[answer.DENSE])
+        assert not torch.equal(scores[answer.PRUNED], scores[answer.OURS])
+        ways[answer.PRUNED].tower.keep = 128
+        torch.testing.assert_close(ways[answer.PRUNED](), scores[answer.DENSE])
+
+
+def test_pruning_keeps_the_first_frame_and_what_changed_most() -> None:
+    first, more = torch.randn(2, 6, 8).unbind()
+    frames = torch.stack([first, first, first])
+    frames[1, 2] = -first[2]  # and back in the frame after
+    frames[2, 5] = more[5]
+    features = frames.flatten(0, 1)
+    assert answer.changed(features, 3, 9).tolist() == [*range(6), 6 + 2, 12 + 2, 12 + 5]
+    assert answer.changed(features, 3, 8).tolist() == [*range(6), 6 + 2, 12 + 2]
+    assert answer.changed(features, 3, 4).tolist() == [0, 1, 2, 3]
