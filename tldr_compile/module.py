@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from tldr_compile import passes
 from tldr_compile.errors import CaptureError
 from tldr_compile.exporters import Preparation
-from tldr_compile.passes.capture import Captured, inherit, with_writes
+from tldr_compile.passes.capture import Assertions, Captured, inherit, with_writes, without_assertions
 from tldr_compile.passes.sizes import Size
 from tldr_compile.report import Report
 from tldr_compile.signature import Signature
@@ -67,11 +67,12 @@ class MergedModule(nn.Module):
         origin: Origin = UNKNOWN,
     ) -> None:
         super().__init__()
-        self._facts = _Facts(merged, report, origin)
+        graph, assertions = without_assertions(merged.graph)
+        self._facts = _Facts(merged, report, origin, assertions)
         self._signature = Signature.of(program, captured)
         self._out_spec = _out_spec(program)
         self._sources = [_source(spec.kind, spec.target) for spec in program.graph_signature.input_specs]
-        self.graph_module = inherit(with_writes(merged.graph, captured.mutated), captured.graph)
+        self.graph_module = inherit(with_writes(graph, captured.mutated), captured.graph)
         for name, value in {**program.state_dict, **program.constants}.items():
             _register(self, name, value, persistent=name in program.state_dict)
 
@@ -113,7 +114,10 @@ class MergedModule(nn.Module):
 
         With `return_places=True` a pair: the outputs, and the tokens that are left, as `Kept`; None if nothing merges.
         """
-        results = self.graph_module(*self._inputs(args, kwargs))
+        inputs = self._inputs(args, kwargs)
+        if self._facts.assertions is not None:
+            self._facts.assertions(inputs)
+        results = self.graph_module(*inputs)
         if not self._merged.options.return_places:
             return tree_unflatten(results, self._out_spec)
         own, kept = results[: self._out_spec.num_leaves], results[self._out_spec.num_leaves :]
@@ -158,6 +162,7 @@ class _Facts:
     merged: passes.Merged
     report: Report
     origin: Origin
+    assertions: Assertions | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Facts:
         return self

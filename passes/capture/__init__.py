@@ -9,6 +9,7 @@ Nothing here knows of axes, tokens or merging: only what operators compute. An o
 function of plain operators (`@decomposition`), which is traced in its place.
 """
 
+from tldr_compile.passes.capture.assertions import Assertions, without_assertions
 from tldr_compile.passes.capture.attention import SDPA, Attention, fuse
 from tldr_compile.passes.capture.canonicalize import Captured, from_dynamo, from_export, inherit, with_writes
 from tldr_compile.passes.capture.clip import clip_inputs
@@ -16,6 +17,7 @@ from tldr_compile.passes.capture.decompositions import decomposition
 
 __all__ = [
     "SDPA",
+    "Assertions",
     "Attention",
     "Captured",
     "clip_inputs",
@@ -25,4 +27,5 @@ __all__ = [
     "fuse",
     "inherit",
     "with_writes",
+    "without_assertions",
 ]
