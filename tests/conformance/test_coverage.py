@@ -59,6 +59,7 @@ from tests.conformance.verdict import (
 from tests.conformance.walk import walk
 from tests.laws.independence import Apart
 from tldr_compile import ops
+from tldr_compile.api import capture
 
 VIT = Encoder("transformers.models.vit.modeling_vit", "ViTModel")
 TIMESFORMER = Encoder("transformers.models.timesformer.modeling_timesformer", "TimesformerModel")
@@ -186,7 +187,7 @@ def test_a_tower_of_packed_frames_is_captured_by_the_exporter(packed: Built, mon
 
 
 def test_a_frame_that_sees_another_of_its_row_is_found(packed: Built, monkeypatch: pytest.MonkeyPatch) -> None:
-    traced = Traced.of(packed.model, packed.inputs)
+    traced = Traced(*capture(packed.model, (), packed.inputs))
     compared = Apart.of(traced.dense(), (), packed.inputs, apart(packed.kind, packed.inputs)).compared
     assert [text.partition(": ")[2] for text in compared] == [
         "128 of 256 slices of output 0", "32 of 64 slices of output 1", "32 of 64 slices of output 2",

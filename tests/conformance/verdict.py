@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import isnan
 from typing import Any, TypeAlias
 
@@ -46,17 +47,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Traced:
-    """A captured model: one analysis for all that is made of it, which is called with the model's own arguments."""
+    """What `capture` gives; all that is made of it is called with the model's own arguments."""
 
     program: ExportedProgram
     origin: Origin
-    analysis: Analysis
 
-    @classmethod
-    def of(cls, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Traced:
-        """Captured as `apply` does. Raises `CaptureError`."""
-        program, origin = capture(model, (), inputs)
-        return cls(program, origin, analyse(from_export(program), TokenMerging()))
+    @cached_property
+    def analysis(self) -> Analysis:
+        """One for all schedules."""
+        return analyse(from_export(self.program), TokenMerging())
 
     @property
     def by(self) -> str:
@@ -87,7 +86,7 @@ def judge(encoder: Encoder, say: Callable[[str], None]) -> Record:
     facts |= {"sizes": built.sizes, "inputs": {name: list(value.shape) for name, value in built.inputs.items()}}
     say("tracing it")
     try:
-        traced = Traced.of(built.model, built.inputs)
+        traced = Traced(*capture(built.model, (), built.inputs))
     except CaptureError as reason:
         return facts | {"verdict": REFUSED, "reason": f"does not trace: {_last(reason)}"}
     facts |= {"captured": traced.by, "attends": attends(traced.program)}
@@ -321,7 +320,7 @@ def _projected(merged: MergedModule, built: Built) -> tuple[str, str]:
     if single == "kept":
         return single, ""
     model, inputs = built.model.double(), {name: _double(value) for name, value in built.inputs.items()}
-    traced = Traced.of(model, inputs)
+    traced = Traced(*capture(model, (), inputs))
     double = _verified(_everywhere(traced, merged.report.sites), inputs)
     if double == "kept":
         return double, "Projection is told in float64: float32 rounds too much"
