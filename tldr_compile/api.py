@@ -49,7 +49,7 @@ def apply(
         VerificationError: `verify=True` and the merged graph is not what its definition says.
     """
     config = _config(config, options)
-    program, origin = _export(model, args, kwargs, dynamic_shapes)
+    program, origin = capture(model, args, kwargs, dynamic_shapes)
     result = assemble(program, passes.analyse(from_export(program), config), config, origin)
     if config.verify:
         result.verify(*(program.example_inputs or (args, dict(kwargs or {}))))
@@ -71,7 +71,7 @@ def explain(
     `verbose`: the printed report shows the typed graph around every node that something is restored or refused at.
     """
     config = _config(config, options)
-    program, origin = _export(model, args, kwargs, dynamic_shapes)
+    program, origin = capture(model, args, kwargs, dynamic_shapes)
     merged, nothing = _attempt(passes.analyse(from_export(program), config), config)
     return _report(merged, config, nothing, origin, verbose=verbose)
 
@@ -126,9 +126,16 @@ def _config(config: TokenMerging | None, options: Mapping[str, Any]) -> TokenMer
     return config
 
 
-def _export(
-    model: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
 ) -> tuple[ExportedProgram, Origin]:
+    """`model` as one graph, as `apply` takes it, and what it was made of.
+
+    Raises `CaptureError`; its cause is what the tracer that was tried last raised.
+    """
     if isinstance(model, MergedModule):
         raise CaptureError("this model is merged already: apply tldr_compile to the model that it was made of")
     if isinstance(model, ExportedProgram):
@@ -175,12 +182,12 @@ def _export_pretrained(
             f"{exporters.NEEDED} ({exporters.INSTALL})\n"
             f"apply then does this by itself, or takes the program:\n{exporters.HOW}"
         ) from reason
-    except Exception as second:  # noqa: BLE001 - as above
+    except Exception as second:  # as above
         raise CaptureError(
             f"{_cannot(model, reason)}\ntransformers' exporter cannot, either: {type(second).__name__}: {second}\n"
             f"It has to be that of {exporters.NEEDED}\napply takes the program that these lines make, if other inputs "
             f"help:\n{exporters.HOW}"
-        ) from reason
+        ) from second
     return program, Origin(model, preparation)
 
 

@@ -45,8 +45,9 @@ class _Asking(fx.Interpreter):
         except RuntimeError as reason:
             if n.target not in _ASSERTIONS:
                 raise
+            first, *_ = str(reason).splitlines()
             raise ShapeError(
-                f"what the model asserts of its inputs does not hold for these: {where(n)}: {reason}"
+                f"what the model asserts of its inputs does not hold for these: {where(n)}: {first}"
             ) from reason
 
 

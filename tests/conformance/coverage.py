@@ -1,11 +1,12 @@
 """What the pass makes of every image and video encoder of `transformers`: one verdict per model.
 
-    python -m tests.conformance.coverage [--write docs/coverage.md]
+    python -m tests.conformance.coverage [--write docs/coverage.md docs/towers.md]
     python -m tests.conformance.coverage --shard 2/4            a quarter of them
     python -m tests.conformance.coverage --only Siglip CLIP     those whose name contains one of these
     python -m tests.conformance.coverage --join FILE ...        no walk: the tables of walks that were kept
 
-Every model is built tiny with random weights, traced, merged at every site by one fraction, and held to the laws:
+Every model is built tiny with random weights, captured as `apply` does it, merged at every site by one fraction, and
+held to the laws:
 
     Zero         a schedule of zeros gives the traced model's numbers, bit for bit
     Restore      all outputs have the shapes, dtypes and structure that they had
@@ -36,6 +37,7 @@ from tests.conformance.verdict import (
     COVERED,
     CRASHED,
     EVERYWHERE,
+    EXPORTER,
     FRACTION,
     LEAST,
     LITTLE,
@@ -53,9 +55,10 @@ from tests.conformance.verdict import (
 )
 from tests.conformance.walk import walk
 
-MARKER = "<!-- coverage -->"
+MARKER, TOWERS_MARKER = "<!-- coverage -->", "<!-- towers -->"
 TITLE = "# Coverage"
 LONGEST = 300
+MARK = " †"  # behind the name of a model that transformers' exporter captured
 FAULTS = (WRONG, CRASHED)
 MEANING = {
     MERGED: "at every attention site, and nothing inside the model is restored",
@@ -119,6 +122,17 @@ def saving(record: Record) -> str:
     return f"0%: {nothing}" if nothing else told
 
 
+def leaving(record: Record) -> str:
+    """How many tokens of how many leave with `outputs="merged"`, or why all do, as a cell."""
+    told = record.get("leaving", {})
+    return " of ".join(told["tokens"]) if "tokens" in told else _short(told.get("reason", "-"))
+
+
+def family(record: Record) -> str:
+    """`transformers.models.<family>`, by which a model is looked for."""
+    return record["module"].removeprefix("transformers.models.").partition(".")[0]
+
+
 def summary(records: Sequence[Record]) -> str:
     """The sums, as Markdown."""
     verdicts = Counter(record["verdict"] for record in records)
@@ -136,10 +150,21 @@ def summary(records: Sequence[Record]) -> str:
             "Of the encoders that trace and have self-attention over tokens, "
             f"{_share(len(covered), len(attending))} are merged or partly merged; "
             f"{_share(worth, len(attending))} without those known to save under {LEAST:.0%}. "
-            f"{told}{untraced} encoders do not trace: `torch.export` refuses them. "
+            f"{told}{untraced} encoders do not trace: neither `torch.export` nor transformers' exporter captures them. "
+            f"{exported(records)}"
             f"Operators without a rule, by the restorations that they cost: {costly or 'none'}.",
         )
     )
+
+
+def exported(records: Iterable[Record]) -> str:
+    """The sum of the towers that only transformers' exporter captures, as a sentence; "" where there are none."""
+    towers = [each for each in records if each.get("section") == TOWERS and each.get("captured") == EXPORTER]
+    uncovered = [each for each in towers if each["verdict"] not in COVERED]
+    others = [f"{each['name']} ({each['verdict']}: {_short(each['reason'])})" for each in uncovered]
+    share = _share(len(towers) - len(others), len(towers))
+    rest = f"; the others: {', '.join(others)}" if others else ""
+    return f"Of the towers that the exporter captures, {share} are merged or partly merged{rest}. " if towers else ""
 
 
 def tables(records: Sequence[Record]) -> str:
@@ -163,25 +188,44 @@ def rank(record: Record) -> tuple[int, float, str, str]:
 
 def line(record: Record) -> tuple[str, ...]:
     """One model's line of the table."""
-    sites = record.get("sites")
-    merged = sum(site["status"] == "merged" for site in sites or ())
-    laws = record.get("laws", {})
     notes = [record["reason"]] if record["reason"] else []
     if record.get("trace", "kept") != "kept":
         notes.append(f"its trace is not the eager model, bit for bit: {record['trace']}")
     if record.get("rounding"):
         notes.append(record["rounding"])
     return (
-        record["name"],
+        record["name"] + (MARK if record.get("captured") == EXPORTER else ""),
         record["verdict"],
-        "-" if sites is None else f"{len(sites)} ({merged})",
+        _sites(record),
         _short(_counts(groupings(record))),
         saving(record),
         _counts(restored(record)),
-        ", ".join(law for law, text in laws.items() if text == "kept") or "-",
+        _laws(record),
         f"{record['seconds']:.0f}",
         _short("; ".join(notes)) or "-",
     )
+
+
+def towers(records: Iterable[Record]) -> str:
+    """The table of `docs/towers.md`, as Markdown: one line per tower, by the name of its family."""
+    found = [record for record in records if record.get("section") == TOWERS]
+    head = ("family", "tower", "verdict", "sites (merged)", "grouping", f"saved at {EVERYWHERE}", "tokens that leave")
+    lines = (
+        (
+            f"`{family(record)}`",
+            f"`{record['name']}`",
+            record["verdict"],
+            _sites(record),
+            _short(_counts(groupings(record))),
+            saving(record),
+            leaving(record),
+            record.get("captured", "-"),
+            _laws(record),
+            _short(record["reason"]) or "-",
+        )
+        for record in sorted(found, key=lambda each: (family(each), each["name"]))
+    )
+    return grid((*head, "captured by", "laws", "reason"), lines)
 
 
 def page(records: Sequence[Record], absent: Mapping[str, str]) -> str:
@@ -193,7 +237,10 @@ def page(records: Sequence[Record], absent: Mapping[str, str]) -> str:
         f"and merged at every site by {FRACTION:.0%} of the tokens. Nothing is known of any model. "
         "The laws named are those that it keeps; Samples, that nothing which the model keeps apart (samples, frames, "
         "rows) meets by being merged, is told of those that keep something apart: it is missing for a batch of one. "
-        "`python -m tests.conformance.coverage --write docs/coverage.md` makes this page.",
+        "`python -m tests.conformance.coverage --write docs/coverage.md docs/towers.md` makes this page, and that of "
+        "[the towers of language models](towers.md) by the names of their families.",
+        f"Models with{MARK} are captured by transformers' own exporter, as `apply` does where `torch.export` fails; "
+        "all others by `torch.export`.",
         "`grouping` is of the merged sites: tokens of the `run` are merged with each other; what is `apart` has a "
         "grouping of its own for each; what is `shared` has one for all; what is `carried` stays together.",
         f"`saved at {EVERYWHERE}` is the part of the floating-point operations of matrix products that "
@@ -209,12 +256,17 @@ def page(records: Sequence[Record], absent: Mapping[str, str]) -> str:
 
 
 def write(path: Path, records: Sequence[Record], absent: Mapping[str, str]) -> None:
-    """Bring a file up to date: the sums between its two markers, or all of it where it is the page of the table.
+    """Bring a file up to date: the sums or the towers between two markers, or all of it where it is the page itself.
 
     Raises ValueError where it is neither.
     """
     text = path.read_text() if path.exists() else TITLE
-    new = page(records, absent) if text.startswith(TITLE) else replaced(text, summary(records), MARKER)
+    if text.startswith(TITLE):
+        new = page(records, absent)
+    elif TOWERS_MARKER in text:
+        new = replaced(text, towers(records), TOWERS_MARKER)
+    else:
+        new = replaced(text, summary(records), MARKER)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(new)
 
@@ -289,6 +341,18 @@ def main() -> int:
 
 def _share(part: int, whole: int) -> str:
     return f"{part} of {whole} ({part / whole:.0%})" if whole else "none"
+
+
+def _sites(record: Record) -> str:
+    """A cell of how many sites there are, and how many are merged."""
+    sites = record.get("sites")
+    merged = sum(site["status"] == "merged" for site in sites or ())
+    return "-" if sites is None else f"{len(sites)} ({merged})"
+
+
+def _laws(record: Record) -> str:
+    """A cell of the laws that are kept."""
+    return ", ".join(law for law, text in record.get("laws", {}).items() if text == "kept") or "-"
 
 
 def _counts(found: Counter[str]) -> str:

@@ -65,7 +65,12 @@ class Built:
     model: nn.Module
     inputs: dict[str, Tensor]
     sizes: str
-    video: bool
+    kind: str
+    """What the inputs are."""
+
+    @property
+    def video(self) -> bool:
+        return self.kind in CLIPS
 
 
 class Unbuildable(Exception):
@@ -123,7 +128,7 @@ def _built(cls: type[PreTrainedModel], recipe: Recipe) -> Built:
         except Unbuildable as refusal:
             refusals.append(f"{kind}: {refusal}")
         else:
-            return Built(model, inputs, f"{recipe}; {kind}", kind in CLIPS)
+            return Built(model, inputs, f"{recipe}; {kind}", kind)
     raise Unbuildable(refusals[0] if refusals else "nothing is known to make its inputs from")
 
 

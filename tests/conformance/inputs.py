@@ -17,8 +17,10 @@ TIMES = ("temporal_patch_size", "patch_temporal")
 BATCH = 2
 FRAMES = 4
 Grids = tuple[tuple[int, int, int], ...]
-CLIPS: Grids = ((2, 8, 4), (2, 4, 4))
-PICTURES: Grids = ((1, 8, 4), (1, 4, 4))
+# Two of one size: transformers' exporter takes no other. Larger than windows are, so that a frame has several.
+CLIPS: Grids = ((2, 16, 8), (2, 16, 8))
+PICTURES: Grids = ((1, 16, 8), (1, 16, 8))
+STRIPS = "strips"
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ KINDS: Mapping[str, Maker] = {
     "frames": _pictures(BATCH * FRAMES),
     "pictures of half the height": _pictures(BATCH, height=2),
     "tiles": _tiled,
-    "strips": _strip,
+    STRIPS: _strip,
     "packed patches of clips": _packed(CLIPS, "flat"),
     "packed patches of pictures": _packed(PICTURES, "flat"),
     "packed squares": _packed(PICTURES, "square"),
@@ -162,6 +164,13 @@ KINDS: Mapping[str, Maker] = {
     "patches": _patches,
     "cubes": _cubes,
 }
+
+
+def apart(kind: str, inputs: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The dimensions of the inputs in which samples, frames, or the pictures of a row may lie apart."""
+    if kind == STRIPS:
+        return (3,)
+    return (0, 1) if any(value.ndim > 4 for value in inputs.values()) else (0,)
 
 
 def _rest(facts: Facts, takes: Parameters, made: Mapping[str, Tensor]) -> dict[str, Tensor]:

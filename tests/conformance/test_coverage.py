@@ -20,29 +20,50 @@ from torch import Tensor, nn
 
 from benchmarks.timing import RESULTS
 from tests.conformance import coverage
-from tests.conformance.coverage import MARKER, line, part, shard, summary, table, tables, write
-from tests.conformance.encoders import CLIPS, IMAGES, TOWERS, VIDEO, Encoder, build, discover
-from tests.conformance.inputs import KINDS
+from tests.conformance import verdict as judging
+from tests.conformance.coverage import (
+    MARKER,
+    TOWERS_MARKER,
+    exported,
+    leaving,
+    line,
+    part,
+    shard,
+    summary,
+    table,
+    tables,
+    towers,
+    write,
+)
+from tests.conformance.encoders import CLIPS, IMAGES, TOWERS, VIDEO, Built, Encoder, build, discover
+from tests.conformance.inputs import KINDS, STRIPS, apart
 from tests.conformance.shrink import Recipe, shrink
 from tests.conformance.verdict import (
     CRASHED,
+    EXPORTER,
     LITTLE,
     MERGED,
     NO_RULE,
     NOT_BUILT,
     PARTLY,
     REFUSED,
+    TORCH,
     WRONG,
     Record,
+    Traced,
     attends,
     judge,
     reported,
     verdict,
 )
 from tests.conformance.walk import walk
+from tests.laws.independence import Apart
+from tldr_compile import ops
+from tldr_compile.api import capture
 
 VIT = Encoder("transformers.models.vit.modeling_vit", "ViTModel")
 TIMESFORMER = Encoder("transformers.models.timesformer.modeling_timesformer", "TimesformerModel")
+QWEN = Encoder("transformers.models.qwen3_vl.modeling_qwen3_vl", "Qwen3VLVisionModel", TOWERS)
 CONVOLUTIONS = Encoder("transformers.models.resnet.modeling_resnet", "ResNetModel")
 KEPT = {"Zero": "kept", "Restore": "kept", "Projection": "kept", "Samples": "kept"}
 
@@ -121,6 +142,8 @@ def test_a_transformer_is_merged_and_keeps_the_laws() -> None:
     assert [each["status"] for each in found["sites"]] == ["merged"] * 3
     assert found["laws"] == KEPT
     assert found["attends"]
+    assert found["captured"] == TORCH
+    assert found["leaving"]["tokens"][1] == "49"
     assert stages[0] == "building it"
     assert json.loads(json.dumps(found)) == found
 
@@ -133,6 +156,74 @@ def test_what_a_video_model_saves_is_judged() -> None:
     assert 0.1 < found["saving"]["part"] < 0.9
     assert "counting what schedule=0.3 saves" in stages
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.fixture(scope="module")
+def packed() -> Built:
+    """A tiny tower of two clips of two frames in one row, which `torch.export` does not capture."""
+    config = transformers.models.qwen3_vl.configuration_qwen3_vl.Qwen3VLVisionConfig(
+        hidden_size=32, intermediate_size=64, depth=2, num_heads=2, out_hidden_size=32, patch_size=4,
+        num_position_embeddings=16, deepstack_visual_indexes=[0],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = QWEN.load()(config).eval()
+    inputs = {"hidden_states": torch.randn(256, 96), "grid_thw": torch.tensor([[2, 8, 8]] * 2)}
+    return Built(model, inputs, "tiny", "packed patches of clips")
+
+
+def test_a_tower_of_packed_frames_is_captured_by_the_exporter(packed: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "build", lambda encoder: packed)
+    found = judge(QWEN, lambda _: None)
+    assert (found["verdict"], found["reason"]) == (MERGED, "")
+    assert (found["captured"], found["section"]) == (EXPORTER, TOWERS)
+    assert [each["status"] for each in found["sites"]] == ["merged"] * 2
+    assert found["laws"] == KEPT
+    assert found["trace"] == "kept"
+    assert found["attends"]
+    assert 0.1 < found["saving"]["part"] < 0.9
+    left, full = map(int, found["leaving"]["tokens"])
+    assert 16 <= left < full == 64
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_a_frame_that_sees_another_of_its_row_is_found(packed: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = Traced(*capture(packed.model, (), packed.inputs))
+    compared = Apart.of(traced.dense(), (), packed.inputs, apart(packed.kind, packed.inputs)).compared
+    assert [text.partition(": ")[2] for text in compared] == [
+        "128 of 256 slices of output 0", "32 of 64 slices of output 1", "32 of 64 slices of output 2",
+    ]  # fmt: skip
+    assert judging._samples(traced.merged(schedule=0.3), traced, packed) == {"Samples": "kept"}
+    # Frames are the batch of what is compared: each is told of all.
+    leak = ops.Measure(("tokens",), lambda tokens: tokens * tokens.mean((0, 1)))
+    monkeypatch.setitem(ops.METRICS, "row", leak)
+    seen = judging._samples(traced.merged(schedule=0.3, metric="row"), traced, packed)["Samples"]
+    assert seen.startswith("input 0, second half of dimension 0: output 0 at [")
+
+
+def test_the_pictures_of_a_strip_lie_along_its_last_dimension() -> None:
+    assert apart(STRIPS, {"pixel_values": torch.zeros(1, 3, 4, 64)}) == (3,)
+    assert apart("clips", {"pixel_values": torch.zeros(2, 4, 3, 8, 8)}) == (0, 1)
+    assert apart("pictures", {"pixel_values": torch.zeros(2, 3, 8, 8)}) == (0,)
+
+
+class Unequal(transformers.PreTrainedModel):
+    """What neither tracer captures."""
+
+    config_class = transformers.PreTrainedConfig
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+def test_what_nothing_captures_has_the_reason_of_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Unequal(transformers.PreTrainedConfig())
+    monkeypatch.setattr(judging, "build", lambda encoder: Built(model, {"x": torch.ones(2, 3)}, "tiny", "patches"))
+    monkeypatch.setattr(
+        "tldr_compile.exporters.capture", lambda *call: (_ for _ in ()).throw(ValueError("told\n\nand paths"))
+    )
+    found = judge(QWEN, lambda _: None)
+    assert (found["verdict"], found["reason"]) == (REFUSED, "does not trace: ValueError: told")
+    assert "captured" not in found
 
 
 def test_the_grouping_of_a_site_is_kept() -> None:
@@ -355,6 +446,32 @@ def test_groupings_and_savings_are_told(facts: Record, expected: tuple[str, str]
     assert line(record(**facts))[3:5] == expected
 
 
+EXPORTED = [
+    record(name="Q", section=TOWERS, captured=EXPORTER, module="transformers.models.qwen.modeling_qwen"),
+    record(name="P", section=TOWERS, captured=EXPORTER, module="transformers.models.abc.modeling_abc", verdict=PARTLY),
+]
+SCATTERED = record(name="I", section=TOWERS, captured=EXPORTER, verdict=REFUSED, reason="no run | of tokens")
+
+
+def test_what_the_exporter_captures_has_a_sum_and_a_mark() -> None:
+    sentence = "Of the towers that the exporter captures, 2 of 3 (67%) are merged or partly merged; the others: "
+    assert sentence + r"I (refused: no run \| of tokens). " in summary([*EXPORTED, SCATTERED, *RECORDS])
+    assert exported(EXPORTED).endswith(", 2 of 2 (100%) are merged or partly merged. ")
+    assert exported(RECORDS) == ""
+    assert line(EXPORTED[0])[0] == "Q †"
+    assert line(RECORDS[0])[0] == "A"
+
+
+def test_towers_stand_by_the_names_of_their_families() -> None:
+    facts = {"sites": [site(grouping="run n")], "leaving": {"tokens": ["90", "128"]}}
+    shown = towers([EXPORTED[0] | facts, EXPORTED[1], *RECORDS]).splitlines()[2:]
+    assert [text.split(" | ")[:3] for text in shown] == [["| `abc`", "`P`", PARTLY], ["| `qwen`", "`Q`", MERGED]]
+    laws = "Zero, Restore, Projection, Samples"
+    assert shown[1].endswith(f"| 1 (1) | `run n` x 1 | - | 90 of 128 | {EXPORTER} | {laws} | - |")
+    assert leaving(record(leaving={"reason": "aten.x: it | mixes"})) == r"aten.x: it \| mixes"
+    assert leaving(RECORDS[0]) == "-"
+
+
 def test_lines() -> None:
     laws = "Zero, Restore, Projection, Samples"
     assert line(RECORDS[0]) == ("A", "merged", "1 (1)", "-", "-", "-", laws, "1", "-")
@@ -367,10 +484,14 @@ def test_files_are_brought_up_to_date(tmp_path: Path) -> None:
     readme, page, other = tmp_path / "README.md", tmp_path / "docs" / "coverage.md", tmp_path / "other.md"
     readme.write_text(f"before\n{MARKER}\nold\n{MARKER}\nafter\n")
     other.write_text("mine\n")
+    families = tmp_path / "towers.md"
+    families.write_text(f"before\n{TOWERS_MARKER}\n{TOWERS_MARKER}\n")
     for _ in range(2):
         write(readme, RECORDS, {})
+        write(families, EXPORTED, {})
         write(page, RECORDS, {"modeling_x": "No module named 'y'"})
     assert readme.read_text() == f"before\n{MARKER}\n{summary(RECORDS)}\n{MARKER}\nafter\n"
+    assert families.read_text() == f"before\n{TOWERS_MARKER}\n{towers(EXPORTED)}\n{TOWERS_MARKER}\n"
     assert tables(RECORDS) in page.read_text()
     assert "`modeling_x` does not import here: No module named 'y'" in page.read_text()
     with pytest.raises(ValueError, match="expected two lines"):
@@ -392,10 +513,11 @@ def test_shards_are_joined_from_the_command_line(
     assert json.loads((tmp_path / "coverage.json").read_text())["encoders"] == RECORDS
 
 
-def test_the_page_shows_what_was_judged() -> None:
+def test_the_pages_show_what_was_judged() -> None:
     kept = json.loads((RESULTS / "coverage.json").read_text())
-    shown = (RESULTS.parents[1] / "docs" / "coverage.md").read_text()
-    assert coverage.page(kept["encoders"], kept["absent"]) == shown
+    docs = RESULTS.parents[1] / "docs"
+    assert coverage.page(kept["encoders"], kept["absent"]) == (docs / "coverage.md").read_text()
+    assert f"{TOWERS_MARKER}\n{towers(kept['encoders'])}\n{TOWERS_MARKER}" in (docs / "towers.md").read_text()
 
 
 @pytest.mark.parametrize("fault", coverage.FAULTS)

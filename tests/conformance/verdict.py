@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from math import isnan
 from typing import Any, TypeAlias
 
@@ -13,12 +15,17 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.utils import _pytree as pytree
 
-import tldr_compile
 from tests.conformance.encoders import VIDEO, Built, Encoder, Unbuildable, build
+from tests.conformance.inputs import apart
 from tests.laws.independence import Apart
-from tldr_compile.errors import NothingToMerge, VerificationError
-from tldr_compile.module import MergedModule
+from tldr_compile.api import assemble, capture
+from tldr_compile.config import TokenMerging
+from tldr_compile.errors import CaptureError, NothingToMerge, OptionError, VerificationError
+from tldr_compile.module import MergedModule, Origin
+from tldr_compile.passes import Analysis, analyse
+from tldr_compile.passes.capture import from_export
 from tldr_compile.passes.check.verify import agreement
+from tldr_compile.passes.plan import in_rows
 
 LEAST = 0.05  # of the dense operations; a model that saves less is told apart
 MERGED, PARTLY, LITTLE, REFUSED = "merged", "partly merged", f"partly merged, saves under {LEAST:.0%}", "refused"
@@ -31,15 +38,37 @@ FRACTION = 0.2
 HALF = 0.5  # where that is less than one token
 SITE = ("tokens", "batch", "status", "reason", "grouping")  # facts of a site that are kept
 NO_RULE = "it has no typing rule"
-CHANGED = (0, 1)  # dimensions of the inputs in which samples, frames or rows may lie apart
+TORCH, EXPORTER = "torch.export", "transformers' exporter"  # what captured a model
 
 Size: TypeAlias = int | torch.SymInt
 Record = dict[str, Any]
 """Plain data, as it is kept as JSON."""
 
 
-class Untraceable(Exception):
-    """`torch.export` cannot capture a model; the text is the tracer's."""
+@dataclass(frozen=True)
+class Traced:
+    """What `capture` gives; all that is made of it is called with the model's own arguments."""
+
+    program: ExportedProgram
+    origin: Origin
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """One for all schedules."""
+        return analyse(from_export(self.program), TokenMerging())
+
+    @property
+    def by(self) -> str:
+        return EXPORTER if self.origin.preparation else TORCH
+
+    def dense(self) -> Callable[..., Any]:
+        """The program as it is."""
+        # The guards of torch cannot be asked twice about some models.
+        module, preparation = self.program.module(check_guards=False), self.origin.preparation
+        return module if preparation is None else lambda **inputs: module(**preparation((), inputs))
+
+    def merged(self, **options: Any) -> MergedModule:
+        return assemble(self.program, self.analysis, TokenMerging(**options), self.origin)
 
 
 def judge(encoder: Encoder, say: Callable[[str], None]) -> Record:
@@ -57,11 +86,11 @@ def judge(encoder: Encoder, say: Callable[[str], None]) -> Record:
     facts |= {"sizes": built.sizes, "inputs": {name: list(value.shape) for name, value in built.inputs.items()}}
     say("tracing it")
     try:
-        program = _export(built)
-    except Untraceable as reason:
-        return facts | {"verdict": REFUSED, "reason": f"does not trace: {reason}"}
-    facts["attends"] = attends(program)
-    return facts | _merged(built, program, say)
+        traced = Traced(*capture(built.model, (), built.inputs))
+    except CaptureError as reason:
+        return facts | {"verdict": REFUSED, "reason": f"does not trace: {_last(reason)}"}
+    facts |= {"captured": traced.by, "attends": attends(traced.program)}
+    return facts | _merged(built, traced, say)
 
 
 def verdict(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -143,56 +172,76 @@ def _multiplies(probabilities: fx.Node) -> bool:
     return False
 
 
-def _export(built: Built) -> ExportedProgram:
+def _last(reason: CaptureError) -> str:
+    """Why the tracer that was tried last cannot capture a model."""
+    tracer = reason.__cause__ or reason
+    told, _, _ = str(tracer).partition("\n\n")  # what follows are the paths of this machine
+    return f"{type(tracer).__name__}: {told}"
+
+
+def _leaving(traced: Traced) -> Record:
+    """How many tokens of how many leave at `EVERYWHERE` where no output is restored; or why none leaves merged."""
     try:
-        return torch.export.export(built.model, (), built.inputs)
-    except Exception as reason:  # the tracer runs the model's own code, which can raise anything
-        told, _, _ = str(reason).partition("\n\n")  # what follows are the paths of this machine
-        raise Untraceable(f"{type(reason).__name__}: {told}") from reason
+        report = traced.merged(schedule=EVERYWHERE, outputs="merged").report
+    except NothingToMerge as reason:
+        return {"reason": str(reason).partition(":")[0]}
+    plan = report.plan
+    if not plan.leaving:
+        inside = [each for each in report.restorations if each["operator"] != "output"]
+        needed = [f"{each['operator']}: {each['reason']}" for each in inside]
+        return {"reason": needed[-1] if needed else "no output is over tokens"}
+    try:
+        leaving, resolution = plan.row
+    except OptionError as reason:
+        return {"reason": str(reason)}
+    _, row = in_rows(plan.typed.value(leaving.value).axes, resolution)
+    return {"tokens": [str(plan.tokens_out), str(row.size)]}
 
 
-def _merged(built: Built, program: ExportedProgram, say: Callable[[str], None]) -> Record:
+def _merged(built: Built, traced: Traced, say: Callable[[str], None]) -> Record:
     say("a schedule of zeros")
-    zero = tldr_compile.apply(program, schedule=())
-    dense, traced = _run(built.model, built.inputs), _run(program.module(), built.inputs)
-    laws = {"Zero": _same(traced, _run(zero, built.inputs))}
+    zero = traced.merged(schedule=())
+    eager, dense = _run(built.model, built.inputs), _run(traced.dense(), built.inputs)
+    laws = {"Zero": _same(dense, _run(zero, built.inputs))}
     report, nothing, rounding, saving = zero.report, None, "", {}
     if any(site["status"] != "refused" for site in report.sites):
         say(f"counting what schedule={EVERYWHERE} saves")
-        saving = {"saving": _saving(program)}
+        saving = {"saving": _saving(traced)}
+        say("asking which outputs leave merged")
+        saving |= {"leaving": _leaving(traced)}
     if report.sites:
         say("merging it")
         try:
-            merged = _apply(program, report.sites)
+            merged = _everywhere(traced, report.sites)
         except NothingToMerge as reason:
             nothing = str(reason)
         else:
             report = merged.report
             say("running it merged")
-            laws["Restore"] = _restored(dense, _run(merged, built.inputs))
+            laws["Restore"] = _restored(eager, _run(merged, built.inputs))
             say("looking for what samples know of each other")
-            samples = _samples(merged, program, built)
+            samples = _samples(merged, traced, built)
             say("comparing it with its meaning")  # last: it may turn the parameters, which all share, to float64
             projection, rounding = _projected(merged, built)
             laws |= {"Projection": projection} if projection else {}
             laws |= samples
-    facts = reported(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(dense, traced)}
-    facts |= {"softmax": any(True for _ in _attention(program)), "rounding": rounding} | saving
+    facts = reported(report.to_dict()) | {"nothing": nothing, "laws": laws, "trace": _same(eager, dense)}
+    facts |= {"softmax": any(True for _ in _attention(traced.program)), "rounding": rounding} | saving
     return facts | dict(zip(("verdict", "reason"), verdict(facts), strict=True))
 
 
-def _apply(program: ExportedProgram, sites: Sequence[Mapping[str, Any]]) -> MergedModule:
+def _everywhere(traced: Traced, sites: Sequence[Mapping[str, Any]]) -> MergedModule:
     """Merged at every site that can, whether it pays or not: tiny models rarely gain anything."""
     able = [site["status"] != "refused" for site in sites]
     try:
-        return tldr_compile.apply(program, schedule=[FRACTION if each else 0 for each in able])
+        return traced.merged(schedule=[FRACTION if each else 0 for each in able])
     except NothingToMerge:
-        return tldr_compile.apply(program, schedule=[HALF if each else 0 for each in able])
+        return traced.merged(schedule=[HALF if each else 0 for each in able])
 
 
-def _saving(program: ExportedProgram) -> Record:
+def _saving(traced: Traced) -> Record:
     """The part of the operations that is saved, None where sizes depend on the data; and why nothing is merged."""
-    report = tldr_compile.explain(program, schedule=EVERYWHERE)
+    report = traced.merged(schedule=EVERYWHERE, on_nothing="warn").report
     if report.nothing:
         return {"part": 0.0, "nothing": report.nothing}
     before, after = report.gflops
@@ -249,17 +298,15 @@ def _restored(expected: Any, actual: Any) -> str:
     return "kept"
 
 
-def _samples(merged: MergedModule, program: ExportedProgram, built: Built) -> dict[str, str]:
+def _samples(merged: Callable[..., Any], traced: Traced, built: Built) -> dict[str, str]:
     """Whether what the traced model keeps apart is apart when merged; nothing where it keeps nothing apart.
 
     A batch of one, or a model that mixes its samples, has nothing to compare.
     """
-    video = any(value.ndim > 4 for value in built.inputs.values())
-    dense = program.module(check_guards=False)  # the guards of torch cannot be asked twice about some models
-    apart = Apart.of(dense, (), built.inputs, CHANGED if video else CHANGED[:1])
-    if not apart.compared:
+    dense = Apart.of(traced.dense(), (), built.inputs, apart(built.kind, built.inputs))
+    if not dense.compared:
         return {}
-    raised = apart.raised(merged)
+    raised = dense.raised(merged)
     return {"Samples": raised[0] if raised else "kept"}
 
 
@@ -273,12 +320,12 @@ def _projected(merged: MergedModule, built: Built) -> tuple[str, str]:
     if single == "kept":
         return single, ""
     model, inputs = built.model.double(), {name: _double(value) for name, value in built.inputs.items()}
-    program = torch.export.export(model, (), inputs)
-    double = _verified(_apply(program, merged.report.sites), inputs)
+    traced = Traced(*capture(model, (), inputs))
+    double = _verified(_everywhere(traced, merged.report.sites), inputs)
     if double == "kept":
         return double, "Projection is told in float64: float32 rounds too much"
     moved = _moved(model, inputs)
-    if moved > agreement(program.graph):
+    if moved > agreement(traced.program.graph):
         return "", f"Projection cannot be told: rounding the inputs moves the dense model by {moved:.0e} of its size"
     return double, ""
 
