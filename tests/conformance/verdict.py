@@ -25,7 +25,6 @@ from tldr_compile.module import MergedModule, Origin
 from tldr_compile.passes import Analysis, analyse
 from tldr_compile.passes.capture import from_export
 from tldr_compile.passes.check.verify import agreement
-from tldr_compile.passes.plan import in_rows
 
 LEAST = 0.05  # of the dense operations; a model that saves less is told apart
 MERGED, PARTLY, LITTLE, REFUSED = "merged", "partly merged", f"partly merged, saves under {LEAST:.0%}", "refused"
@@ -191,10 +190,9 @@ def _leaving(traced: Traced) -> Record:
         needed = [f"{each['operator']}: {each['reason']}" for each in inside]
         return {"reason": needed[-1] if needed else "no output is over tokens"}
     try:
-        leaving, resolution = plan.row
+        _, _, (_, row) = plan.row
     except OptionError as reason:
         return {"reason": str(reason)}
-    _, row = in_rows(plan.typed.value(leaving.value).axes, resolution)
     return {"tokens": [str(plan.tokens_out), str(row.size)]}
 
 
