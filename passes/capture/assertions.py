@@ -99,7 +99,8 @@ def _once(old: fx.Graph, asked: list[fx.Node]) -> fx.Graph:
         if node.op == "placeholder":
             copied[node] = graph.node_copy(node)
         elif node in needed:
-            key = (node.target, call_key((node.args, node.kwargs), copied.__getitem__))
+            asks = (node.args[:1], {}) if node.target in _ASSERTIONS else (node.args, node.kwargs)  # the rest is text
+            key = (node.target, call_key(asks, copied.__getitem__))
             if node.op == "get_attr" or key not in found:
                 found[key] = graph.node_copy(node, copied.__getitem__)
             copied[node] = found[key]
