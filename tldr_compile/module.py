@@ -16,7 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from tldr_compile import passes
 from tldr_compile.errors import CaptureError
 from tldr_compile.exporters import Preparation
-from tldr_compile.passes.capture import Assertions, Captured, inherit, with_writes, without_assertions
+from tldr_compile.passes.capture import Assertions, Captured, inherit, with_writes
 from tldr_compile.passes.sizes import Size
 from tldr_compile.report import Report
 from tldr_compile.signature import Signature
@@ -26,14 +26,18 @@ class Kept(NamedTuple):
     """Which tokens are left where outputs leave merged: one of each group, which stands for it.
 
     A row holds what lies in one dimension of an output: the tokens of a sample, or all frames that are packed in one
-    row. A block of tokens that stay together is one place, and so is one that all frames share. Protected tokens are
-    not counted.
+    row. A block of tokens that stay together is one place. Protected tokens are not counted. Where the model puts some
+    outputs in another order at its end, the places are those of that order.
     """
 
     places: Tensor
-    """int64 `[B, n]`, ascending: where along the row of length `N` each stood."""
+    """int64 `[B, n]`: where along the row of length `N` each stood; ascending within each frame that is apart."""
     weights: Tensor
     """float32 `[B, n]`: the mass of each group."""
+
+
+# So that a program that returns one can be saved.
+torch.utils._pytree._register_namedtuple(Kept, serialized_type_name="tldr_compile.Kept")
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,11 @@ class MergedModule(nn.Module):
         origin: Origin = UNKNOWN,
     ) -> None:
         super().__init__()
-        graph, assertions = without_assertions(merged.graph)
-        self._facts = _Facts(merged, report, origin, assertions)
+        self._facts = _Facts(merged, report, origin, captured.assertions)
         self._signature = Signature.of(program, captured)
         self._out_spec = _out_spec(program)
         self._sources = [_source(spec.kind, spec.target) for spec in program.graph_signature.input_specs]
-        self.graph_module = inherit(with_writes(graph, captured.mutated), captured.graph)
+        self.graph_module = inherit(with_writes(merged.graph, captured.mutated), captured.graph)
         for name, value in {**program.state_dict, **program.constants}.items():
             _register(self, name, value, persistent=name in program.state_dict)
 

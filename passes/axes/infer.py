@@ -240,10 +240,15 @@ def _results(node: fx.Node, call: Call, typed: Typed) -> tuple[Value, ...]:
 
 
 def _patches(solved: Substitution, attended: Iterable[Axes]) -> Substitution:
-    """Pictures that are each embedded whole are patches, in one row: what is attended along are tokens, no samples."""
-    for *_, tokens in attended:
+    """Pictures that are each embedded whole are patches, in one row: what is attended along are tokens, no samples.
+
+    All of a dimension of time are frames; of patches in its place a part attends, those of one picture.
+    """
+    for *batch, tokens in attended:
+        parts = {atom for each in batch for atom in solved.resolve(each).atoms if atom.role is Role.TIME}
         for atom in solved.resolve(tokens).atoms:
-            if atom.clip and atom.role in (Role.SAMPLE, Role.FOLDED, Role.TIME):
+            row = atom.role in (Role.SAMPLE, Role.FOLDED) or (atom.role is Role.TIME and parts)
+            if atom.clip and row:
                 solved = solved.assign(atom, axis(replace(atom, role=Role.TOKEN)))
     return solved
 

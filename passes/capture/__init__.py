@@ -9,7 +9,7 @@ Nothing here knows of axes, tokens or merging: only what operators compute. An o
 function of plain operators (`@decomposition`), which is traced in its place.
 """
 
-from tldr_compile.passes.capture.assertions import Assertions, without_assertions
+from tldr_compile.passes.capture.assertions import Assertions
 from tldr_compile.passes.capture.attention import SDPA, Attention, fuse
 from tldr_compile.passes.capture.canonicalize import Captured, from_dynamo, from_export, inherit, with_writes
 from tldr_compile.passes.capture.clip import clip_inputs
@@ -27,5 +27,4 @@ __all__ = [
     "fuse",
     "inherit",
     "with_writes",
-    "without_assertions",
 ]

@@ -31,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from tldr_compile.passes.capture import composites  # noqa: F401 - spells out what it names
+from tldr_compile.passes.capture.assertions import Assertions, without_assertions
 from tldr_compile.passes.capture.flex import without_blocks
 from tldr_compile.passes.capture.input_names import export_paths, is_of_module, shortest_names, source_path
 from tldr_compile.passes.capture.repeats import Entangled, separable, traced_by_calls
@@ -63,7 +64,8 @@ class Captured:
     Its first `len(mutated)` outputs are the values to write back to the placeholders named in `mutated`; the
     rest are the tracer's own outputs. `constants` names the placeholders that hold parameters, buffers or other
     attributes of a module (`get_attr` nodes are constants too); `names` gives the other placeholders' names as the
-    user wrote them. `values` has the constants whose numbers are at hand, by the target of their node.
+    user wrote them. `values` has the constants whose numbers are at hand, by the target of their node. `assertions` are
+    what the tracer's graph asserts of the data of its inputs, and this one does not.
     """
 
     graph: fx.GraphModule
@@ -71,6 +73,7 @@ class Captured:
     names: Mapping[str, str]
     mutated: tuple[str, ...] = ()
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    assertions: Assertions | None = None
 
 
 def from_export(program: ExportedProgram) -> Captured:
@@ -83,7 +86,8 @@ def from_export(program: ExportedProgram) -> Captured:
     already = tuple(
         spec.target for spec in signature.output_specs if spec.kind in _MUTATION_KINDS and spec.target is not None
     )
-    graph, mutated = _retrace(program.graph_module, values, mode)
+    plain, assertions = without_assertions(program.graph_module)
+    graph, mutated = _retrace(plain, values, mode)
     by_target = {spec.target: spec.arg.name for spec in signature.input_specs if spec.target is not None}
     kinds = {spec.arg.name: spec.kind for spec in signature.input_specs}
     tensors = {**program.state_dict, **program.constants}
@@ -93,6 +97,7 @@ def from_export(program: ExportedProgram) -> Captured:
         names=shortest_names(export_paths(program)),
         mutated=mutated + tuple(by_target.get(target, target) for target in already),
         values=_numbers(graph, {spec.arg.name: tensors.get(spec.target) for spec in signature.input_specs}),
+        assertions=assertions,
     )
 
 

@@ -150,18 +150,19 @@ class Projection(fx.Interpreter):
         operands = self._scaled(self.plan.steps[node], [self.env[each] for each in results], self.plan.typed.own(node))
         for each in self.plan.leaving:
             left = operands[each.operand] if each.key is None else self.env[each.value]
-            left = self._left(left, each.value, each.conversions, each.held)
+            axes = self.plan.typed.value(each.value).axes
+            left = self._left(left, axes, each.conversions, each.held)
             if each.key is not None:
-                left = left[self._left(self.env[each.key], each.key, each.key_conversions, each.held).argsort()]
+                ranks = self.env[each.key].argsort().argsort()
+                left = left[self._left(ranks, axes[:1], each.key_conversions, each.held).argsort()]
             operands[each.operand] = left
         feed = iter(operands)
         return fx.node.map_arg(
             node.args[0], lambda n: next(feed) if isinstance(n.meta.get("val"), Tensor) else self.env[n]
         )
 
-    def _left(self, x: Tensor, node: fx.Node, conversions: Sequence[Conversion], held: Sequence[Resolution]) -> Tensor:
+    def _left(self, x: Tensor, axes: Axes, conversions: Sequence[Conversion], held: Sequence[Resolution]) -> Tensor:
         """A value as it leaves, with one entry for each group."""
-        axes = self.plan.typed.value(node).axes
         for conversion in conversions:
             assert conversion.target is not None
             x = self._project(x, axes, conversion.target, conversion.how)

@@ -152,10 +152,16 @@ class _Rewriter:
         weights = self._repeated(self.converter.grouped[resolution].mass, (resolution.batch, resolution.axis), short)
         if leaving.key is None:
             return self.layout.arrange(places.node, places.axes, short), weights
-        keys = self._brought(leaving.key, leaving.key_conversions)
-        told = self.layout.view(keys, short)
-        order = call(aten.argsort.default, told.node, 1)
-        return tuple(call(aten.gather.default, each, 1, order) for each in (told.node, weights))  # type: ignore[return-value]
+        ranks = self.layout.view(self._ranks(leaving), short).node
+        order = call(aten.argsort.default, ranks, 1)
+        return call(aten.gather.default, ranks, 1, order), call(aten.gather.default, weights, 1, order)
+
+    def _ranks(self, leaving: Leaving) -> Laid:
+        """Where everything that is left stood among all keys in order."""
+        keys = self.env[leaving.key].value  # type: ignore[index]
+        ranks = self.layout.call(aten.argsort.default, self.layout.call(aten.argsort.default, keys))
+        first, *_ = self.typed.value(leaving.value).axes
+        return self.converter.converted(Laid(ranks, (first,)), leaving.key_conversions)
 
     def _repeated(self, node: fx.Node, axes: Axes, target: Axes) -> fx.Node:
         """Laid as `target`, once for each value of what `axes` have not."""
@@ -170,8 +176,7 @@ class _Rewriter:
         if leaving.key is None:
             return self.converter.converted(operand, leaving.conversions)
         laid = self._brought(leaving.value, leaving.conversions)
-        keys = self._brought(leaving.key, leaving.key_conversions)
-        order = self.layout.call(aten.argsort.default, keys.node)
+        order = self.layout.call(aten.argsort.default, self._ranks(leaving).node)
         return Laid(self.layout.call(aten.index_select.default, laid.node, 0, order), laid.axes)
 
     def _operands(self, node: fx.Node, step: Step) -> list[Laid]:

@@ -197,8 +197,9 @@ def _in_blocks(plan: Plan, planned: Planned) -> Plan:
         for wish in _wishes(plan):
             for site, choice in choices.items():
                 inside = choice.grouping.run == wish.run and wish.together < wish.run.atoms
-                if inside and (joined := choice.grouping.joining(wish.together, site.tokens.atoms)):
-                    choices[site] = Choice(joined, (*choice.reasons, str(wish)))
+                coarser = choice.grouping.within(wish.together) if wish.windows else None
+                if inside and (coarser := coarser or choice.grouping.joining(wish.together, site.tokens.atoms)):
+                    choices[site] = Choice(coarser, (*choice.reasons, str(wish)))
         if choices == plan.choices:
             break
         plan = planned(choices)

@@ -30,7 +30,7 @@ def leaving(
     typed: TypedGraph, results: Sequence[fx.Node], writes: int, state: Callable[[fx.Node], State]
 ) -> tuple[Leaving, ...]:
     """The results, after the first `writes`, that leave short."""
-    told = {number: _in_order(typed, node) for number, node in enumerate(results) if number >= writes}
+    told = {number: _in_order(typed, node, state) for number, node in enumerate(results) if number >= writes}
     held = [each for value, _ in told.values() for each in state(value).held]
     coarsest: dict[Axis, Resolution] = {}
     for each in held:
@@ -53,7 +53,7 @@ def _leaving(
     conversions = tuple(bring(axes, mine.held, wanted, how_down(typed.value(value)), number))
     if key is None:
         return Leaving(number, value, wanted, conversions)
-    keys = tuple(bring(typed.value(key).axes, state(key).held, wanted, How.PICK))
+    keys = tuple(bring(axes[:1], (), wanted, How.PICK))
     return Leaving(number, value, wanted, conversions, key, keys)
 
 
@@ -74,8 +74,13 @@ def _is_stream(axes: Axes, target: Resolution) -> bool:
     return sum(target.groups in axis.atoms for axis in at(axes, [target])) == 1
 
 
-def _in_order(typed: TypedGraph, node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """What a result is before its entries are put in the order of a key, `x[argsort(key)]`, and that key."""
+def _in_order(
+    typed: TypedGraph, node: fx.Node, state: Callable[[fx.Node], State]
+) -> tuple[fx.Node, fx.Node | None]:
+    """What a result is before its entries are put in the order of a key, `x[argsort(key)]`, and that key.
+
+    Only where all that its groups stand for lies along the key: then as many keys are left as entries.
+    """
     given = named(node) if node.op == "call_function" else {}
     indices = given.get("indices", given.get("index"))
     order = None
@@ -85,7 +90,12 @@ def _in_order(typed: TypedGraph, node: fx.Node) -> tuple[fx.Node, fx.Node | None
         order = indices
     key = _sorted(order) if isinstance(order, fx.Node) else None
     value: fx.Node = given["self"] if key is not None else node
-    if key is None or typed.value(key).axes != typed.value(value).axes[:1]:
+    if key is None or state(key).held:
+        return node, None
+    first, *_ = typed.value(value).axes
+    if [axis.size for axis in typed.value(key).axes] != [first.size]:
+        return node, None
+    if not all(each.run.atoms <= first.atoms for each in state(value).held):
         return node, None
     return value, key
 

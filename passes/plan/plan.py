@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import Atom, Axis, TypedGraph, Use
+from tldr_compile.passes.axes import UNIT, Atom, Axis, TypedGraph, Use, product
 from tldr_compile.passes.errors import OptionError
 from tldr_compile.passes.plan.resolution import Resolution, at, holds, in_rows
 from tldr_compile.passes.plan.schedule import Entry
@@ -206,15 +206,33 @@ class Plan:
         found = {each: leaving for leaving in reversed(self.leaving) for each in leaving.held}
         found |= {each: leaving for leaving in self.leaving if leaving.key is not None for each in leaving.held}
         if len(found) != 1:
-            runs = " and ".join(repr(each.run) for each in found)
-            raise OptionError(
-                f"outputs along {runs} leave merged, and are grouped differently: there is no one answer"
-                if found
-                else "no output leaves merged: outputs='merged' keeps those short that are over merged tokens"
-            )
+            raise OptionError(self._no_row(found))
         ((resolution, leaving),) = found.items()
         (shared,) = {merge.grouping.shared for merge in self.merges if merge.target is resolution}
-        return leaving, resolution, in_rows(self.typed.value(leaving.value).axes, resolution, shared)
+        axes = self.typed.value(leaving.value).axes
+        batch, row = in_rows(axes, resolution, shared)
+        beside = [each for axis in axes if axis.atoms & resolution.run.atoms for each in axis.segments]
+        others = [each for each in beside if product(each).clip and not product(each).atoms & resolution.run.atoms]
+        if others or (leaving.key is not None and (batch != UNIT or row != axes[0])):
+            raise OptionError(
+                f"{leaving.value.name} leaves merged, and only a part of its row ({' + '.join(map(repr, axes))}) is "
+                "grouped as one: which of its tokens are left has no one answer. Leave return_places out"
+            )
+        return leaving, resolution, (batch, row)
+
+    def _no_row(self, found: Mapping[Resolution, Leaving]) -> str:
+        if found:
+            several = " and ".join(f"{leaving.value.name} along {each.run!r}" for each, leaving in found.items())
+            return (
+                f"{several} leave merged, and are grouped differently: which are left has no one answer. Give one "
+                "of them entries of 0 in the schedule, or leave return_places out"
+            )
+        inside = [each for each in self.restored() if each.node.op != "output"]
+        last = f": {Refusal(inside[-1].node, inside[-1].reason)}" if inside else ""
+        return (
+            f"no output leaves merged{last}. outputs='merged' keeps those short that are over merged tokens: merge "
+            "what comes before that operator, or leave return_places out"
+        )
 
     def restored(self) -> Iterator[Restored]:
         """Every value of the graph that gets its full length back, in execution order."""

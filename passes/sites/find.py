@@ -264,6 +264,9 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
             "grid, as of padded or shifted windows, or of a pooled map"
         )
     run = _laid_along(axes, runs[0])
+    held = [f for axis in axes for each in products(axis) for f in each if f in runs[0].atoms]
+    if len(held) > len(set(held)):
+        return f"the residual stream {_text(axes)} holds its tokens {tokens!r} more than once"
     if run is None:
         return f"its tokens {tokens!r} are not held whole by the residual stream {_text(axes)}"
     apart = product(f for f in _beside(flow.typed, node, run) if f not in run.atoms)

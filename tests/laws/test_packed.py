@@ -355,3 +355,95 @@ def test_places_are_told_of_all_frames_that_share_a_grouping() -> None:
         _, kept = found(video)
     assert kept.places.shape == (len(video), found.tokens_out)
     assert bool((kept.places.diff() > 0).all())
+
+
+# --- what has no places, or other ones ---
+
+
+def test_an_order_of_fewer_than_all_dimensions_puts_nothing_back() -> None:
+    """Blocks in order, tokens merged one by one: there is no key for each group, and the output has its length back."""
+
+    class Apart(Windows):
+        def forward(self, rows: Tensor, order: Tensor) -> dict[str, Tensor]:
+            x = self.embed(rows).reshape(-1, 4, WIDTH)[order].reshape(-1, WIDTH)
+            for block in self.blocks:
+                x = block(x, FRAMES)
+            return {"late": x.reshape(-1, 4, WIDTH)[torch.argsort(order)]}
+
+    found = tldr_compile.apply(Apart().eval(), (drawn(), order()), schedule=[4], outputs="merged", verify=True)
+    with torch.no_grad():
+        assert found(drawn(), order())["late"].shape == (FRAMES * BLOCKS, 4, WIDTH)
+    with pytest.raises(OptionError, match=r"no output leaves merged: aten.index.Tensor .*test_packed.py"):
+        _ = found.tokens_out
+
+
+class Timed(Tower):
+    """Tokens in the order of times that come in."""
+
+    def forward(self, rows: Tensor, times: Tensor) -> Tensor:
+        x = self.embed(rows)
+        for block in self.blocks:
+            x = block(x, FRAMES)
+        return x[torch.argsort(times)]
+
+
+@pytest.mark.parametrize("scale", [10, -3])
+def test_places_are_ranks_whatever_puts_tokens_in_order(scale: int) -> None:
+    times = torch.arange(TOKENS) * scale + 5
+    options = {"schedule": [8], "outputs": "merged", "return_places": True, "verify": True}
+    found = tldr_compile.apply(Timed().eval(), (drawn(), times), **options)
+    restored = tldr_compile.apply(Timed().eval(), (drawn(), times), schedule=[8])
+    with torch.no_grad():
+        tokens, kept = found(drawn(), times)
+        full = restored(drawn(), times)
+    assert kept.places.dtype == torch.int64
+    assert bool((kept.places.diff() > 0).all())
+    assert torch.allclose(tokens, full[kept.places[0]], atol=1e-6)
+
+
+def test_a_row_of_which_only_a_part_is_grouped_has_no_places() -> None:
+    class Part(Tower):
+        def forward(self, rows: Tensor) -> Tensor:
+            x = self.embed(rows)
+            first, second = x.split(TOKENS // 2)
+            return torch.cat([self.blocks[0](first, 1), self.blocks[1](second * 2, 2)])
+
+    found = tldr_compile.apply(Part().eval(), (drawn(),), schedule=[4], outputs="merged")
+    with pytest.raises(OptionError, match=r"leaves merged, and only a part of its row|grouped differently"):
+        _ = found.tokens_out
+
+
+def test_a_stream_that_holds_its_tokens_twice_is_not_merged() -> None:
+    class Swapped(Tower):
+        def forward(self, rows: Tensor) -> Tensor:
+            x = self.embed(rows)
+            for block in self.blocks:
+                halves = block.qkv(x).reshape(TOKENS, 3, HEADS, -1).permute(1, 2, 0, 3).chunk(2, 2)
+                one, two = (F.scaled_dot_product_attention(*half.unsqueeze(1).unbind()) for half in halves)
+                x = x + torch.cat([two, one], 2)[0].transpose(0, 1).reshape(TOKENS, -1)
+            return x
+
+    with pytest.raises(NothingToMerge, match="more than once"):
+        tldr_compile.apply(Swapped().eval(), (drawn(),), schedule=0.2)
+
+
+def test_all_of_a_dimension_of_time_are_frames_however_they_are_embedded() -> None:
+    class Whole(Pictures):
+        def forward(self, rows: Tensor) -> Tensor:
+            x = self.patch(rows.flatten(0, 1)).flatten(1)
+            for block in self.blocks:
+                x = block(x, rows.shape[0])
+            return x
+
+    with pytest.raises(NothingToMerge, match="temporal"):
+        tldr_compile.apply(Whole().eval(), (torch.randn(2, 12, 3, 2, 2),), schedule=0.3)
+
+
+def test_a_program_that_tells_places_can_be_saved(tmp_path: Any) -> None:
+    found = merged("frames", "merged", return_places=True)
+    program = export(found, MODELS["frames"][1])
+    torch.export.save(program, tmp_path / "merged.pt2")
+    loaded = torch.export.load(tmp_path / "merged.pt2").module()
+    with torch.no_grad():
+        (_, one), (_, two) = found(*MODELS["frames"][1]), loaded(*MODELS["frames"][1])
+    assert torch.equal(one.places, two.places)

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import tldr_compile
 from tldr_compile import ShapeError
-from tldr_compile.passes.capture import from_export, without_assertions
+from tldr_compile.passes.capture import from_export
 
 WIDTH, FRAMES, TOKENS = 8, 2, 12
 
@@ -46,20 +46,17 @@ def merged() -> tldr_compile.MergedModule:
 
 
 def test_equal_assertions_are_asked_once() -> None:
-    graph = from_export(torch.export.export(Asking().train(), (ROWS, BOUNDS))).graph
-    rest, assertions = without_assertions(graph)
-    assert assertions is not None
-    assert len(asserting(graph)) == 3 * len(asserting(assertions.graph)) > 0
-    assert asserting(rest) == []
-    assert not any("item" in str(node.target) for node in rest.graph.nodes)
-    assert asserting(merged().graph_module) == []
+    program = torch.export.export(Asking().train(), (ROWS, BOUNDS))
+    captured = from_export(program)
+    assert captured.assertions is not None
+    assert len(asserting(program)) == 3 * len(asserting(captured.assertions.graph)) > 0
+    for graph in (captured.graph, merged().graph_module):
+        assert asserting(graph) == []
+        assert not any("item" in str(node.target).split(".") for node in graph.graph.nodes)
 
 
-def test_a_graph_that_asserts_nothing_is_left_as_it_is() -> None:
-    graph = from_export(torch.export.export(nn.Linear(3, 3), (torch.randn(2, 3),))).graph
-    rest, assertions = without_assertions(graph)
-    assert rest is graph
-    assert assertions is None
+def test_a_graph_may_assert_nothing() -> None:
+    assert from_export(torch.export.export(nn.Linear(3, 3), (torch.randn(2, 3),))).assertions is None
 
 
 def test_what_does_not_hold_is_told_before_anything_runs() -> None:
@@ -75,7 +72,7 @@ def test_what_follows_from_floats_stays_where_it_is() -> None:
     class Finite(Asking):
         def forward(self, rows: Tensor, bounds: Tensor) -> Tensor:
             x = super().forward(rows, bounds)
-            torch._check(x.isfinite().all().item())
+            torch._check(x.abs().amax().item() < 1e9)
             return x
 
     found = tldr_compile.apply(Finite().train(), (ROWS, BOUNDS), schedule=0.2)
