@@ -72,7 +72,7 @@ def test_what_follows_from_floats_stays_where_it_is() -> None:
     class Finite(Asking):
         def forward(self, rows: Tensor, bounds: Tensor) -> Tensor:
             x = super().forward(rows, bounds)
-            torch._check(x.abs().amax().item() < 1e9)
+            torch._assert_async(x.isfinite().all(), "finite")
             return x
 
     found = tldr_compile.apply(Finite().train(), (ROWS, BOUNDS), schedule=0.2)

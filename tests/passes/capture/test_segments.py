@@ -118,8 +118,10 @@ def test_the_call_says_where_the_model_has_it() -> None:
 def test_masks_that_are_pieces_too(batch: int, calls: int) -> None:
     """Of one sample each: for more samples they would have to be repeated."""
 
+    mask = number(S, 1, 1, L).double()
+
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pieces = zip(split(q), split(k), split(v), number(S, 1, 1, L).double().split(1), strict=True)
+        pieces = zip(split(q), split(k), split(v), mask.split(1), strict=True)
         return torch.cat([F.scaled_dot_product_attention(*each) for each in pieces], 2)
 
     inputs = heads(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from inspect import signature
@@ -143,6 +144,9 @@ WHOLE: dict[str, tuple[Callable[..., Any], str]] = {
         r"something else than its output is read \(getitem_2\)",
     ),
 }
+
+if "seqused_k" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 has none
+    del WHOLE["keys that are not used"]
 
 
 @pytest.mark.parametrize(("function", "reason"), WHOLE.values(), ids=list(WHOLE))
