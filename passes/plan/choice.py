@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from torch import fx
 
-from tldr_compile.passes.axes import Atom, Axis, Role
+from tldr_compile.passes.axes import Atom, Axis, Kind, Role, Typed
 from tldr_compile.passes.errors import OptionError, ScheduleError
 from tldr_compile.passes.plan import cost
 from tldr_compile.passes.plan.plan import Choice, Choices, How, Plan
@@ -29,7 +29,7 @@ Planned: TypeAlias = Callable[[Choices], Plan]
 class Wish:
     """A barrier that would be none if one grouping of `run` held all values of some atoms.
 
-    `windows`: they are what another site attends along, and can be grouped within each window.
+    `windows`: the barrier is an attention along them, and they can be grouped within each window.
     """
 
     run: Axis
@@ -145,8 +145,11 @@ def _wishes(plan: Plan) -> Iterator[Wish]:
         for barrier in step.barriers:
             if barrier.together and (key := (barrier.run, barrier.together)) not in seen:
                 seen.add(key)
-                windows = any(site.tokens.atoms & barrier.run.atoms == barrier.together for site in plan.sites)
-                yield Wish(*key, Refusal(node, barrier.reason), windows)
+                yield Wish(*key, Refusal(node, barrier.reason), _attends(plan.typed.calls[node]))
+
+
+def _attends(call: Typed) -> bool:
+    return any(use.kind in (Kind.KEYS, Kind.SOFTMAX) for use in call.uses)
 
 
 def _as_before(plan: Plan) -> Iterator[Choices]:
