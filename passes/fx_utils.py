@@ -18,6 +18,16 @@ def operands(node: fx.Node) -> Iterator[fx.Node]:
             yield each
 
 
+def above(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is made of."""
+    seen, pending = {node}, [node]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - seen
+        seen |= new
+        pending += new
+    return seen
+
+
 def _leaves(tree: Any) -> Iterator[Any]:
     if isinstance(tree, (tuple, list)):
         for each in tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Mapping
@@ -176,6 +177,12 @@ def _export_pretrained(
         program, preparation = exporters.capture(model, args, kwargs)
     except CaptureError:
         raise
+    except TypeError as wrong:
+        given = ", ".join((*(f"args[{k}]" for k in range(len(args))), *kwargs)) or "nothing"
+        raise CaptureError(
+            f"{type(model).__name__}.forward takes {inspect.signature(model.forward)}, and the example inputs are "
+            f"{given}: {wrong}"
+        ) from reason
     except ImportError as missing:
         raise CaptureError(
             f"{_cannot(model, reason)} transformers' exporter may capture it, and is not there ({missing}): it needs "

@@ -70,6 +70,10 @@ def _merged(
     """The graph to compile, and the piece of the model that it is, unless it is the whole model."""
     if config.is_zero:
         return gm, None
+    if any(_is_ours(node.target) for node in gm.graph.nodes):
+        warnings.warn("tldr: this graph is merged already, and compiled as it is", stacklevel=2)
+        pieces.settle()
+        return gm, None
     captured, broken = from_dynamo(gm, example_inputs), pieces.why_piece(gm)
     call = pieces.present_call() if broken is not None else None
     analysis = passes.analyse(captured, config)
@@ -85,6 +89,11 @@ def _merged(
     if nothing is not None and broken.ends and not call.merges:
         call.warn_of(piece)
     return gm if isinstance(found, str) else _emitted(found, captured, config, gm, example_inputs), piece
+
+
+def _is_ours(target: object) -> bool:
+    """Whether a node calls one of our operators."""
+    return str(target).startswith("tldr.") or str(getattr(target, "__module__", "")).startswith("tldr_compile.ops")
 
 
 def _merged_piece(

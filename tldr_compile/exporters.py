@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Preparation:
     sizes: Mapping[str, Any]
     """The small tensors of numbers that the model was captured with, as lists: what tables are computed from."""
     shapes: Mapping[str, tuple[int, ...]]
-    """The shapes of all tensors that the program takes."""
+    """The shapes of all tensors that the program reads."""
     tables: tuple[str, ...]
 
     @staticmethod
@@ -128,6 +128,9 @@ def capture(
     finally:
         if not changed:  # the exporter puts the method back as an attribute of this one model
             vars(model).pop("forward", None)
+    read = {node.name for node in program.graph.find_nodes(op="placeholder") if node.users}
+    used = {spec.arg.name for spec in program.graph_signature.input_specs} & read
+    preparation = replace(preparation, shapes={name: each for name, each in preparation.shapes.items() if name in used})
     log.info("%s is %s", type(model).__name__, preparation)
     return program, preparation
 
@@ -207,8 +210,8 @@ def _unequal(prepared: Mapping[str, Any]) -> str | None:
                 shown = ", ".join(map(str, lengths[:8])) + (", ..." if len(lengths) > 8 else "")
                 return (
                     f"the segments that attend apart are {shown} tokens long by {name}, and transformers' exporter "
-                    "takes segments of one length: give all frames one size, which windows divide, and clips of "
-                    "another size in a call of their own"
+                    "takes segments of one length: give all frames one size (one that windows divide, where there are "
+                    "any), and clips of another size, and pictures, in a call of their own"
                 )
     return None
 

@@ -79,7 +79,9 @@ class Report:
 
     @property
     def little(self) -> Iterator[str]:
-        """A warning where less than 5 % is saved."""
+        """A warning where less than 5 % is saved, and for outputs that are asked to leave merged and do not."""
+        for node, why in self.plan.stay_long() if self._merged.options.outputs == "merged" else ():
+            yield f"output {node.name} [{_text(self.plan.typed.value(node).axes)}] does not leave merged: {why}"
         if self.plan.merges:
             part = cost.of(self.plan) / max(cost.dense(self.plan), 1)
             if part > 0.95:

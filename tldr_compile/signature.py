@@ -8,6 +8,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils._pytree import TreeSpec, tree_unflatten
@@ -20,21 +21,30 @@ _MISMATCH = "the graph was captured for other inputs: apply tldr_compile again w
 
 @dataclass(frozen=True)
 class Input:
-    """What one flat input has to be: a tensor of a `dtype` and `shape`, or exactly the `constant` of the capture."""
+    """What one flat input has to be: a tensor of a `dtype` and `shape`, or exactly the `constant` of the capture.
+
+    What the graph does not `read` may be anything.
+    """
 
     name: str
     dtype: torch.dtype | None = None
     shape: tuple[int | sympy.Expr, ...] = ()
     constant: Any = None
+    read: bool = True
 
     @staticmethod
-    def of(name: str, value: Any) -> Input:
+    def of(name: str, placeholder: fx.Node) -> Input:
+        value = placeholder.meta["val"]
+        if isinstance(value, torch.Tensor) and not placeholder.users:
+            return Input(name, read=False)
         if isinstance(value, torch.Tensor):
             return Input(name, value.dtype, tuple(_size(size) for size in value.shape))
         return Input(name, constant=_size(value) if isinstance(value, torch.SymInt) else value)
 
     def check(self, value: Any) -> None:
         """Raise `ShapeError` unless `value` is that, as far as it can be told without the sizes of other inputs."""
+        if not self.read:
+            return
         if self.dtype is None:
             if not isinstance(self.constant, sympy.Expr) and (
                 type(value) is not type(self.constant) or value != self.constant
@@ -54,6 +64,8 @@ class Input:
 
     def sizes(self, value: Any) -> Iterator[tuple[sympy.Expr, int]]:
         """The symbolic sizes of the capture with the sizes they now have."""
+        if not self.read:
+            return iter(())
         pairs = zip(self.shape, value.shape, strict=True) if self.dtype is not None else ((self.constant, value),)
         return ((expected, size) for expected, size in pairs if isinstance(expected, sympy.Expr))
 
@@ -80,11 +92,11 @@ class Signature:
             raise CaptureError("the exported program does not know its own call signature")
         positional, keywords = tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
         names = tuple(entry.forward_arg_names or (f"args[{index}]" for index in range(len(positional))))
-        values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
+        placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
         inputs = [
             Input(captured.names[spec.arg.name], constant=spec.arg.value)
             if isinstance(spec.arg, ConstantArgument)
-            else Input.of(captured.names[spec.arg.name], values[spec.arg.name])
+            else Input.of(captured.names[spec.arg.name], placeholders[spec.arg.name])
             for spec in program.graph_signature.input_specs
             if spec.kind is InputKind.USER_INPUT
         ]

@@ -286,8 +286,6 @@ class Substitution:
 
     def bind(self, atom: Atom, to: Axis) -> Substitution:
         """`atom := to`, after the occurs check."""
-        if atom in to.atoms:
-            raise Conflict(f"{atom!r} would contain itself: {to!r}")
         if atom.born and not to.lone and any(other.born for other in to.atoms):
             raise Conflict(f"{atom!r} and {to!r} were born apart: that their sizes agree is a coincidence")
         solved = self.assign(atom, to)
@@ -299,6 +297,8 @@ class Substitution:
 
     def assign(self, atom: Atom, to: Axis) -> Substitution:
         """`atom := to`, whatever it was: whoever asks for it knows what no equation says."""
+        if atom in self.resolve(to).atoms:
+            raise Conflict(f"{atom!r} would contain itself: {to!r}")
         return Substitution({**self.bindings, atom: to})
 
     def identify(self, keep: Axis, other: Axis) -> Substitution:

@@ -312,7 +312,7 @@ def _input_axes(tensor: torch.Tensor, clip: bool) -> Axes:
     """The dimensions of an input by the custom of its rank: video, tokens of samples, or one row of tokens."""
     rank = tensor.ndim
     places = [("b", Role.SAMPLE), *[("t", Role.TIME)] * (rank - 3), ("H", Role.HEIGHT), ("W", Role.WIDTH)]
-    tokens = [("b", Role.SAMPLE), ("n", Role.TOKEN), ("c", Role.CHANNEL)]
+    tokens = [("b", Role.SAMPLE), ("p" if rank == 2 else "n", Role.TOKEN), ("c", Role.CHANNEL)]
     told = places if rank > 3 else tokens[-rank:] if rank in (2, 3) else tokens[:rank]
     return tuple(
         born(Atom(size(s), label if clip else "", clip, PIXEL if role in PLACES else BORN, role))

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from tldr_compile.passes.errors import ShapeError
-from tldr_compile.passes.fx_utils import call_key, lazy_module
+from tldr_compile.passes.fx_utils import above, call_key, lazy_module
 from tldr_compile.passes.sources import where
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def without_assertions(gm: fx.GraphModule) -> tuple[fx.GraphModule, Assertions |
 
 def _of_numbers(node: fx.Node) -> bool:
     """Whether a node follows from inputs that are no floats alone, which no merge moves."""
-    return all(_is_number(each) for each in _above(node))
+    return all(_is_number(each) for each in above(node) - {node})
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -81,19 +81,9 @@ def _is_number(node: fx.Node) -> bool:
     return not (isinstance(value, torch.Tensor) and value.is_floating_point())
 
 
-def _above(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        new = set(pending.pop().all_input_nodes) - seen
-        seen |= new
-        pending += new
-    return seen
-
-
 def _once(old: fx.Graph, asked: list[fx.Node]) -> fx.Graph:
     """The assertions and what they ask of; equal calls are one."""
-    needed = set(asked).union(*map(_above, asked))
+    needed = set(asked).union(*map(above, asked))
     graph, copied, found = fx.Graph(), dict[fx.Node, fx.Node](), dict[Any, fx.Node]()
     for node in old.nodes:
         if node.op == "placeholder":

@@ -16,8 +16,9 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import UNIT, Atom, Axis, TypedGraph, Use, product
+from tldr_compile.passes.axes import UNIT, Atom, Axis, TypedGraph, Use, product, touches
 from tldr_compile.passes.errors import OptionError
+from tldr_compile.passes.fx_utils import above
 from tldr_compile.passes.plan.resolution import Resolution, at, holds, in_rows
 from tldr_compile.passes.plan.schedule import Entry
 from tldr_compile.passes.refusal import Refusal
@@ -227,12 +228,23 @@ class Plan:
                 f"{several} leave merged, and are grouped differently: which are left has no one answer. Give one "
                 "of them entries of 0 in the schedule, or leave return_places out"
             )
-        inside = [each for each in self.restored() if each.node.op != "output"]
-        last = f": {Refusal(inside[-1].node, inside[-1].reason)}" if inside else ""
+        whys = [f": {why}" for _, why in self.stay_long()]
         return (
-            f"no output leaves merged{last}. outputs='merged' keeps those short that are over merged tokens: merge "
-            "what comes before that operator, or leave return_places out"
+            f"no output leaves merged{whys[-1] if whys else ''}; with outputs='merged' those stay short that are over "
+            "merged tokens and that no operator needs at full length"
         )
+
+    def stay_long(self) -> Iterator[tuple[fx.Node, Refusal]]:
+        """The outputs over merged tokens that an operator before them needs at full length, and that operator."""
+        (output,) = self.typed.captured.graph.graph.find_nodes(op="output")
+        short = {each.operand for each in self.leaving}
+        inside = [each for each in self.restored() if each.node is not output]
+        for number, node in enumerate(self.typed.operands(output)):
+            tokens = any(touches(self.typed.value(node).axes, merge.target.run) for merge in self.merges)
+            if number >= len(self.typed.captured.mutated) and number not in short and tokens:
+                whole = above(node)
+                if forced := [each for each in inside if each.node in whole]:
+                    yield node, Refusal(forced[-1].node, forced[-1].reason)
 
     def restored(self) -> Iterator[Restored]:
         """Every value of the graph that gets its full length back, in execution order."""

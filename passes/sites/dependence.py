@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, Kind, Role, Typed, TypedGraph, Use, border, product
 from tldr_compile.passes.axes.rules import TABLE, indexing, pointwise, products, spatial, sums, views
 from tldr_compile.passes.capture import Attention
-from tldr_compile.passes.fx_utils import named, operands, operator_name
+from tldr_compile.passes.fx_utils import above, named, operands, operator_name
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import mask_analysis
 from tldr_compile.passes.sizes import Size
@@ -65,8 +65,8 @@ class Mixing:
         """What, of all that `stream` reaches, does not depend on every value of `atom`, and why; None if all does."""
         if atom.role is Role.SAMPLE:
             return Refusal(stream, f"{atom!r} are samples, and what becomes of one depends on no other")
-        above = _above(stream)
-        births = [node for node in self.typed.values if node in above and self._bears(node, atom)]
+        whole = above(stream)
+        births = [node for node in self.typed.values if node in whole and self._bears(node, atom)]
         for birth in births:
             if (birth, atom) not in self._flows:
                 self._flows[birth, atom] = _Flow(self.typed, self.attentions, birth, atom)
@@ -104,9 +104,9 @@ class _Flow:
             return Refusal(stream, f"a part of it depends on nothing along {self.atom!r}")
         (output,) = stream.graph.find_nodes(op="output")
         for node in operands(output):
-            above = _above(node)
-            if stream in above and (self._has(node, UNKNOWN) or self._has(node, OWN)):
-                hiding = [why for each, why in self.hiding.items() if each in above and each in self.reached]
+            whole = above(node)
+            if stream in whole and (self._has(node, UNKNOWN) or self._has(node, OWN)):
+                hiding = [why for each, why in self.hiding.items() if each in whole and each in self.reached]
                 return hiding[0] if hiding else self._origin(node)
         return None
 
@@ -141,7 +141,7 @@ class _Flow:
         """Why a mask hides some of a run; one whose numbers are not at hand may."""
         numbers = self.typed.captured.values
         for mask in attention.masks:
-            given = [each for each in _above(mask) if each.op in ("placeholder", "get_attr")]
+            given = [each for each in above(mask) if each.op in ("placeholder", "get_attr")]
             if not self.typed.value(mask).varies and any(str(each.target) not in numbers for each in given):
                 return f"its mask ({mask.name}) is not known here, and may hide some of its tokens from others"
         return mask_analysis.refusal(self.typed, attention, run)
@@ -332,16 +332,6 @@ def _joined(levels: Tensor, choice: bool = False, holes: bool = True) -> Tensor:
         return torch.where(least > ALL, FREE, least)
     top = levels.amax(0)
     return torch.where((levels == UNKNOWN).any(0), UNKNOWN, top) if holes else top
-
-
-def _above(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is made of."""
-    found, pending = {node}, [node]
-    while pending:
-        more = set(pending.pop().all_input_nodes) - found
-        found |= more
-        pending += more
-    return found
 
 
 def _holds(many: Iterable[Axes], atom: Atom) -> bool:
