@@ -357,6 +357,24 @@ def test_places_are_told_of_all_frames_that_share_a_grouping() -> None:
     assert bool((kept.places.diff() > 0).all())
 
 
+def test_an_output_that_stays_long_says_so() -> None:
+    """Entries that are no whole blocks: tokens merge one by one, and the merger needs all of them."""
+    with pytest.warns(UserWarning, match=r"output linear\S* .* does not leave merged: aten.linear"):
+        found = tldr_compile.apply(program("frames"), schedule=[0, 0, 6], outputs="merged")
+    with torch.no_grad():
+        outputs = found(*MODELS["frames"][1])
+    assert len(outputs["late"]) == FRAMES * BLOCKS
+    assert len(outputs["tokens"]) == TOKENS - 6 * FRAMES
+
+
+def test_what_is_merged_already_is_compiled_as_it_is() -> None:
+    found = merged("frames")
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="merged already"), torch.no_grad():
+        actual = torch.compile(found, backend="tldr", options={"schedule": 0.2})(*MODELS["frames"][1])
+    assert torch.allclose(actual["late"], found(*MODELS["frames"][1])["late"], atol=1e-5)
+
+
 # --- what has no places, or other ones ---
 
 
