@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.umt import UMT, UMTConfig
+from tldr_compile import Decision
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 ENCODERS = ("encoder0", "encoder1")
@@ -50,6 +52,17 @@ def golden_encoder(name: str, attn: Literal["sdpa", "eager"] = "sdpa") -> Golden
         base=outputs("base"),
         merged=outputs("merged"),
         mass=arrays["merged/mass"],
+    )
+
+
+def at_full_length(golden: GoldenEncoder, decisions: Sequence[Decision]) -> tuple[Tensor, ...]:
+    """What the merged encoder returns if every token has its group's value: out and blocks, `[B, N, C]`."""
+    last = max(each.site for each in decisions)
+    blocks = (last, *range(len(golden.merged) - 1))
+    assigned = ([each.assign for each in decisions if each.site <= block][-1] for block in blocks)
+    return tuple(
+        short.gather(1, assign.unsqueeze(-1).expand(-1, -1, short.shape[-1]))
+        for short, assign in zip(golden.merged, assigned, strict=True)
     )
 
 

@@ -20,7 +20,7 @@ _PRODUCTS = frozenset(
 def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> frozenset[str]:
     """Names of the placeholders that carry the video: the floating-point inputs of the highest rank, 2 or more.
 
-    Where parameters embed some of those, as they do patches, the others are tables: positions, weights, masks.
+    Of rows, `[N, C]`, those are tables that no parameter embeds as it does patches: positions, weights, masks.
 
     Raises:
         OptionError: a name in `clip` is no input of the graph.
@@ -43,7 +43,7 @@ def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> froze
         ranks = {n.name: n.meta["val"].ndim for n in placeholders if n.meta["val"].ndim >= 4} or ranks
     highest = max(ranks.values(), default=0)
     found = frozenset(name for name, rank in ranks.items() if rank == highest and rank >= 2)
-    return found & _embedded(captured) or found
+    return (found & _embedded(captured) or found) if highest == 2 else found
 
 
 def _embedded(captured: Captured) -> frozenset[str]:

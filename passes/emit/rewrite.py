@@ -132,7 +132,7 @@ class _Rewriter:
         return emitted
 
     def _output(self, node: fx.Node) -> Emitted:
-        operands = self._operands(node, self.plan.steps[node])
+        operands = self._operands(node, self.plan.steps.get(node, Step()))
         for each in self.plan.leaving:
             operands[each.operand] = self._left(each, operands[each.operand])
         (results,), _ = self._arguments(node, iter(operands))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tldr_compile
-from benchmarks.golden import ENCODERS, GoldenEncoder, assert_golden, golden_encoder
+from benchmarks.golden import ENCODERS, GoldenEncoder, assert_golden, at_full_length, golden_encoder
 from tests.laws.support import compiled, graphs_for_inductor
 from tests.zoo import Attn
 from tldr_compile import ops
@@ -49,11 +49,9 @@ def assert_merged(golden: GoldenEncoder, road: Road) -> None:
 
 def assert_blocks(golden: GoldenEncoder, road: Road, bound: float = 1e-5, **options: Any) -> None:
     decisions = inspect(tldr_compile.apply(golden.model, (golden.video,), schedule=golden.schedule), golden.video)
-    blocks = [max(each.site for each in decisions), *range(len(golden.merged) - 1)]
     outputs = road(golden, schedule=golden.schedule, **options)
-    for actual, expected, block in zip(outputs, golden.merged, blocks, strict=True):
-        assign = [each.assign for each in decisions if each.site <= block][-1]
-        assert_golden(actual, expected.gather(1, assign.unsqueeze(-1).expand_as(actual)), bound)
+    for actual, expected in zip(outputs, at_full_length(golden, decisions), strict=True):
+        assert_golden(actual, expected, bound)
 
 
 def in_order_of(rows: Tensor, like: Tensor) -> Tensor:
