@@ -56,7 +56,8 @@ def without_assertions(gm: fx.GraphModule) -> tuple[fx.GraphModule, Assertions |
 
     The second is None where there is nothing to assert: then the first is `gm` itself.
     """
-    asked = [node for node in gm.graph.nodes if node.target in _ASSERTIONS and _of_numbers(node)]
+    written = _written(gm.graph)
+    asked = [n for n in gm.graph.nodes if n.target in _ASSERTIONS and _of_numbers(n) and not above(n) & written]
     if not asked:
         return gm, None
     graph = fx.Graph()
@@ -69,6 +70,13 @@ def without_assertions(gm: fx.GraphModule) -> tuple[fx.GraphModule, Assertions |
     rest = fx.GraphModule(gm, graph)
     rest.meta.update(gm.meta)
     return rest, Assertions(lazy_module(gm, _once(gm.graph, asked)))
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """What is written to in place, and what that is a view of: its numbers are told by more than what it is made of."""
+    schemas = ((node, getattr(node.target, "_schema", None)) for node in graph.nodes)
+    writes = [node for node, schema in schemas if schema is not None and schema.is_mutable and node.all_input_nodes]
+    return {each for node in writes for each in above(node.all_input_nodes[0])}
 
 
 def _of_numbers(node: fx.Node) -> bool:

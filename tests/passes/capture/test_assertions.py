@@ -85,3 +85,17 @@ def test_a_compiled_module_is_one_graph() -> None:
     compiled = torch.compile(found, backend=counter)
     assert torch.allclose(compiled(ROWS, BOUNDS), found(ROWS, BOUNDS), atol=1e-6)
     assert counter.frame_count == 1
+
+
+def test_what_is_asked_of_a_table_that_is_filled_in_place_stays_where_it_is() -> None:
+    """Its numbers are not what it was made of."""
+
+    class Filled(Asking):
+        def forward(self, rows: Tensor, bounds: Tensor) -> Tensor:
+            sizes = torch.zeros(2, dtype=torch.int64)
+            sizes[0], sizes[1] = FRAMES, TOKENS
+            torch._check((sizes.prod() == rows.shape[0]).item())
+            return super().forward(rows, bounds)
+
+    found = tldr_compile.apply(Filled().train(), (ROWS, BOUNDS), schedule=0.2)
+    assert torch.allclose(found(ROWS, BOUNDS), merged()(ROWS, BOUNDS), atol=1e-6)
