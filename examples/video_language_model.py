@@ -33,7 +33,7 @@ SCHEDULE = 0.1  # of the tokens at every site of the tower
 
 
 def merged_tower(tower: nn.Module, inputs: Mapping[str, Tensor], **options: Any) -> MergedModule:
-    """`tower` for videos of the size in `inputs`, the prompt as the model's processor makes it."""
+    """`tower` for videos of the size of those in `inputs`, which is what the model's processor makes of a prompt."""
     seen = {"hidden_states": inputs["pixel_values_videos"], "grid_thw": inputs["video_grid_thw"]}
     return tldr_compile.apply(tower, kwargs=seen, outputs="merged", return_places=True, **options)
 
@@ -57,6 +57,8 @@ def read(model: PreTrainedModel, tower: MergedModule, inputs: Mapping[str, Tenso
     model.model.visual = Seen(tower, features)
     if kept is None:  # nothing was merged
         return dict(inputs)
+    if len(features.pooler_output) != kept.places.numel():
+        raise ValueError("the blocks that the language model reads do not leave merged; tower.report says why")
     return shortened(model, inputs, kept, tower.spatial_merge_size)
 
 

@@ -204,7 +204,7 @@ def test_each_reason_is_given_once_and_how_a_tower_is_taken() -> None:
     assert text.count("Dynamo broke it") == 1
     assert text.count("in forward") == 3
     assert "and 1 more" in text
-    assert "model.visual = tldr_compile.apply(model.visual, kwargs=inputs, schedule=0.2)" in text
+    assert "model.model.visual = tldr_compile.apply(model.model.visual, kwargs=inputs, schedule=0.2)" in text
     assert sum("a piece of the model merges nothing" in str(each.message) for each in caught) == 1
     # A break of another kind needs no tower.
     assert "tldr_compile.apply" not in refusal(lambda: compiled(Blind("broken"), schedule=[5])(clip()), NothingToMerge)

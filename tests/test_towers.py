@@ -283,8 +283,8 @@ def test_a_compiled_tower_says_how_to_do_it() -> None:
     ):
         run(pixels(), GRID)
     text = str(caught.value)
-    assert "model.visual = tldr_compile.apply(model.visual, kwargs=inputs, schedule=0.2)" in text
-    assert "captures such a tower of transformers through transformers' own exporter" in text
+    assert "model.model.visual = tldr_compile.apply(model.model.visual, kwargs=inputs, schedule=0.2)" in text
+    assert "The vision tower of a language model of transformers is merged ahead of time" in text
     assert len(text.splitlines()) < 16
     pieces = [str(each.message) for each in said if "a piece of the model" in str(each.message)]
     assert len(pieces) <= 2  # one for each reason, of which there are more places

@@ -83,7 +83,7 @@ def assemble(
     """`apply` on a program that is analysed: one analysis serves all configurations with its `clip` and `protect`."""
     merged, nothing = merge(analysis, config)
     report = _report(merged, config, nothing, origin)
-    for note in report.little:
+    for note in report.warnings:
         warnings.warn(f"tldr: {note}", stacklevel=3)
     return MergedModule(program, analysis.captured, merged, report, origin)
 

@@ -17,6 +17,7 @@ from tldr_compile import passes
 from tldr_compile.errors import CaptureError
 from tldr_compile.exporters import Preparation
 from tldr_compile.passes.capture import Assertions, Captured, inherit, with_writes
+from tldr_compile.passes.plan import rows_of
 from tldr_compile.passes.sizes import Size
 from tldr_compile.report import Report
 from tldr_compile.signature import Signature
@@ -110,7 +111,7 @@ class MergedModule(nn.Module):
         It is known before anything runs, and the same for every input. Raises `OptionError` where no output leaves
         merged, or several do that are grouped differently.
         """
-        return self._merged.plan.tokens_out
+        return rows_of(self._merged.plan).left
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs, in the model's structure. Raises `ShapeError` before anything runs.

@@ -38,9 +38,9 @@ _NEXT = "\n  "
 _READS = ("data-dependent", "capture_scalar_outputs", "capture_dynamic_output_shape_ops")
 
 _TOWER = (
-    "What is in a tensor decides how this model goes on. tldr_compile.apply captures such a tower of transformers "
-    "through transformers' own exporter; `inputs` is what the tower is called with, by name:\n"
-    "    model.visual = tldr_compile.apply(model.visual, kwargs=inputs, schedule=0.2)"
+    "What is in a tensor decides how this model goes on. The vision tower of a language model of transformers is "
+    "merged ahead of time, by itself; `inputs` is what the language model calls it with, by name:\n"
+    "    model.model.visual = tldr_compile.apply(model.model.visual, kwargs=inputs, schedule=0.2)"
 )
 
 

@@ -18,7 +18,7 @@ from tldr_compile import passes
 from tldr_compile.ops.attention import attention_flop
 from tldr_compile.passes import show
 from tldr_compile.passes.axes import Axes, Axis
-from tldr_compile.passes.plan import Entry, Merge, Plan, Resolution, Restored, at, cost
+from tldr_compile.passes.plan import Entry, Merge, Plan, Resolution, Restored, at, cost, stay_long
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import AnySite, RefusedSite, Site, protected
 from tldr_compile.passes.sizes import Size, simplify
@@ -75,12 +75,12 @@ class Report:
     def notes(self) -> list[str]:
         """What could not be known of this graph, and the option that tells it; where merging saves next to nothing."""
         unseen = self._merged.options.protect == "auto" and _out_of_sight(self.plan)
-        return [*([_NO_CLASS_TOKEN] if unseen else []), *self.little]
+        return [*([_NO_CLASS_TOKEN] if unseen else []), *self.warnings]
 
     @property
-    def little(self) -> Iterator[str]:
-        """A warning where less than 5 % is saved, and for outputs that are asked to leave merged and do not."""
-        for node, why in self.plan.stay_long() if self._merged.options.outputs == "merged" else ():
+    def warnings(self) -> Iterator[str]:
+        """Where less than 5 % is saved, and which outputs are asked to leave merged and do not."""
+        for node, why in stay_long(self.plan) if self._merged.options.outputs == "merged" else ():
             yield f"output {node.name} [{_text(self.plan.typed.value(node).axes)}] does not leave merged: {why}"
         if self.plan.merges:
             part = cost.of(self.plan) / max(cost.dense(self.plan), 1)

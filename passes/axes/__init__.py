@@ -13,6 +13,7 @@ dimension is told from another by its size.
 
 from tldr_compile.passes.axes.algebra import (
     CONSTANT,
+    PICTURE,
     UNIT,
     Atom,
     Axes,
@@ -36,6 +37,7 @@ from tldr_compile.passes.axes.rules import Kind, Typed, Use, rule
 
 __all__ = [
     "CONSTANT",
+    "PICTURE",
     "UNIT",
     "Atom",
     "Axes",

@@ -42,6 +42,9 @@ class Role(Enum):
         return Role.FOLDED if self is Role.SAMPLE else self
 
 
+PICTURE = frozenset({Role.HEIGHT, Role.WIDTH})
+
+
 class Conflict(Exception):
     """Two axes cannot be the same: the operator that asked for it is a barrier, which is not an error."""
 

@@ -20,6 +20,7 @@ from torch import fx
 from tldr_compile.passes.axes.algebra import (
     BORN,
     CONSTANT,
+    PICTURE,
     PIXEL,
     Atom,
     Axes,
@@ -38,8 +39,7 @@ from tldr_compile.passes.errors import OptionError
 from tldr_compile.passes.fx_utils import named, operands, operator_name, tensors
 from tldr_compile.passes.sizes import Size, simplify, size
 
-_PICTURE = frozenset({Role.HEIGHT, Role.WIDTH})
-PLACES = _PICTURE | {Role.TIME}
+PLACES = PICTURE | {Role.TIME}
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,9 @@ class _Walk:
     def pictured(self, attended: Iterable[Axes]) -> bool:
         """Whether there are places of a picture anywhere, or no pixels to have them."""
         pixels = any(len(axes) > 3 and node.name in self.clips for (node, _), axes in self.born.items())
-        places = any(atom.role in _PICTURE and atom.size != 1 for births in self.births.values() for atom in births)
+        places = any(atom.role in PICTURE and atom.size != 1 for births in self.births.values() for atom in births)
         seen = (atom for axes in attended for each in axes for atom in self.solved.resolve(each).atoms)
-        return not pixels or places or any(atom.clip and atom.role in _PICTURE for atom in seen)
+        return not pixels or places or any(atom.clip and atom.role in PICTURE for atom in seen)
 
     def run(self, solved: Substitution) -> TypedGraph:
         """The graph with its axes as they were when each call was typed; `self.solved` says what they became."""

@@ -34,8 +34,15 @@ class Assertions:
 
     @torch.compiler.disable
     def __call__(self, inputs: Sequence[Any]) -> None:
-        """Raise `ShapeError` for the first that does not hold, with the line of the model."""
-        _Asking(self.graph).run(*inputs)
+        """Raise `ShapeError` for the first that does not hold, with the line of the model; where it was captured."""
+        placeholders = self.graph.graph.find_nodes(op="placeholder")
+        _Asking(self.graph).run(*(_as_captured(*pair) for pair in zip(placeholders, inputs, strict=True)))
+
+
+def _as_captured(placeholder: fx.Node, value: Any) -> Any:
+    """An input that is read, on its device: what the graph makes by itself lies there."""
+    moves = placeholder.users and isinstance(value, torch.Tensor)
+    return value.to(placeholder.meta["val"].device) if moves else value
 
 
 class _Asking(fx.Interpreter):

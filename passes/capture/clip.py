@@ -11,9 +11,9 @@ from tldr_compile.passes.capture.canonicalize import Captured
 from tldr_compile.passes.errors import OptionError
 from tldr_compile.passes.fx_utils import operands, operator_name
 
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 _PRODUCTS = frozenset(
-    f"aten::{name}"
-    for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d")
+    f"aten::{name}" for name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", *_CONVOLUTIONS)
 )
 
 
@@ -48,13 +48,13 @@ def clip_inputs(captured: Captured, clip: str | Sequence[str] = "auto") -> froze
 
 def _embedded(captured: Captured) -> frozenset[str]:
     """The inputs that meet a parameter in a product before they meet another input."""
-    above: dict[fx.Node, frozenset[str]] = {}
+    made_of: dict[fx.Node, frozenset[str]] = {}
     found: set[str] = set()
     for node in captured.graph.graph.nodes:
-        above[node] = frozenset().union(*(above[each] for each in node.all_input_nodes))
+        made_of[node] = frozenset().union(*(made_of[each] for each in node.all_input_nodes))
         if node.op == "placeholder" and node.name not in captured.constants:
-            above[node] = frozenset({node.name})
+            made_of[node] = frozenset({node.name})
         product = node.op == "call_function" and operator_name(node) in _PRODUCTS
-        if product and len(above[node]) == 1 and not all(above[each] for each in operands(node)):
-            found |= above[node]
+        if product and len(made_of[node]) == 1 and not all(made_of[each] for each in operands(node)):
+            found |= made_of[node]
     return frozenset(found)

@@ -64,7 +64,8 @@ class _Loop:
 
     def _check_users(self) -> None:
         attend = any(each.target is aten.scaled_dot_product_attention.default for each in self.replaced)
-        if not attend or any(not self.replaced.union((self.joined,)).issuperset(each.users) for each in self.replaced):
+        readers = {*self.replaced, self.joined}
+        if not attend or not all(readers.issuperset(each.users) for each in self.replaced):
             raise Apart
 
     # --- the walk ---

@@ -164,11 +164,18 @@ def merged(reader: Reader) -> tuple[Converter, Laid]:
     grouping = call(
         converter.operators.group, metric, saliency, mass, size, converter.layout.length(merge.count),
         reduction=policy.reduction, seed=merge.target.index,
-        place=converter.places(merge.source, mass) if merge.ordered else None,
+        place=places(converter, merge.source, mass, reader.batch_and_tokens) if merge.ordered else None,
     )  # fmt: skip
     grouped = Grouped(grouping, *(call(getitem, grouping, k) for k in range(8)))
     converter = converter.knowing(merge.target, grouped)
     return converter, converter.down(reader.stream, merge.target, How.MERGE)
+
+
+def places(
+    converter: Converter, source: Resolution | None, like: fx.Node, axes: tuple[Axis, Axis]
+) -> fx.Node:
+    """Where along the run every token stands where a merge starts, `[B, N]`."""
+    return converter.layout.numbers(like, axes) if source is None else converter.places(source)
 
 
 def counts(

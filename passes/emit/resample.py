@@ -162,16 +162,10 @@ class Converter:
             lambda: self.layout.call(aten.gather.default, assign, 1, self.assign(parent)),
         )
 
-    def places(self, resolution: Resolution | None, like: fx.Node) -> fx.Node:
-        """Where along the run every group's representative stands, `[B, N]` as `like`."""
-        call = self.layout.call
-        if resolution is None:
-            ones = call(aten.ones_like.default, like, dtype=torch.int64)
-            return call(aten.sub.Tensor, call(aten.cumsum.default, ones, 1), 1)
-        kept = self.grouped[resolution].kept
-        if resolution.parent is None:
-            return kept
-        return call(aten.gather.default, self.places(resolution.parent, like), 1, kept)
+    def places(self, resolution: Resolution) -> fx.Node:
+        """Where along the run every group's representative stands, `[B, N]`."""
+        kept, parent = self.grouped[resolution].kept, resolution.parent
+        return kept if parent is None else self.layout.call(aten.gather.default, self.places(parent), 1, kept)
 
     def _laid(self, node: fx.Node, batch: Axis, tokens: Axis, axes: Axes, dim: int) -> fx.Node:
         """A tensor `[batch, tokens]` laid along axes whose dimension `dim` stands for the tokens.

@@ -34,7 +34,7 @@ from tldr_compile.passes.emit.views import Laid, Layout
 from tldr_compile.passes.fx_utils import named, operator_name
 from tldr_compile.passes.operators import Operators
 from tldr_compile.passes.options import Policy
-from tldr_compile.passes.plan import Conversion, How, Leaving, Merge, Plan, Step, at
+from tldr_compile.passes.plan import Conversion, How, Leaving, Merge, Plan, Step, at, rows_of
 from tldr_compile.passes.sizes import size
 
 aten = torch.ops.aten
@@ -141,18 +141,16 @@ class _Rewriter:
 
     def _kept(self) -> tuple[fx.Node, fx.Node]:
         """Of every group that leaves its place and its mass, `[B, n]`."""
-        leaving, resolution, reads = self.plan.row
-        row = reads[1]
-        call, length = self.layout.call, self.layout.length(row.size)
-        ones = call(aten.new_ones.default, self.converter.grouped[resolution].kept, [length])
-        number = Laid(call(aten.sub.Tensor, call(aten.cumsum.default, ones, 0), 1), (row,))
-        picking = Conversion(0, resolution.run, None, resolution, How.PICK)
-        places = self.converter.convert(number, picking, reads=reads)
-        short = at(reads, [resolution])
-        weights = self._repeated(self.converter.grouped[resolution].mass, (resolution.batch, resolution.axis), short)
-        if leaving.key is None:
+        rows = rows_of(self.plan)
+        resolution, full, call = rows.resolution, (rows.batch, rows.tokens), self.layout.call
+        grouped, short = self.converter.grouped[resolution], at(full, [resolution])
+        weights = self._repeated(grouped.mass, (resolution.batch, resolution.axis), short)
+        if rows.leaving.key is None:
+            numbers = Laid(self.layout.numbers(grouped.kept, full[1:]), full[1:])
+            picking = Conversion(0, resolution.run, None, resolution, How.PICK)
+            places = self.converter.convert(numbers, picking, reads=full)
             return self.layout.arrange(places.node, places.axes, short), weights
-        ranks = self.layout.view(self._ranks(leaving), short).node
+        ranks = self.layout.view(self._ranks(rows.leaving), short).node
         order = call(aten.argsort.default, ranks, 1)
         return call(aten.gather.default, ranks, 1, order), call(aten.gather.default, weights, 1, order)
 

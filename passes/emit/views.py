@@ -99,6 +99,11 @@ class Layout:
     def lengths(self, axes: Sequence[Axis]) -> list[Length]:
         return [self.length(axis) for axis in axes]
 
+    def numbers(self, like: fx.Node, axes: Sequence[Axis]) -> fx.Node:
+        """0, 1, .. along the last axis, int64, on the device of `like`, wherever that will be."""
+        ones = self.call(aten.new_ones.default, like, self.lengths(axes), dtype=torch.int64)
+        return self.call(aten.sub.Tensor, self.call(aten.cumsum.default, ones, -1), 1)
+
     def reshape(self, node: fx.Node, source: Axes, target: Axes) -> fx.Node:
         """The same entries in the same order under other axes."""
         if [axis.size for axis in source] == [axis.size for axis in target]:

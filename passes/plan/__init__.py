@@ -23,6 +23,7 @@ from tldr_compile.passes.plan.plan import (
 )
 from tldr_compile.passes.plan.planner import make_plan
 from tldr_compile.passes.plan.resolution import Resolution, at, of_run, tokens_at
+from tldr_compile.passes.plan.rows import rows_of, stay_long
 from tldr_compile.passes.plan.schedule import Entry
 
 __all__ = [
@@ -42,5 +43,7 @@ __all__ = [
     "at",
     "make_plan",
     "of_run",
+    "rows_of",
+    "stay_long",
     "tokens_at",
 ]

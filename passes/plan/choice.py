@@ -117,21 +117,22 @@ class _Search:
             return choice
         within = grouping.within(wish.together)
         if within and wish.windows:
-            return self._within(choice, within, wish)
+            return _within(choice, within, wish)
         if joined := grouping.joining(wish.together, site.tokens.atoms):
             for atom in _in_order(joined.shared, wish.together):
                 if (found := self.kept_apart(site.stream.node, atom)) is not None:
                     self._refuse(site, f"{wish}, but {found.reason_at}")
                     return choice
             return Choice(joined, (*choice.reasons, str(wish)))
-        return self._within(choice, within, wish) if within else choice
-
-    def _within(self, choice: Choice, within: Grouping, wish: Wish) -> Choice:
-        reason = f"a grouping for each of {within.apart!r} removes a barrier: {wish.refusal}"
-        return Choice(within, (*choice.reasons, reason))
+        return _within(choice, within, wish) if within else choice
 
     def _refuse(self, site: Site, reason: str) -> None:
         self.against.setdefault(site, {})[f"a coarser one is not taken: {reason}"] = None
+
+
+def _within(choice: Choice, within: Grouping, wish: Wish) -> Choice:
+    reason = f"a grouping for each of {within.apart!r} removes a barrier: {wish.refusal}"
+    return Choice(within, (*choice.reasons, reason))
 
 
 def _price(plan: Plan) -> tuple[int, float]:
@@ -199,10 +200,12 @@ def _in_blocks(plan: Plan, planned: Planned) -> Plan:
         choices = dict(plan.choices)
         for wish in _wishes(plan):
             for site, choice in choices.items():
-                inside = choice.grouping.run == wish.run and wish.together < wish.run.atoms
-                coarser = choice.grouping.within(wish.together) if wish.windows else None
-                if inside and (coarser := coarser or choice.grouping.joining(wish.together, site.tokens.atoms)):
-                    choices[site] = Choice(coarser, (*choice.reasons, str(wish)))
+                if choice.grouping.run != wish.run or not wish.together < wish.run.atoms:
+                    continue
+                if wish.windows and (within := choice.grouping.within(wish.together)):
+                    choices[site] = _within(choice, within, wish)
+                elif joined := choice.grouping.joining(wish.together, site.tokens.atoms):
+                    choices[site] = Choice(joined, (*choice.reasons, str(wish)))
         if choices == plan.choices:
             break
         plan = planned(choices)

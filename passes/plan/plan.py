@@ -16,10 +16,8 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import UNIT, Atom, Axis, TypedGraph, Use, product, touches
-from tldr_compile.passes.errors import OptionError
-from tldr_compile.passes.fx_utils import above
-from tldr_compile.passes.plan.resolution import Resolution, at, holds, in_rows
+from tldr_compile.passes.axes import Atom, Axis, TypedGraph, Use
+from tldr_compile.passes.plan.resolution import Resolution, holds
 from tldr_compile.passes.plan.schedule import Entry
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import AnySite, Grouping, Site
@@ -191,60 +189,6 @@ class Plan:
 
     def merge_of(self, attention: fx.Node) -> Merge | None:
         return next((merge for merge in self.merges if merge.site.attention.node is attention), None)
-
-    @property
-    def tokens_out(self) -> Size:
-        """How many tokens are left in a row of an output that leaves merged. Raises `OptionError` as `row` does."""
-        _, resolution, (_, row) = self.row
-        return at((row,), [resolution])[0].size
-
-    @property
-    def row(self) -> tuple[Leaving, Resolution, tuple[Axis, Axis]]:
-        """The output whose tokens are counted when all is done, their resolution, and how they lie `[B, N]`.
-
-        Raises `OptionError` where none leaves short, or several are grouped differently.
-        """
-        found = {each: leaving for leaving in reversed(self.leaving) for each in leaving.held}
-        found |= {each: leaving for leaving in self.leaving if leaving.key is not None for each in leaving.held}
-        if len(found) != 1:
-            raise OptionError(self._no_row(found))
-        ((resolution, leaving),) = found.items()
-        (shared,) = {merge.grouping.shared for merge in self.merges if merge.target is resolution}
-        axes = self.typed.value(leaving.value).axes
-        batch, row = in_rows(axes, resolution, shared)
-        beside = [each for axis in axes if axis.atoms & resolution.run.atoms for each in axis.segments]
-        others = [each for each in beside if product(each).clip and not product(each).atoms & resolution.run.atoms]
-        if others or (leaving.key is not None and (batch != UNIT or row != axes[0])):
-            raise OptionError(
-                f"{leaving.value.name} leaves merged, and only a part of its row ({' + '.join(map(repr, axes))}) is "
-                "grouped as one: which of its tokens are left has no one answer. Leave return_places out"
-            )
-        return leaving, resolution, (batch, row)
-
-    def _no_row(self, found: Mapping[Resolution, Leaving]) -> str:
-        if found:
-            several = " and ".join(f"{leaving.value.name} along {each.run!r}" for each, leaving in found.items())
-            return (
-                f"{several} leave merged, and are grouped differently: which are left has no one answer. Give one "
-                "of them entries of 0 in the schedule, or leave return_places out"
-            )
-        whys = [f": {why}" for _, why in self.stay_long()]
-        return (
-            f"no output leaves merged{whys[-1] if whys else ''}; with outputs='merged' those stay short that are over "
-            "merged tokens and that no operator needs at full length"
-        )
-
-    def stay_long(self) -> Iterator[tuple[fx.Node, Refusal]]:
-        """The outputs over merged tokens that an operator before them needs at full length, and that operator."""
-        (output,) = self.typed.captured.graph.graph.find_nodes(op="output")
-        short = {each.operand for each in self.leaving}
-        inside = [each for each in self.restored() if each.node is not output]
-        for number, node in enumerate(self.typed.operands(output)):
-            tokens = any(touches(self.typed.value(node).axes, merge.target.run) for merge in self.merges)
-            if number >= len(self.typed.captured.mutated) and number not in short and tokens:
-                whole = above(node)
-                if forced := [each for each in inside if each.node in whole]:
-                    yield node, Refusal(forced[-1].node, forced[-1].reason)
 
     def restored(self) -> Iterator[Restored]:
         """Every value of the graph that gets its full length back, in execution order."""

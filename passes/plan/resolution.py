@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tldr_compile.passes.axes import Atom, Axes, Axis, axis, gathered, product, products, replace
+from tldr_compile.passes.axes import Atom, Axes, Axis, axis, gathered, replace
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,18 +64,6 @@ def holds(axes: Axes, run: Axis) -> bool:
     """Whether some axis holds the whole run, or some do together."""
     probe = Atom(run.size)
     return any(probe in replace(each, run, probe).atoms for each in gathered(axes, run))
-
-
-def in_rows(axes: Axes, resolution: Resolution, shared: Axis) -> tuple[Axis, Axis]:
-    """`B` and the tokens of a row, at full length: what lies in one product with the groups is told apart by place.
-
-    What is carried is in no row: all of a block is where its group is.
-    """
-    short, *_ = (each for axis in at(axes, [resolution]) for each in products(axis) if resolution.groups in each)
-    known = {resolution.groups, *resolution.batch.factors, *shared.factors}
-    inside = [f for f in short if f in known]
-    row = product(resolution.run if f is resolution.groups else f for f in inside)
-    return product(f for f in resolution.batch.factors if f not in inside), row
 
 
 def of_run(resolutions: Iterable[Resolution], run: Axis) -> Resolution | None:

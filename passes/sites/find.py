@@ -14,6 +14,7 @@ from torch import fx
 
 from tldr_compile.passes.axes import (
     CONSTANT,
+    PICTURE,
     Atom,
     Axes,
     Axis,
@@ -30,7 +31,7 @@ from tldr_compile.passes.axes import (
 from tldr_compile.passes.capture import Attention
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import mask_analysis
-from tldr_compile.passes.sites.groupings import PICTURE, TIME, Grouping, has_place
+from tldr_compile.passes.sites.groupings import TIME, Grouping, has_place
 from tldr_compile.passes.sizes import Size, simplify
 
 aten = torch.ops.aten

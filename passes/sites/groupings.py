@@ -19,7 +19,6 @@ from tldr_compile.passes.axes import UNIT, Atom, Axis, Factor, Role, product
 from tldr_compile.passes.sizes import Size
 
 TIME = frozenset({Role.TIME, Role.FOLDED, Role.SAMPLE})
-PICTURE = frozenset({Role.HEIGHT, Role.WIDTH})
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tldr_compile.module import MergedModule, Origin
 from tldr_compile.passes import Analysis, analyse
 from tldr_compile.passes.capture import from_export
 from tldr_compile.passes.check.verify import agreement
+from tldr_compile.passes.plan import rows_of
 
 LEAST = 0.05  # of the dense operations; a model that saves less is told apart
 MERGED, PARTLY, LITTLE, REFUSED = "merged", "partly merged", f"partly merged, saves under {LEAST:.0%}", "refused"
@@ -190,10 +191,10 @@ def _leaving(traced: Traced) -> Record:
         needed = [f"{each['operator']}: {each['reason']}" for each in inside]
         return {"reason": needed[-1] if needed else "no output is over tokens"}
     try:
-        _, _, (_, row) = plan.row
+        rows = rows_of(plan)
     except OptionError as reason:
         return {"reason": str(reason)}
-    return {"tokens": [str(plan.tokens_out), str(row.size)]}
+    return {"tokens": [str(rows.left), str(rows.tokens.size)]}
 
 
 def _merged(built: Built, traced: Traced, say: Callable[[str], None]) -> Record:

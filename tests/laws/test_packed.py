@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram, export
 
 import tldr_compile
 from tests.laws.accounting import unaccounted
+from tests.laws.grouped import MODELS as GROUPED
 from tests.laws.independence import Apart
 from tldr_compile import Kept, MergedModule, NothingToMerge, OptionError, passes
 from tldr_compile.passes.plan import choice
@@ -149,9 +150,9 @@ def test_frames_stay_apart(name: str) -> None:
     assert apart.raised(merged(name)) == []
 
 
-@every_model
+@pytest.mark.parametrize("name", ["frames", "windows"])
 @pytest.mark.parametrize("outputs", ["restore", "merged"])
-def test_equal_tokens_merge_without_a_trace(name: str, outputs: str) -> None:
+def test_equal_blocks_merge_without_a_trace(name: str, outputs: str) -> None:
     """Every block has an equal one beside it: the dense model's numbers, at the places that are left."""
     _, (rows, *tables) = MODELS[name]
     blocks = rows.reshape(FRAMES, WINDOWS, -1, *rows.shape[1:])
@@ -160,17 +161,14 @@ def test_equal_tokens_merge_without_a_trace(name: str, outputs: str) -> None:
     rows = rows.transpose(2, 3).reshape(-1, *rows.shape[5:])
     if name == "windows":  # the halves of a window are equal, wherever they lie
         rows = rows.reshape(-1, 4, 12)[torch.argsort(tables[0])].reshape(-1, 12)
-    options = EQUALS | ({} if name == "pictures" else {"grouping": "blocks"})
-    found = tldr_compile.apply(
-        program(name), schedule=[0.25, 0, 0], outputs=outputs, return_places=outputs == "merged", **options
-    )
+    places = {"outputs": outputs, "return_places": outputs == "merged"}
+    found = tldr_compile.apply(program(name), schedule=[0.25, 0, 0], grouping="blocks", **places, **EQUALS)
     with torch.no_grad():
         dense, actual = program(name).module()(rows, *tables), found(rows, *tables)
     actual, kept = actual if outputs == "merged" else (actual, None)
-    for key in dense if isinstance(dense, dict) else ():
-        expected = dense[key]
-        if kept is not None:
-            expected = _at(expected, kept, key)
+    assert actual.keys() == dense.keys()
+    for key, full in dense.items():
+        expected = full if kept is None else _at(full, kept, key)
         assert torch.allclose(actual[key], expected, atol=1e-5), key
 
 
@@ -178,6 +176,19 @@ def _at(full: Tensor, kept: Kept, key: str) -> Tensor:
     """Blocks at their places; tokens four by four."""
     blocks = full.reshape(FRAMES * BLOCKS, -1)[kept.places[0]]
     return blocks.reshape(-1, full.shape[1]) if key == "tokens" else blocks
+
+
+def test_equal_pictures_merge_without_a_trace() -> None:
+    """Every picture has an equal one beside it."""
+    rows = drawn(TOKENS // 2).reshape(-1, 3, 2, 2).repeat_interleave(2, 0)
+    options = {"schedule": [0.25, 0, 0], **EQUALS}
+    with torch.no_grad():
+        dense = program("pictures").module()(rows)
+        restored = tldr_compile.apply(program("pictures"), **options)(rows)
+        short, kept = tldr_compile.apply(program("pictures"), outputs="merged", return_places=True, **options)(rows)
+    assert len(short) == 0.75 * TOKENS
+    assert torch.allclose(restored, dense, atol=1e-5)
+    assert torch.allclose(short, dense[kept.places[0]], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["frames", "windows"])
@@ -344,8 +355,6 @@ def test_frames_of_a_row_share_a_grouping_where_that_is_asked_for() -> None:
 
 
 def test_places_are_told_of_all_frames_that_share_a_grouping() -> None:
-    from tests.laws.grouped import MODELS as GROUPED  # noqa: PLC0415
-
     model = GROUPED["divided: whole blocks, a video leaves"]
     video = model.noise().float()
     options = {"schedule": 0.3, "grouping": "shared"}
