@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import subprocess
@@ -151,7 +152,7 @@ def test_any_batch_within_the_captured_range() -> None:
     for size in (1, 7):
         with pytest.raises(ShapeError, match=rf"input 'video': expected .* between 2 and 6, got {size}"):
             merged(clip(size))
-    exported = torch.export.export(merged, (clip(),), dynamic_shapes={"args": ({0: batch},)})
+    exported = torch.export.export(merged, (clip(),), dynamic_shapes={"video": {0: batch}})
     assert exported.module()(clip(5)).shape == (5, 5)
 
 
@@ -176,10 +177,7 @@ VIDEO, BIAS = clip(), torch.ones(5)
 @pytest.mark.parametrize(
     ("args", "kwargs", "text"),
     [
-        (({"video": VIDEO},), {"flag": True}, r"captured with the arguments \(batch, flag=, bias=\); missing bias"),
-        (({"video": VIDEO},), {"flag": True, "bias": BIAS, "mask": 1}, "not captured: mask"),
-        (({"video": VIDEO}, True), {"flag": True, "bias": BIAS}, "1 positional too many"),
-        ((), {"flag": True, "bias": BIAS}, "missing batch"),
+        (({"video": VIDEO},), {"flag": True}, "input 'bias': expected a tensor .5., got NoneType"),
         (({"clip": VIDEO},), {"flag": True, "bias": BIAS}, "the arguments are not nested as they were when captured"),
         (({"video": VIDEO},), {"flag": False, "bias": BIAS}, "input 'flag': expected True, got False"),
         (({"video": VIDEO},), {"flag": 1, "bias": BIAS}, "input 'flag': expected True, got 1"),
@@ -204,6 +202,49 @@ def test_what_does_not_fit_is_refused_before_anything_runs(args: Any, kwargs: An
     with pytest.raises(ShapeError, match=text):
         merged(*args, **kwargs)
     assert torch.equal(model.calls, before)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        (({"video": VIDEO},), {"flag": True, "bias": BIAS, "mask": 1}, "unexpected keyword argument 'mask'"),
+        (({"video": VIDEO}, True), {"flag": True, "bias": BIAS}, "multiple values for argument 'flag'"),
+        ((), {"flag": True, "bias": BIAS}, "missing 1 required positional argument: 'batch'"),
+    ],
+)
+def test_what_the_model_cannot_be_called_with_it_cannot_either(args: Any, kwargs: Any, text: str) -> None:
+    model = Rich()
+    for called in (model, rich(model, schedule=())):
+        with pytest.raises(TypeError, match=text):
+            called(*args, **kwargs)
+
+
+class Optional(Tiny):
+    """With arguments that have defaults, and some that it hands on."""
+
+    def forward(self, video: Tensor, scale: Tensor | None = None, *, tokens: bool = False, **more: Tensor) -> Tensor:
+        out = super().forward(video if scale is None else video * scale, tokens)
+        return out + more["bias"] if "bias" in more else out
+
+
+def test_it_has_the_signature_of_the_model() -> None:
+    model, video = Optional(), clip()
+    merged = apply(model, (video,), schedule=[5])
+    shown = inspect.signature(merged.forward)
+    assert str(shown) == "(video, scale=None, *, tokens=False, **more)"
+    for call in (merged(video), merged(video=video), merged(video, None, tokens=False)):
+        assert torch.equal(call, merged(video))
+    with pytest.raises(ShapeError, match=r"captured with the arguments \(video\); not captured: scale"):
+        merged(video, torch.ones(()))
+    with pytest.raises(ShapeError, match="not captured: bias"):
+        merged(video, bias=torch.ones(5))
+    named = apply(model, (), {"video": video, "bias": torch.ones(5)}, schedule=[5])
+    torch.testing.assert_close(named(video, bias=torch.ones(5)), merged(video) + 1)
+    with pytest.raises(ShapeError, match="missing bias"):
+        named(video)
+    program = apply(torch.export.export(model, (video,)), schedule=[5])
+    assert str(inspect.signature(program.forward)) == "(video)"
+    assert torch.equal(program(video=video), merged(video))
 
 
 def test_what_cannot_be_captured_is_refused_with_the_tracers_reason() -> None:

@@ -211,8 +211,6 @@ def captured() -> MergedModule:
             r"grid_thw = \[\[1, 8, 8\], \[1, 4, 8\]\]: the segments .* are 64, 32 tokens long by cu_seqlens",
         ),
         ((pixels(), torch.tensor([[2, 7, 8]])), {}, r"transformers computes no tables from grid_thw = \[\[2, 7, 8\]\]"),
-        ((pixels(),), {}, "not those of the model's forward: missing a required argument: 'grid_thw'"),
-        ((pixels(), GRID, GRID), {}, "too many positional arguments"),
         ((pixels(), GRID), {"mask": 1}, "not captured: mask"),
         ((pixels(), GRID), {"return_dict": False}, "return_dict=False: the model was captured with True"),
         ((pixels(), GRID), {"output_hidden_states": True}, "output_hidden_states=True: .* captured with False"),
@@ -225,6 +223,13 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
     monkeypatch.setattr(captured.graph_module, "forward", lambda *inputs: pytest.fail("it ran"))
     with pytest.raises(ShapeError, match=text):
         captured(*args, **kwargs)
+
+
+def test_what_the_tower_cannot_be_called_with_it_cannot_either(captured: MergedModule) -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'grid_thw'"):
+        captured(pixels())
+    with pytest.raises(TypeError, match="takes 3 positional arguments but 4 were given"):
+        captured(pixels(), GRID, GRID)
 
 
 def test_sizes_that_cannot_be_captured() -> None:

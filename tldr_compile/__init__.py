@@ -5,7 +5,7 @@ merged = tldr_compile.apply(model, (clip,), schedule=[600, 200, 100])
 report = tldr_compile.explain(model, (clip,), schedule=[600, 200, 100])
 """
 
-from tldr_compile.api import apply, explain
+from tldr_compile.api import apply, explain, portable
 from tldr_compile.backend import register as _register
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import (
@@ -41,6 +41,7 @@ __all__ = [
     "apply",
     "explain",
     "inspect",
+    "portable",
 ]
 
 _register()

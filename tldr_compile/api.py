@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
+import sys
+import sysconfig
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -20,6 +23,7 @@ from tldr_compile.errors import CaptureError, NothingToMerge, OptionError
 from tldr_compile.module import UNKNOWN, MergedModule, Origin
 from tldr_compile.passes.capture import from_export
 from tldr_compile.passes.sources import raised_at
+from tldr_compile.program import filled
 from tldr_compile.report import Report
 
 log = logging.getLogger("tldr_compile")
@@ -85,7 +89,37 @@ def assemble(
     report = _report(merged, config, nothing, origin)
     for note in report.warnings:
         warnings.warn(f"tldr: {note}", stacklevel=3)
-    return MergedModule(program, analysis.captured, merged, report, origin)
+    return MergedModule(program, analysis.captured, merged, report, origin, config=config, remake=_remade)
+
+
+def _remade(
+    saved: bytes, tensors: Mapping[str, torch.Tensor], config: TokenMerging, origin: Origin
+) -> MergedModule:
+    return _again(torch.export.load(io.BytesIO(saved)), tensors, config, origin)
+
+
+def portable(merged: MergedModule) -> MergedModule:
+    """A merged module that computes the same in torch's own operators alone, and shares its parameters.
+
+    What `torch.export.save`, AOTInductor and `torch.onnx.export` make of it runs where this package is not. It is
+    slower than `merged` on devices for which this package has operators of its own.
+
+    Raises `OptionError` where a function that was registered with `tldr_compile.ops` calls another operator.
+    """
+    facts = merged._facts
+    config = replace(facts.config, portable=True)
+    return _again(facts.program, merged.tensors(), config, facts.origin)
+
+
+def _again(
+    program: ExportedProgram, tensors: Mapping[str, torch.Tensor], config: TokenMerging, origin: Origin
+) -> MergedModule:
+    """`assemble` on a program with these tensors in place of its own; its warnings were given the first time."""
+    program = filled(program, tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        module = assemble(program, passes.analyse(from_export(program), config), config, origin)
+    return module.holding(tensors)
 
 
 def _report(
@@ -148,9 +182,11 @@ def capture(
     if not isinstance(args, tuple):
         raise CaptureError(f"args is {type(args).__name__}, not a tuple: for one input write (input,)")
     kwargs = dict(kwargs or {})
+    _warn_of_hooks(model)
     try:
         with exporters.unheard() if exporters.is_pretrained(model) else nullcontext():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes), Origin(model)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+            return program, Origin(model, training=model.training)
     except Exception as reason:  # the tracer runs the model's own code, which can raise anything
         exported = _export_pretrained(model, args, kwargs, dynamic_shapes, reason)
         if exported is not None:
@@ -160,6 +196,29 @@ def capture(
             'torch.compile(model, backend="tldr"), which leaves to Python what it cannot trace, or apply on what '
             "torch.export.export(..., strict=True) gives"
         ) from reason
+
+
+def _warn_of_hooks(model: nn.Module) -> None:
+    """Say that hooks, but for those that came with the model's library, run for the last time."""
+    hooked = [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if not _of_library(hook, module)
+    ]
+    if hooked:
+        warnings.warn(
+            f"tldr: there are hooks on {', '.join(dict.fromkeys(hooked))}: they run once, while the model is captured; "
+            "what they do to tensors becomes part of the graph, and anything else will not be done at later calls",
+            stacklevel=4,
+        )
+
+
+def _of_library(hook: object, module: nn.Module) -> bool:
+    """Whether a hook is of the installed library that the module is of: transformers collects hidden states by some."""
+    package, *_ = (getattr(hook, "__module__", None) or "").split(".")
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return package == type(module).__module__.split(".")[0] and file.startswith(sysconfig.get_path("purelib"))
 
 
 def _export_pretrained(
@@ -195,7 +254,7 @@ def _export_pretrained(
             f"It has to be that of {exporters.NEEDED}\napply takes the program that these lines make, if other inputs "
             f"help:\n{exporters.HOW}"
         ) from second
-    return program, Origin(model, preparation)
+    return program, Origin(model, preparation, model.training)
 
 
 def _cannot(model: nn.Module, reason: Exception) -> str:

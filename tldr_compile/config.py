@@ -23,7 +23,7 @@ _CHOICES: Final[Mapping[str, Collection[str]]] = {
     "on_nothing": ("raise", "warn"),
     "grouping": ("auto", "each", "shared", "blocks"),
 }
-_SWITCHES: Final = ("proportional", "return_places", "verify")
+_SWITCHES: Final = ("portable", "proportional", "return_places", "verify")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class TokenMerging:
         finest, and a coarser one where that removes an operator that would need the full length, and costs less.
     on_nothing: what happens when there is no site to merge at.
     verify: check the rewritten graph against its definition on the example inputs.
+    portable: whether a merged module's graph is made of torch's own operators alone, for programs that run where this
+        package is not (`torch.export.save`, AOTInductor, ONNX).
     inductor: options for Inductor; kept as a tuple of pairs.
 
     Raises `ScheduleError` for a schedule and `OptionError` for any other option with a value that it does not take.
@@ -71,6 +73,7 @@ class TokenMerging:
     grouping: Literal["auto", "each", "shared", "blocks"] = "auto"
     on_nothing: Literal["raise", "warn"] = "raise"
     verify: bool = False
+    portable: bool = False
     # Inductor's values need not be hashable; equality still sees them.
     inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = field(default=(), hash=False)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,13 +15,18 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from tldr_compile import passes
+from tldr_compile.config import TokenMerging
 from tldr_compile.errors import CaptureError
 from tldr_compile.exporters import Preparation
+from tldr_compile.hollow import held, hold
+from tldr_compile.moving import casts, check, move
 from tldr_compile.passes.capture import Assertions, Captured, inherit, with_writes
 from tldr_compile.passes.plan import rows_of
 from tldr_compile.passes.sizes import Size
+from tldr_compile.portable import spelled_out
+from tldr_compile.program import captured, linear_weights, saved, tensors
 from tldr_compile.report import Report
-from tldr_compile.signature import Signature
+from tldr_compile.signature import Signature, method
 
 
 class Kept(NamedTuple):
@@ -47,17 +53,24 @@ class Origin:
 
     model: nn.Module | None = None
     preparation: Preparation | None = None
+    training: bool = False
 
 
 UNKNOWN = Origin()
 
+Remake: TypeAlias = Callable[[bytes, Mapping[str, Tensor], TokenMerging, Origin], "MergedModule"]
+"""Makes a module again: of a saved program, its tensors, the options, and what the program was made of."""
+
 
 class MergedModule(nn.Module):
-    """A captured model whose graph merges tokens; called with the arguments that the model was captured with.
+    """A captured model whose graph merges tokens, called as the model is: `forward` has the model's own signature.
 
     Parameters and buffers are the model's own, under their own names. The captured graph is in the mode (`train` or
-    `eval`) that the model was in; changing the mode of this module does not change the graph. Plain attributes of the
-    model, such as its `config`, can be read here too.
+    `eval`) that the model was in; changing the mode of this module does not change the graph, and warns. Plain
+    attributes of the model, such as its `config`, can be read here too.
+
+    It is copied, pickled (the graph is planned anew from the captured program when it is loaded) and moved as modules
+    are; `.to(dtype)` raises `CaptureError` where the graph cannot follow.
     """
 
     graph_module: fx.GraphModule
@@ -66,19 +79,26 @@ class MergedModule(nn.Module):
     def __init__(
         self,
         program: ExportedProgram,
-        captured: Captured,
+        graphs: Captured,
         merged: passes.Merged,
         report: Report,
         origin: Origin = UNKNOWN,
+        *,
+        config: TokenMerging,
+        remake: Remake,
     ) -> None:
         super().__init__()
-        self._facts = _Facts(merged, report, origin, captured.assertions)
-        self._signature = Signature.of(program, captured)
+        self._facts = _Facts(program, config, merged, report, origin, graphs.assertions, remake)
+        self._signature = Signature.of(program, graphs, origin.model.forward if origin.model is not None else None)
+        self.__class__ = _called_like(self._signature)
         self._out_spec = _out_spec(program)
         self._sources = [_source(spec.kind, spec.target) for spec in program.graph_signature.input_specs]
-        self.graph_module = inherit(with_writes(merged.graph, captured.mutated), captured.graph)
-        for name, value in {**program.state_dict, **program.constants}.items():
-            _register(self, name, value, persistent=name in program.state_dict)
+        graph = with_writes(merged.graph, graphs.mutated)
+        if config.portable and merged.plan.merges:
+            graph = spelled_out(graph, graphs.graph)
+        self.graph_module = _open(inherit(graph, graphs.graph))
+        self._hold(tensors(program))
+        super().train(origin.training)
 
     @property
     def report(self) -> Report:
@@ -113,16 +133,16 @@ class MergedModule(nn.Module):
         """
         return rows_of(self._merged.plan).left
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs, in the model's structure. Raises `ShapeError` before anything runs.
+    def _call(self, rest: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """`forward`: the model's outputs, in the model's structure. Raises `ShapeError` before anything runs.
 
         With `return_places=True` a pair: the outputs, and the tokens that are left, as `Kept`; None if nothing merges.
         """
-        inputs = self._inputs(args, kwargs)
+        inputs = self._inputs(rest, given)
         if self._facts.assertions is not None:
             self._facts.assertions(inputs)
         results = self.graph_module(*inputs)
-        if not self._merged.options.return_places:
+        if not self._facts.config.return_places:
             return tree_unflatten(results, self._out_spec)
         own, kept = results[: self._out_spec.num_leaves], results[self._out_spec.num_leaves :]
         return tree_unflatten(own, self._out_spec), Kept(*kept) if kept else None
@@ -135,41 +155,90 @@ class MergedModule(nn.Module):
         with torch.no_grad():
             passes.verify(self._merged, self._flat_inputs(args, dict(kwargs or {})))
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def train(self, mode: bool = True) -> MergedModule:
+        """Sets `training`; the graph stays in the mode that it was captured in."""
+        if mode != self._facts.origin.training:
+            was, now = ("eval", "train") if mode else ("train", "eval")
+            warnings.warn(
+                f"tldr: this graph was captured in {was} mode and stays in it (dropout, batch normalisation); "
+                f"for the other apply tldr_compile to model.{now}()",
+                stacklevel=2 if mode else 3,
+            )
+        return super().train(mode)
+
+    def _inputs(self, rest: tuple[Any, ...], given: Mapping[str, Any]) -> list[Any]:
         """What `graph_module` is called with."""
         if (preparation := self._facts.origin.preparation) is not None:
-            args, kwargs = (), preparation(args, kwargs)
-        leaves = iter(self._signature.flatten(args, kwargs))
-        return [next(leaves) if source is None else functools.reduce(getattr, source, self) for source in self._sources]
+            rest, given = (), preparation(rest, self._signature.asked(given))
+        leaves = iter(self._signature.flatten(rest, given))
+        return [next(leaves) if source is None else held(self, source) for source in self._sources]
 
-    def _flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """What the graphs of `_merged` are called with: the same, where the model was captured."""
+    def _flat_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """What the graphs of `_merged` are called with: the same, where and in the dtypes that it was captured."""
         examples = (node.meta["val"] for node in self._merged.graph.graph.find_nodes(op="placeholder"))
         return [
-            value.to(example.device) if isinstance(value, torch.Tensor) else value
-            for value, example in zip(self._inputs(args, kwargs), examples, strict=True)
+            value.to(example.device, example.dtype) if isinstance(value, torch.Tensor) else value
+            for value, example in zip(self._inputs(*self._signature.bound(args, kwargs)), examples, strict=True)
         ]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MergedModule:
-        before = _device(self)
+        before, dtypes = _device(self), casts(fn, (*self.parameters(), *self.buffers()))
+        if dtypes:
+            check(self.graph_module, dtypes)
+            self._signature = self._signature.cast(dtypes)
         super()._apply(fn, recurse)
         after = _device(self)
         if before is not None and after is not None and before != after:
-            _move(self.graph_module, before, after)
+            move(self.graph_module, before, after)
         return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it holds now, by the names that the program has for it."""
+        return {name: held(self, name) for name in tensors(self._facts.program)}
+
+    def holding(self, others: Mapping[str, Tensor]) -> MergedModule:
+        """This module, with these in place of all that it holds, on whichever device and in whichever dtypes they are.
+
+        The program that it was made of was captured elsewhere perhaps, as a module that was moved and pickled knows.
+        """
+        own = captured(self._facts.program)
+        pairs = [(own[name].dtype, each.dtype) for name, each in others.items() if each.is_floating_point()]
+        self._signature = self._signature.cast({old: new for old, new in pairs if old != new})
+        self._hold(others)
+        before, after = next((each.device for each in own.values()), None), _device(self)
+        if before is not None and after is not None and before != after:
+            move(self.graph_module, before, after)
+        return self
+
+    def _hold(self, others: Mapping[str, Tensor]) -> None:
+        program = self._facts.program
+        hold(self, others, set(program.constants) - set(program.state_dict), linear_weights(program))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MergedModule:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        for each in (self._facts, self._signature, self._out_spec):  # nothing changes these
+            memo[id(each)] = each
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The program without its tensors, the tensors as they are now, the options, and the model it was made of."""
+        facts = self._facts
+        return facts.remake, (saved(facts.program), self.tensors(), facts.config, facts.origin)
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known about a merged graph. Nothing changes it: copies of a module share it, on whichever device."""
+    """What is known about a merged graph: copies of a module share it, on whichever device."""
 
+    program: ExportedProgram
+    config: TokenMerging
     merged: passes.Merged
     report: Report
     origin: Origin
     assertions: Assertions | None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Facts:
-        return self
+    remake: Remake
 
 
 def _out_spec(program: ExportedProgram) -> TreeSpec:
@@ -178,43 +247,23 @@ def _out_spec(program: ExportedProgram) -> TreeSpec:
     return program.call_spec.out_spec
 
 
-def _source(kind: InputKind, target: str | None) -> tuple[str, ...] | None:
-    return None if kind is InputKind.USER_INPUT or target is None else tuple(target.split("."))
+def _open(graph: fx.GraphModule) -> fx.GraphModule:
+    """Linear layers as the function that models call: weights of another class (quantised ones) answer to that."""
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        node.target = torch.nn.functional.linear
+    graph.recompile()
+    return graph
 
 
-def _register(root: nn.Module, name: str, value: torch.Tensor, *, persistent: bool) -> None:
-    *path, leaf = name.split(".")
-    if (first := name.split(".")[0]) not in root._modules and hasattr(root, first):
-        raise CaptureError(
-            f"the model's attribute {first!r} has the name of an attribute that every merged module has; rename it, or "
-            'compile the model with torch.compile(model, backend="tldr")'
-        )
-    module = root
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module.get_submodule(part)
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(leaf, value)
-    else:
-        module.register_buffer(leaf, value, persistent=persistent)
+def _source(kind: InputKind, target: str | None) -> str | None:
+    return None if kind is InputKind.USER_INPUT else target
+
+
+def _called_like(signature: Signature) -> type[MergedModule]:
+    """The class of one module, as of an `fx.GraphModule`: its `forward` has the model's signature."""
+    members = {"forward": method(signature.parameters), "__doc__": MergedModule.__doc__, "__module__": __name__}
+    return type(MergedModule.__name__, (MergedModule,), members)
 
 
 def _device(module: nn.Module) -> torch.device | None:
     return next((value.device for value in (*module.parameters(), *module.buffers())), None)
-
-
-def _move(graph: fx.GraphModule, before: torch.device, after: torch.device) -> None:
-    """Let what `graph` makes by itself (position ids, tables) be born on the new device, where strides may differ."""
-
-    def moved(value: Any) -> Any:
-        return after if value == before and isinstance(value, torch.device) else value
-
-    for node in graph.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, moved)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-        if node.op == "get_attr":
-            setattr(graph, node.target, getattr(graph, node.target).to(after))
-    graph.recompile()

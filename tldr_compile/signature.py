@@ -1,9 +1,10 @@
-"""How a model was called when it was captured, and whether a call is like that."""
+"""How a model is called, how it was called when it was captured, and whether a call is like that."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -76,8 +77,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Signature:
-    """How the model was called when it was captured."""
+    """How the model is called, by its `parameters`, and which of them it was captured with."""
 
+    parameters: inspect.Signature
     positional: tuple[str, ...]
     keywords: tuple[str, ...]
     in_spec: TreeSpec
@@ -85,13 +87,14 @@ class Signature:
     ranges: Mapping[sympy.Symbol, tuple[int, int | None]]
 
     @staticmethod
-    def of(program: ExportedProgram, captured: Captured) -> Signature:
+    def of(program: ExportedProgram, captured: Captured, forward: Callable[..., Any] | None) -> Signature:
+        """`forward` is the model's own, where it is known; otherwise the program tells the names."""
         in_spec = program.call_spec.in_spec
         entry = program.module_call_graph[0].signature
         if in_spec is None or entry is None:
             raise CaptureError("the exported program does not know its own call signature")
         positional, keywords = tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
-        names = tuple(entry.forward_arg_names or (f"args[{index}]" for index in range(len(positional))))
+        names = tuple(entry.forward_arg_names or (f"args_{index}" for index in range(len(positional))))
         placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
         inputs = [
             Input(captured.names[spec.arg.name], constant=spec.arg.value)
@@ -105,14 +108,52 @@ class Signature:
             for symbol, bound in program.range_constraints.items()
             if isinstance(symbol, sympy.Symbol)
         }
-        return Signature(names[: len(positional)], tuple(keywords), in_spec, tuple(inputs), ranges)
+        parameters = _named(names[: len(positional)], tuple(keywords)) if forward is None else _own(forward)
+        named = [name for name, each in parameters.parameters.items() if each.kind in _BY_PLACE]
+        names = (*named[: len(positional)], *names[len(named) : len(positional)])
+        return Signature(parameters, names, tuple(keywords), in_spec, tuple(inputs), ranges)
 
-    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The leaves of a call, in the order of the capture. Raises `ShapeError`."""
-        bound = (self._positional(args, kwargs), {name: kwargs[name] for name in self.keywords if name in kwargs})
-        self._check_names(args, kwargs)
+    def cast(self, casts: Mapping[torch.dtype, torch.dtype]) -> Signature:
+        """Of the model in other dtypes."""
+        dtypes = [each.dtype and casts.get(each.dtype, each.dtype) for each in self.inputs]
+        inputs = (replace(each, dtype=dtype) for each, dtype in zip(self.inputs, dtypes, strict=True))
+        return replace(self, inputs=tuple(inputs))
+
+    def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call as `flatten` takes it. Raises `TypeError` as the call does."""
+        found = self.parameters.bind(*args, **kwargs)
+        found.apply_defaults()
+        rest: tuple[Any, ...] = ()
+        given: dict[str, Any] = {}
+        for name, value in found.arguments.items():
+            kind = self.parameters.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                rest = value
+            else:
+                given.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+        return rest, given
+
+    def asked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a call's arguments by name what was captured, and what is not its default."""
+        captured = {*self.positional, *self.keywords}
+        defaults = {name: each.default for name, each in self.parameters.parameters.items()}
+        return {
+            name: value
+            for name, value in given.items()
+            if name in captured or value is not defaults.get(name, _NOTHING)
+        }
+
+    def flatten(self, rest: tuple[Any, ...], given: Mapping[str, Any]) -> list[Any]:
+        """The leaves of a call, in the order of the capture: of all that has a name, and of the `rest` by place.
+
+        Raises `ShapeError`.
+        """
+        given = self.asked(given)
+        self._check_names(rest, given)
+        named = [name for name in self.positional if name in given]
+        by_place = (*(given[name] for name in named), *rest)
         try:
-            leaves = self.in_spec.flatten_up_to(bound)
+            leaves = self.in_spec.flatten_up_to((by_place, {name: given[name] for name in self.keywords}))
         except ValueError as reason:
             raise ShapeError(f"the arguments are not nested as they were when captured: {reason}") from reason
         for expected, value in zip(self.inputs, leaves, strict=True):
@@ -121,14 +162,11 @@ class Signature:
             self._check_symbols(leaves)
         return leaves
 
-    def _positional(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        return (*args, *(kwargs[name] for name in self.positional[len(args) :] if name in kwargs))
-
-    def _check_names(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        rest = self.positional[len(args) :]
-        missing = [name for name in (*rest, *self.keywords) if name not in kwargs]
-        extra = [name for name in kwargs if name not in rest and name not in self.keywords]
-        more = len(args) - len(self.positional)
+    def _check_names(self, rest: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        unnamed = [name for name in self.positional if name not in given]
+        missing = [*unnamed[len(rest) :], *(name for name in self.keywords if name not in given)]
+        extra = [name for name in given if name not in self.positional and name not in self.keywords]
+        more = len(rest) - len(unnamed)
         problems = [
             *([f"missing {', '.join(missing)}"] if missing else []),
             *([f"not captured: {', '.join(extra)}"] if extra else []),
@@ -161,6 +199,57 @@ class Signature:
                     f"input {expected.name!r}: expected {expected.wanted}, where {symbolic} is {wanted} by the other "
                     f"inputs, got {size}"
                 )
+
+
+_NOTHING = inspect.Parameter.empty
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _named(positional: Sequence[str], keywords: Sequence[str]) -> inspect.Signature:
+    by_place = (inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in positional)
+    by_name = (inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords)
+    return inspect.Signature([*by_place, *by_name])
+
+
+def _own(forward: Callable[..., Any]) -> inspect.Signature:
+    """The model's own, without its annotations, which may name what only its source knows."""
+    own = inspect.signature(forward)
+    parameters = [each.replace(annotation=_NOTHING) for each in own.parameters.values()]
+    return inspect.Signature(parameters)
+
+
+def method(parameters: inspect.Signature) -> Callable[..., Any]:
+    """A method `forward` that is called with these, and hands them on: `self._call(rest, {name: value})`.
+
+    It is written out, as `torch.fx` writes its graphs, so that whoever reads a signature and whoever traces a call sees
+    the model's own.
+    """
+    own = parameters.parameters.values()
+    scope = {f"default_of_{each.name}": each.default for each in own if each.default is not _NOTHING}
+    shown = [
+        each if each.default is _NOTHING else each.replace(default=_Text(f"default_of_{each.name}")) for each in own
+    ]
+    by_place = inspect.Parameter.POSITIONAL_ONLY
+    first = inspect.Parameter("self", by_place if any(each.kind is by_place for each in own) else _BY_PLACE[1])
+    rest = next((each.name for each in own if each.kind is inspect.Parameter.VAR_POSITIONAL), "()")
+    given = ", ".join(
+        f"**{each.name}" if each.kind is inspect.Parameter.VAR_KEYWORD else f"{each.name!r}: {each.name}"
+        for each in own
+        if each.kind is not inspect.Parameter.VAR_POSITIONAL
+    )
+    source = f"def forward{inspect.Signature([first, *shown])}:\n    return self._call({rest}, {{{given}}})\n"
+    exec(compile(source, "<the model's own signature>", "exec"), scope)
+    written: Callable[..., Any] = scope["forward"]
+    return written
+
+
+class _Text(str):
+    """A default as it is written in a signature."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _size(size: int | torch.SymInt) -> int | sympy.Expr:

@@ -11,7 +11,7 @@ function of plain operators (`@decomposition`), which is traced in its place.
 
 from tldr_compile.passes.capture.assertions import Assertions
 from tldr_compile.passes.capture.attention import SDPA, Attention, fuse
-from tldr_compile.passes.capture.canonicalize import Captured, from_dynamo, from_export, inherit, with_writes
+from tldr_compile.passes.capture.canonicalize import Captured, from_dynamo, from_export, inherit, retraced, with_writes
 from tldr_compile.passes.capture.clip import clip_inputs
 from tldr_compile.passes.capture.decompositions import decomposition
 
@@ -26,5 +26,6 @@ __all__ = [
     "from_export",
     "fuse",
     "inherit",
+    "retraced",
     "with_writes",
 ]

@@ -123,6 +123,14 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     return Captured(graph=graph, constants=constants, names=shortest_names(paths), mutated=mutated, values=numbers)
 
 
+def retraced(gm: fx.GraphModule) -> fx.GraphModule:
+    """`gm`, whose nodes have `meta["val"]`, with all functions that it calls spelled out in the operators they call."""
+    values = [node.meta["val"] for node in _placeholders(gm)]
+    mode = detect_fake_mode(values) or FakeTensorMode(shape_env=ShapeEnv())
+    graph, written = _retrace(gm, values, mode)
+    return with_writes(graph, written)
+
+
 def _numbers(graph: fx.GraphModule, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The constants that are real tensors, by the target of their node."""
     inputs = {str(node.target): given.get(node.name) for node in _placeholders(graph)}

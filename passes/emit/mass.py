@@ -89,7 +89,7 @@ class Weigher:
     def sum(self, node: fx.Node, weighing: Weighing, operand: Laid, weight: fx.Node) -> fx.Node:
         """A mean, a sum or a softmax with weights, in the place of `node`."""
         given, operators, use = named(node), self.converter.operators, weighing.use
-        dtype = weighing.dtype or given.get("dtype") or node.meta["val"].dtype
+        dtype = weighing.dtype or given.get("dtype") or _other_dtype(node)
         if use.kind is Kind.SOFTMAX:
             safe = node.target is aten._safe_softmax.default
             return self._layout.call(operators.softmax, operand.node, weight, dim=given["dim"], dtype=dtype, safe=safe)
@@ -183,3 +183,10 @@ def _alone(weight: Weight, axes: Axes, dims: Sequence[int]) -> bool:
     """Whether a sum runs over groups of one resolution and nothing beside them."""
     groups = weight.resolution.groups
     return all(groups in segment for dim in dims for segment in axes[dim].segments if axes[dim].atoms)
+
+
+def _other_dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype of a result, where it is not that of what is summed."""
+    summed, *_ = node.all_input_nodes
+    result: torch.dtype = node.meta["val"].dtype
+    return None if summed.meta["val"].dtype == result else result

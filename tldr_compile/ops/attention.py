@@ -258,6 +258,7 @@ ATTEND: Providers[..., Tensor] = Providers(
         Provider("native", native.serves, native.attend, laid=True),
         Provider("fused", everything, _fused),
     ],
+    _fused,
 )
 """Of attention with masses alone, where no gradients are wanted: fused attention has faster ones of its own."""
 
@@ -270,6 +271,7 @@ ATTEND_AND_SHARPNESS: Providers[..., tuple[Tensor, Tensor]] = Providers(
         Provider("native", native.serves, native.forward, laid=True),
         Provider("blocked", everything, blocked.forward, laid=True),
     ],
+    blocked.spelled_out,
 )
 
 

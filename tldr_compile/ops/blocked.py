@@ -5,6 +5,7 @@ With `A = softmax(scores)`, the proportional output is `A (m * v) / (A m)`: the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,9 @@ from .reference import Gradients, empty_results, masked, row_sharpness, wide
 
 # Bytes of one block of scores: small enough for the cache of a CPU, large enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
+
+# As much where every block is spelled out, so that a graph has not too many.
+SPELLED_BYTES = 64 << 20
 
 Block = tuple[slice, slice, slice]
 """Samples, all heads, rows: an index into what is laid like the scores `[B, H, Nq, Nk]`."""
@@ -74,6 +78,32 @@ def backward(
         result.copy_(gradient)
 
 
+def spelled_out(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`forward` as a graph of torch's own operators; its blocks are rows of all samples."""
+    queries, keys, values = _widened(q, k, v, scale)
+    mass = relative_mass(log_mass, queries.dtype)
+    outs, sharpness, whole = [], [], slice(None)
+    for rows in spans(queries.shape[2], queries.shape[0] * queries.shape[1] * keys.shape[2] * queries.element_size()):
+        block = (whole, whole, rows)
+        attention = _probabilities(queries, keys, mask, block)
+        sharpness.append(row_sharpness(attention.mean(1)))
+        outs.append(_proportional(attention, mass, block) @ values)
+    return torch.cat(outs, 2).to(q.dtype), torch.cat(sharpness, 1)
+
+
+def spans(rows: int | torch.SymInt, row_bytes: int | torch.SymInt) -> list[slice]:
+    """Rows cut into parts that a block of `SPELLED_BYTES` holds at the sizes that a graph is made with."""
+    count = min(_hint(rows), -(-_hint(rows) * _hint(row_bytes) // SPELLED_BYTES))
+    bounds = [rows * k // count for k in range(count + 1)]
+    return [slice(first, last) for first, last in itertools.pairwise(bounds)]
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return int(size.node.hint or 1) if isinstance(size, torch.SymInt) else size
+
+
 def _blocks(queries: Tensor, keys: Tensor) -> Iterator[Block]:
     """Some rows of one sample where its scores exceed a block, otherwise as many whole samples as fit."""
     batch, heads, rows, _ = queries.shape
@@ -89,7 +119,8 @@ def _blocks(queries: Tensor, keys: Tensor) -> Iterator[Block]:
 def _cut(bias: Tensor, block: Block) -> Tensor:
     """The part (a view) of what broadcasts to the scores that broadcasts to this block of them."""
     whole = slice(None)
-    return bias[tuple(whole if length == 1 else part for length, part in zip(bias.shape, block, strict=False))]
+    parts = zip(bias.shape, block, strict=False)
+    return bias[tuple(whole if part == whole or length == 1 else part for length, part in parts)]
 
 
 def _accumulate(gradient: Tensor, block: Block, d_scores: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import tiled
-from .blocked import block_bytes
+from .blocked import block_bytes, spans
 from .providers import Provider, Providers, everything
 from .reference import empty_match, unit
 
@@ -67,6 +67,15 @@ def _blocked(metric: Tensor) -> tuple[Tensor, Tensor]:
     return similarity, destination
 
 
+def _spelled_out(metric: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = unit(metric)
+    sources, destinations = tokens[:, ::2], tokens[:, 1::2].mT
+    row_bytes = destinations.shape[0] * destinations.shape[2] * tokens.element_size()
+    parts = [(sources[:, rows] @ destinations).max(-1) for rows in spans(sources.shape[1], row_bytes)]
+    products, index = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    return products, index
+
+
 @_best.register_fake
 def _best_fake(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
     return sources.new_empty(sources.shape[:2]), sources.new_empty(sources.shape[:2], dtype=torch.int64)
@@ -92,4 +101,5 @@ MATCH: Providers[..., tuple[Tensor, Tensor]] = Providers(
         Provider("tiled", tiled.serves_match, torch.ops.tldr.tiled_match, visible=True),
         Provider("blocked", everything, _blocked, visible=True),
     ],
+    _spelled_out,
 )

@@ -1,14 +1,17 @@
 """Who computes an operator: of its providers the first that serves the arguments.
 
 Some providers a compiler should see into, so that it makes their kernels a part of its code. A graph calls these
-themselves. The others it calls through one registered operator, which chooses when it runs.
+themselves. The others it calls through one registered operator, which chooses when it runs. Within `spelled_out()` it
+calls neither, but torch's own operators, which run where this package is not.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -16,6 +19,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger("tldr_compile")
+
+_SPELLED_OUT = ContextVar("_SPELLED_OUT", default=False)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,6 +52,8 @@ class Providers(Generic[P, R]):
     empty: Callable[P, R]
     """The reference's results, not computed: their shapes, dtypes and strides. The operator's fake kernel."""
     order: list[Provider[P, R]]
+    decomposition: Callable[P, R]
+    """The same in torch's own operators, without a matrix of all pairs where that can be."""
     _told: set[str] = field(default_factory=set, repr=False)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -59,6 +66,8 @@ class Providers(Generic[P, R]):
 
         Nobody behind the last visible provider is asked, since the registered operator asks them when it runs.
         """
+        if not torch.compiler.is_dynamo_compiling() and _SPELLED_OUT.get():
+            return self.decomposition
         asked = list(self.order)
         while asked and not asked[-1].visible:
             asked.pop()
@@ -115,6 +124,16 @@ class Providers(Generic[P, R]):
         named = zip(inspect.signature(self.empty).parameters, args, strict=False)
         tensors = (f"{name} {_described(each)} {each.device}" for name, each in named if isinstance(each, Tensor))
         return f"{self.name}({', '.join(tensors)})"
+
+
+@contextmanager
+def spelled_out() -> Iterator[None]:
+    """Graphs that are made within hold torch's own operators alone."""
+    token = _SPELLED_OUT.set(True)
+    try:
+        yield
+    finally:
+        _SPELLED_OUT.reset(token)
 
 
 def everything(*args: Any) -> None:

@@ -79,8 +79,7 @@ def reduction(name: str, *, gives: bool = False, ranks: bool = False) -> Callabl
 def merging(tokens: Tokens) -> Split:
     """vid-TLDR, step 5: tokens at even positions, the `r` best matched, join the best of those at odd ones."""
     similarity, destination = match(tokens.metric)
-    order = similarity.argsort(dim=-1, descending=True, stable=True)
-    merged, remaining = divided(order, tokens.r)
+    merged, remaining = divided(foremost(similarity, tokens.r), tokens.r)
     batch, count = tokens.metric.shape[:2]
     odd = torch.arange(1, count, 2, device=tokens.metric.device).expand(batch, -1)
     kept = torch.cat((2 * remaining, odd), 1)
@@ -112,19 +111,31 @@ def losing(worth: Tensor, r: int) -> Split:
 
     A lost token's group is the nearest kept token, the earlier of two. Of equal tokens the earlier is lost.
     """
-    order = worth.argsort(dim=-1, stable=True)
-    source, kept = divided(order, r)
-    after = torch.searchsorted(kept, source)
+    lost = foremost(-worth.nan_to_num(nan=torch.inf), r)
+    source, kept = divided(lost, r)
+    after = lost.logical_not().cumsum(1).gather(1, source)
     before = (after - 1).clamp_min(0)
     after = after.clamp_max(kept.shape[1] - 1)
     closer = (source - kept.gather(1, before)).abs() <= (kept.gather(1, after) - source).abs()
     return Split(kept, source, torch.where(closer, before, after))
 
 
-def divided(order: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The first `r` of `order [B, N]` and the others, both ascending: by counting, since sorts are slow on a GPU."""
-    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :r], value=True)
-    return _where(chosen, r), _where(~chosen, order.shape[1] - r)
+def foremost(worth: Tensor, r: int) -> Tensor:
+    """bool `[B, N]`: the `r` of most `worth [B, N]`, of equal ones the earlier; what is no number comes first.
+
+    Whoever sorts need not keep the order of equals: only the numbers are sorted.
+    """
+    worth = worth.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    ranked = worth.sort(dim=1, descending=True).values
+    least = torch.cat((ranked[:, :1], ranked), 1)[:, r : r + 1]  # of none: all that is equal to the first is left
+    above, equal = worth > least, worth == least
+    room = r - above.sum(1, keepdim=True)
+    return above | (equal & (equal.cumsum(1) <= room))
+
+
+def divided(chosen: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The positions of the `r` that are `chosen`, bool `[B, N]`, and of the others, both ascending."""
+    return _where(chosen, r), _where(~chosen, chosen.shape[1] - r)
 
 
 def _where(chosen: Tensor, count: int) -> Tensor:

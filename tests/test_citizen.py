@@ -1,0 +1,167 @@
+"""A merged module among other modules: moved, copied, pickled, hooked, quantised, trained."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tldr_compile
+from tests.test_api import Rich, rich
+from tests.tiny import Tiny, clip
+from tldr_compile import CaptureError, MergedModule, ShapeError, apply
+
+
+def merged_tiny(model: nn.Module | None = None, **options: Any) -> MergedModule:
+    return apply(Tiny().eval() if model is None else model, (clip(),), **{"schedule": [5, 3], **options})
+
+
+# --- dtypes ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_it_goes_into_another_dtype(dtype: torch.dtype) -> None:
+    model = Tiny().eval()
+    wanted = apply(copy.deepcopy(model).to(dtype), (clip().to(dtype),), schedule=[5, 3])(clip().to(dtype))
+    merged = merged_tiny(model).to(dtype)
+    assert merged(clip().to(dtype)).dtype == dtype
+    assert torch.equal(merged(clip().to(dtype)), wanted)
+    with pytest.raises(ShapeError, match=f"input 'video': expected {dtype}, got torch.float32"):
+        merged(clip())
+    merged.verify((clip().to(dtype),))
+    assert len(tldr_compile.inspect(merged, clip().to(dtype))) == 2
+
+
+class Cast(Tiny):
+    """In the dtype of its weights when it is captured, whatever comes in."""
+
+    def embed(self, video: Tensor) -> Tensor:
+        return super().embed(video) + torch.zeros(1, 18, 16, dtype=self.positions.dtype)
+
+
+def test_a_dtype_that_its_graph_cannot_follow_is_refused_by_the_move_itself() -> None:
+    merged = merged_tiny(Cast().eval())
+    with pytest.raises(CaptureError, match=r"does not run when they go from torch.float32 to torch.bfloat16: .*py"):
+        merged.to(torch.bfloat16)
+    assert {each.dtype for each in merged.parameters()} == {torch.float32}
+    assert merged(clip()).dtype == torch.float32
+
+
+# --- copies ---
+
+
+def test_it_is_pickled() -> None:
+    merged = rich(Rich(), schedule=[5])
+    args, kwargs = ({"video": clip()},), {"flag": True, "bias": torch.ones(5)}
+    written = io.BytesIO()
+    torch.save(merged, written)
+    again = torch.load(io.BytesIO(written.getvalue()), weights_only=False)
+    wanted, found = merged(*args, **kwargs), again(*args, **kwargs)
+    assert torch.equal(found["logits"], wanted["logits"])
+    assert str(again.report) == str(merged.report)
+    assert list(again.state_dict()) == list(merged.state_dict())
+    assert again.get_parameter("tied.weight") is again.get_parameter("head.weight")
+    again.verify(args, kwargs)
+
+
+def test_a_moved_one_and_a_trained_one_are_pickled_as_they_are() -> None:
+    model = Tiny().eval()
+    merged = merged_tiny(model)
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    merged.double()
+    again = pickle.loads(pickle.dumps(merged))
+    assert torch.equal(again(clip().double()), merged(clip().double()))
+    assert again.get_parameter("head.weight") is again._facts.origin.model.head.weight
+
+
+SPAWNED = """
+import sys, torch
+merged, video = torch.load(sys.argv[1], weights_only=False)
+torch.save(merged(video), sys.argv[2])
+"""
+
+
+def test_another_process_loads_it(tmp_path: Any) -> None:
+    merged = merged_tiny()
+    torch.save((merged, clip()), tmp_path / "merged.pt")
+    files = tmp_path / "merged.pt", tmp_path / "out.pt"
+    subprocess.run([sys.executable, "-c", SPAWNED, *files], check=True, timeout=300)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), merged(clip()))
+
+
+def test_weights_are_given_to_it() -> None:
+    merged, other = merged_tiny(), merged_tiny()
+    merged.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(merged(clip()), other(clip()))
+
+
+# --- hooks, modes, layers ---
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_a_hook_on_a_layer_is_refused(register: str) -> None:
+    merged = merged_tiny()
+    with pytest.raises(CaptureError, match="would never run: the layer is part of a graph"):
+        getattr(merged.get_submodule("blocks.1"), register)(lambda *_: None)
+    with pytest.raises(CaptureError, match="call the merged module itself"):
+        merged.get_submodule("blocks.1.qkv")(torch.ones(1, 16))
+
+
+def test_a_hook_on_all_of_it_runs() -> None:
+    merged, seen = merged_tiny(), []
+    merged.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    merged(clip())
+    assert seen == [(2, 5)]
+
+
+def test_hooks_on_the_model_are_told_of() -> None:
+    model, seen = Tiny().eval(), []
+    model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    with pytest.warns(UserWarning, match="there are hooks on blocks.1: they run once, while the model is captured"):
+        merged = merged_tiny(model)
+    before = len(seen)
+    merged(clip())
+    assert len(seen) == before
+
+
+def test_it_is_in_the_mode_of_the_model() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not merged_tiny().training
+        merged = merged_tiny(Tiny())
+        assert merged.training
+        assert merged.train().training
+    with pytest.warns(UserWarning, match=r"captured in train mode and stays in it .* apply tldr_compile to model.eval"):
+        merged.eval()
+    assert not merged.training
+
+
+def test_its_linear_layers_are_found_and_what_takes_their_place_is_refused() -> None:
+    model = Tiny().eval()
+    merged = merged_tiny(model)
+    found = {name for name, module in merged.named_modules() if isinstance(module, nn.Linear)}
+    assert found == {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert list(merged.state_dict()) == list(model.state_dict())
+    head = merged.get_submodule("head")
+    assert (head.in_features, head.out_features) == (16, 5)
+    merged.add_module("head", _Other())
+    with pytest.raises(CaptureError, match="head is a _Other now, which a merged module's graph never calls"):
+        merged(clip())
+
+
+class _Other(nn.Module):
+    def weight(self) -> None:
+        """As `torch.ao.nn.quantized.dynamic.Linear` has one."""
+
+    bias = weight
