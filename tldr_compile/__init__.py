@@ -5,6 +5,8 @@ merged = tldr_compile.apply(model, (clip,), schedule=[600, 200, 100])
 report = tldr_compile.explain(model, (clip,), schedule=[600, 200, 100])
 """
 
+from importlib import metadata as _metadata
+
 from tldr_compile.api import apply, explain, portable
 from tldr_compile.backend import register as _register
 from tldr_compile.config import TokenMerging
@@ -43,5 +45,10 @@ __all__ = [
     "inspect",
     "portable",
 ]
+
+try:
+    __version__ = _metadata.version("tldr-compile")  # pyproject.toml says it, the installation carries it
+except _metadata.PackageNotFoundError:
+    __version__ = "0+unknown"  # a checkout that nobody installed
 
 _register()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from tests.cli.test_video import encode, noise
+from tldr_compile import __version__
 from tldr_compile.cli import main as cli
 from tldr_compile.cli import run
 
@@ -77,6 +79,12 @@ def test_no_schedule(text: str) -> None:
         (["walk"], "invalid choice: 'walk'"),
         (["run", "--repeats", "0"], "'0' is not a positive whole number"),
         (["run", "--attn", "flash"], "invalid choice: 'flash'"),
+        (["run", "--video", "http://host/a.mp4"], "argument --video: 'http://host/a.mp4' is an address: give the path"),
+        (["run", "--video", "s3://bucket/a.mp4"], "argument --video: 's3://bucket/a.mp4' is an address: give the path"),
+        (["run", "--video", "-"], "argument --video: '-' names no file, and `tldr` neither reads nor writes streams"),
+        (["run", "--video", ""], "argument --video: '' names no file"),
+        (["run", "--out", "https://host/a.png"], "argument --out: 'https://host/a.png' is an address: give the path"),
+        (["run", "--out", "-"], "argument --out: '-' names no file"),
     ],
 )
 def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +104,11 @@ def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture
         (["--out", "tldr.jpg"], "OptionError: --out tldr.jpg: pictures are PNG files"),
         (["--out", "/dev/null/x.png"], "OptionError: --out /dev/null/x.png: there is no folder /dev/null"),
         (["--video", "gone.mp4"], "VideoError: gone.mp4: there is no such file"),
+        (["--video", "tests"], "VideoError: tests: that is a folder; name one video file in it"),
+        (["--video", "/dev/null"], "VideoError: /dev/null: a stream or a device; a clip is read twice"),
         (["--model", "./gone"], "ModelError: --model ./gone cannot be had"),
+        (["--model", "pyproject.toml"], "ModelError: --model pyproject.toml is a file: give the folder that holds"),
+        (["--model", "https://host/a/b"], "ModelError: --model https://host/a/b is an address: give the hub id alone"),
     ],
 )
 @pytest.mark.usefixtures("nothing_compiles")
@@ -105,6 +117,27 @@ def test_refused_before_anything_is_compiled(
 ) -> None:
     assert cli.main(["run", *arguments]) == 2
     assert f"tldr: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pictures", "pictures.png"])
+@pytest.mark.usefixtures("nothing_compiles")
+def test_a_folder_to_write_to(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    assert cli.main(["run", "--out", str(folder)]) == 2
+    assert capsys.readouterr().err == f"tldr: OptionError: --out {folder}: that is a folder; name a file in it\n"
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(run, "run", lambda arguments: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["run"]) == 130
+    assert capsys.readouterr() == ("", "tldr: interrupted\n")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"tldr-compile {__version__}\n"
 
 
 @pytest.mark.usefixtures("nothing_compiles")

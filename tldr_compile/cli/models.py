@@ -64,6 +64,10 @@ def _random(attention: str | None, seed: int) -> Subject:
 
 
 def _pretrained(name: str, attention: str | None) -> Subject:
+    if "://" in name:
+        raise ModelError(f"--model {name} is an address: give the hub id alone, such as OWNER/NAME, or a local folder")
+    if Path(name).is_file():
+        raise ModelError(f"--model {name} is a file: give the folder that holds config.json and the weights")
     disable_progress_bar()  # of the weights' loading, which takes no time
     try:
         model = AutoModelForVideoClassification.from_pretrained(name, attn_implementation=attention)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,10 @@ def sample_video() -> Path:
 def count(path: Path) -> int:
     """How many frames the video has, by decoding them all: no container's own number is to be trusted.
 
-    Raises VideoError when the file is missing, empty, no video, without a picture size, damaged or cut short.
+    Raises VideoError when the file is missing, no file, not to be read, empty, no video, without a picture size,
+    damaged or cut short.
     """
-    if not path.is_file():
-        raise VideoError(f"{path}: there is no such file")
-    if path.stat().st_size == 0:
-        raise VideoError(f"{path}: the file is empty (0 bytes)")
+    _check_file(path)
     try:
         with _open(path) as container:
             stream = _stream(path, container)
@@ -68,6 +67,8 @@ def count(path: Path) -> int:
                 frames += 1
                 end = max(end, ((frame.pts or 0) + frame.duration) * float(frame.time_base or 0))
             declared = _declared_end(container, stream)
+    except PermissionError as error:
+        raise VideoError(f"{path}: it cannot be read ({error.strerror})") from error
     except av.FFmpegError as error:
         raise VideoError(f"{path}: not a video, or a truncated one ({error.strerror or error})") from error
     # A file cut between two packets shows no damage: only its declared length tells.
@@ -117,6 +118,21 @@ def normalise(frames: Frames, how: Preprocessing) -> torch.Tensor:
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() * how.scale - how.offset
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (how.mean, how.std))
     return ((pixels - mean) / std).unsqueeze(0).contiguous()
+
+
+def _check_file(path: Path) -> None:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise VideoError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise VideoError(f"{path}: it cannot be read ({error.strerror})") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise VideoError(f"{path}: that is a folder; name one video file in it")
+    if not stat.S_ISREG(found.st_mode):
+        raise VideoError(f"{path}: a stream or a device; a clip is read twice, so it has to be a file")
+    if found.st_size == 0:
+        raise VideoError(f"{path}: the file is empty (0 bytes)")
 
 
 def _open(path: Path) -> InputContainer:
