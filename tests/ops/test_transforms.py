@@ -157,6 +157,16 @@ def test_a_compiler_takes_the_transforms(name: str) -> None:
     torch.testing.assert_close(compiled(*inputs), gradient(*inputs))
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_gradients_of_a_bias_for_all_samples_are_one_for_all(asked: bool) -> None:
+    """The operator's own promise: autograd would sum what came too wide."""
+    operator = torch.ops.tldr.attend_and_sharpness_backward
+    given = normal(3, B, H, N, C), normal(B, N), *qkv(B), 0.5, normal(1, H, N, M), normal(B, 1, 1, M), asked, asked
+    found = vmap(operator, in_dims=(0, *(None,) * 9))(*given)
+    expected = [torch.stack(some) for some in zip(*(operator(one, *given[1:]) for one in given[0]), strict=True)]
+    torch.testing.assert_close(list(found), expected)
+
+
 @pytest.mark.parametrize("in_dim", [0, 2])
 def test_matching_many_at_once(in_dim: int) -> None:
     metrics = torch.randn(4, B, 9, 5)
