@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tldr_compile
 from tests.laws.support import compiled, every_family, flat_inputs, graphs_for_inductor, merge, tensors
@@ -123,6 +124,55 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(self.block(x))
+
+
+@pytest.mark.parametrize("saliency", ["attention", "shift", "uniform"])
+def test_transforms_of_a_merged_model_are_loops_of_autograd(saliency: str) -> None:
+    """Gradients of all samples at once, and apart in inputs and parameters; masses are float32 in every model."""
+    x = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    model = Block().double()
+    merged, one = (tldr_compile.apply(model, (some,), schedule=[4], saliency=saliency) for some in (x, x[:1]))
+    parameters = dict(one.named_parameters())
+
+    def loss(given: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(one, given, (sample[None],)).square().sum()
+
+    samples = [sample.clone().requires_grad_() for sample in x]
+    loops = [torch.autograd.grad(loss(parameters, sample), (sample, *parameters.values())) for sample in samples]
+    wanted, *expected = (torch.stack(some) for some in zip(*loops, strict=True))
+    detached = {name: value.detach() for name, value in parameters.items()}
+    apart, inputs = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(None, 0))(detached, x)
+    for name, other in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(apart[name], other, rtol=1e-4, atol=1e-5)
+    out, transposed = torch.func.vjp(merged, x)
+    jacobian = torch.func.jacrev(merged)(x)
+    for found in (
+        inputs,
+        torch.func.grad(lambda clip: merged(clip).square().sum())(x),
+        transposed(2 * out)[0],
+        torch.tensordot(2 * out, jacobian, 3),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("saliency", ["attention", "shift", "uniform"])
+def test_a_gradient_penalty_has_the_slope_that_its_differences_show(saliency: str) -> None:
+    """Where no merge has a part in an attention, that is torch's own, which has second derivatives as `MATH` alone.
+
+    Masses are float32 in every model, which rounds the differences.
+    """
+    x, step = torch.randn(2, 2, 12, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    merged = tldr_compile.apply(Block().double(), (x,), schedule=[4], saliency=saliency)
+
+    def penalty(clip: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(merged(clip).square().sum(), clip, create_graph=True)
+        return slope.square().sum()
+
+    with nullcontext() if saliency == "attention" else sdpa_kernel(SDPBackend.MATH):
+        inputs = [(x + by * step).requires_grad_() for by in (-1e-4, 0.0, 1e-4)]
+        below, here, above = (penalty(each) for each in inputs)
+        (slope,) = torch.autograd.grad(here, inputs[1])
+    torch.testing.assert_close((slope * step).sum(), (above - below) / 2e-4, rtol=3e-3, atol=0)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import blocked, native, tiled
 from .providers import Provider, Providers, everything
-from .reference import empty_gradients, empty_results, masked, wide
+from .reference import attention_with_sharpness, empty_gradients, empty_results, masked, wide
+from .transforms import Folded, differentiable, folded, lifted, refuse_forward_mode, slopes
 
 Shape = Sequence[int]
 
@@ -45,7 +46,8 @@ def attend(
 
     `q [..., H, Nq, d]`, `k [..., H, Nk, d]`, `v [..., H, Nk, c]`, floats of one dtype, to `[..., H, Nq, c]` of it;
     `mask` (bool, True keeps, or additive) and `log_mass` (float) broadcast to `[..., H, Nq, Nk]`.
-    The rest is that of `torch.nn.functional.scaled_dot_product_attention`.
+    The rest is that of `torch.nn.functional.scaled_dot_product_attention`. Without dropout, gradients have gradients,
+    which hold matrices of all pairs; those of compiled code have none.
 
     Raises:
         NotImplementedError: a forward-mode derivative with masses.
@@ -58,6 +60,7 @@ def attend(
     if log_mass is not None:
         plain = q.dim() >= 3 and not (dropout_p or is_causal or enable_gqa)
         if plain and (q.is_cuda or native.takes(q, log_mass)) and not _differentiates(q, k, v, mask, log_mass):
+            _refuse_tangents(q, k, v, mask, log_mass)
             lead, arguments = _flat(q, k, v, scale, mask, log_mass)
             if (operator := _faster(arguments)) is not None:
                 out = operator(*arguments)
@@ -68,9 +71,13 @@ def attend(
         mask = _biased(q, mask, log_mass)
     elif mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)  # cuDNN reads a mask of any dtype as one of this (pytorch #191612)
-    unsafe = mask is not None and q.device.type == CUDNN_DEVICE and _differentiates(q, k, v, mask)
-    with sdpa_kernel(_without_cudnn()) if unsafe else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    options = mask, dropout_p, is_causal, scale, enable_gqa
+    out = _fused_attention(q, k, v, *options)
+    # Graphs that are compiled have no second derivatives; of one draw of dropout there is none.
+    if torch.compiler.is_compiling() or dropout_p or not _differentiates(q, k, v, mask):
+        return out
+    twice: Tensor = _Twice.apply(q, k, v, *options, out)
+    return twice
 
 
 def attend_and_sharpness(
@@ -94,6 +101,7 @@ def attend_and_sharpness(
     """
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    _refuse_tangents(q, k, v, mask, log_mass)
     lead, arguments = _flat(q, k, v, scale, mask, log_mass)
     out, sharpness = ATTEND_AND_SHARPNESS(*arguments)
     return out.reshape(*lead, *out.shape[1:]), sharpness.reshape(*lead, *sharpness.shape[1:])
@@ -147,14 +155,16 @@ def _faster(arguments: Arguments) -> Callable[..., Tensor] | None:
     return torch.ops.tldr.attend if native.takes(q, log_mass) else None
 
 
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Registered operators would drop them."""
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        refuse_forward_mode()
+
+
 def _flat(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Shape, Arguments]:
     """The leading dimensions, and what the registered operators take: those as one, heads alike, the scale told."""
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (q, k, v, mask, log_mass)):
-        raise NotImplementedError(
-            "attention with saliency or masses has no forward-mode derivative (torch.func.jvp): use the backward one"
-        )
     *lead, heads = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v)))
     q, k, v = (t.expand(*lead, heads, -1, -1).reshape(math.prod(lead), heads, *t.shape[-2:]) for t in (q, k, v))
     mask, log_mass = (None if bias is None else _batched(bias, lead) for bias in (mask, log_mass))
@@ -167,6 +177,70 @@ def _batched(bias: Tensor, lead: Sequence[int]) -> Tensor:
     if len(lead) == 1:
         return bias
     return bias.expand(*lead, *bias.shape[-3:]).reshape(math.prod(lead), *bias.shape[-3:])
+
+
+# --- fused attention, as torch has it ---------------------------------------------------------------------------------
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    unsafe = mask is not None and q.device.type == CUDNN_DEVICE and _differentiates(q, k, v, mask)
+    with sdpa_kernel(_without_cudnn()) if unsafe else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+class _Twice(torch.autograd.Function):
+    """The last argument, which is fused attention of the others: its gradients, but with gradients of their own.
+
+    Fused attention's have none. Where some may be asked for, they are those of `_FusedGradients`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        out: Tensor = arguments[-1]
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.options = inputs[4:-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return *(None,) * 8, grad_out
+        asked = 3 + ctx.needs_input_grad[3]
+        gradients = _FusedGradients.apply(grad_out, *ctx.saved_tensors, *ctx.options, asked)
+        return *gradients, *(None,) * (9 - asked)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[-1].view_as(tangents[-1])
+
+
+class _FusedGradients(torch.autograd.Function):
+    """The gradients of fused attention, done again, in its first tensors; theirs are those of attention spelled out."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+        *given, asked = arguments
+        return slopes(lambda *tensors: _fused_attention(*tensors, *given[asked:]), given[:asked], grad_out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.options = inputs[5:]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        with sdpa_kernel(SDPBackend.MATH):  # whose matrices of all pairs exist
+            return slopes(_FusedGradients.forward, (*ctx.saved_tensors, *ctx.options), cotangents)
 
 
 # --- the registered operators, on [B, H, N, d] ------------------------------------------------------------------------
@@ -275,7 +349,7 @@ ATTEND_AND_SHARPNESS: Providers[..., tuple[Tensor, Tensor]] = Providers(
 )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, ctx.scale, mask, log_mass = inputs
     ctx.save_for_backward(q, k, v, mask, log_mass)
 
@@ -294,10 +368,56 @@ def _differentiate_output(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ..
     return _differentiate(ctx, grad_out, q.new_zeros(q.shape[0], q.shape[2], dtype=wide(q.dtype)))
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-_tiled_forward.register_autograd(_differentiate, setup_context=_save)
-_attend.register_autograd(_differentiate_output, setup_context=_save)
-_tiled_attend.register_autograd(_differentiate_output, setup_context=_save)
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_out, grad_sharpness, q, k, v, ctx.scale, mask, log_mass, *ctx.asked = inputs
+    ctx.save_for_backward(grad_out, grad_sharpness, q, k, v, mask, log_mass)
+
+
+def _differentiate_gradients(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """The second derivative, by way of the specification: rare, and so its matrices of all pairs may exist."""
+    *given, mask, log_mass = ctx.saved_tensors
+    return slopes(_specified_gradients, (*given, ctx.scale, mask, log_mass, *ctx.asked), cotangents)
+
+
+def _specified_gradients(
+    grad_out: Tensor,
+    grad_sharpness: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    log_mass: Tensor | None,
+    mask_grad: bool,
+    log_mass_grad: bool,
+) -> tuple[Tensor | None, ...]:
+    """What `_backward` computes, in operators that have derivatives of any order."""
+    with torch.autocast(q.device.type, enabled=False):
+        found = slopes(_specified, (q, k, v, scale, mask, log_mass), (grad_out, grad_sharpness))
+    d_q, d_k, d_v, _, d_mask, d_log_mass = found
+    return d_q, d_k, d_v, d_mask if mask_grad else q.new_empty(0), d_log_mass if log_mass_grad else q.new_empty(0)
+
+
+def _specified(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return attention_with_sharpness(q, k, v, scale=scale, mask=mask, log_mass=log_mass)
+
+
+def _fold_gradients(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Folded:
+    """As `folded`; the gradient of a bias with a batch of 1 is that of its broadcast, summed."""
+    results, dims = folded(torch.ops.tldr.attend_and_sharpness_backward)(info, in_dims, *arguments)
+    biases = (lifted(each, dim, info.batch_size) for each, dim in zip(arguments[6:8], in_dims[6:8], strict=True))
+    asked = zip(results[3:], biases, arguments[8:], strict=True)
+    summed = (grad.sum_to_size(bias.shape) if is_asked else grad for grad, bias, is_asked in asked)
+    return (*results[:3], *summed), dims
+
+
+differentiable("attend_and_sharpness", _save, _differentiate)
+differentiable("tiled_attend_and_sharpness", _save, _differentiate)
+differentiable("attend", _save, _differentiate_output)
+differentiable("tiled_attend", _save, _differentiate_output)
+differentiable("attend_and_sharpness_backward", _save_gradients, _differentiate_gradients, _fold_gradients)
 
 
 def attention_flop(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:

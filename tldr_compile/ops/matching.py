@@ -13,6 +13,7 @@ from . import tiled
 from .blocked import block_bytes, spans
 from .providers import Provider, Providers, everything
 from .reference import empty_match, unit
+from .transforms import folded
 
 
 def match(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +80,10 @@ def _spelled_out(metric: Tensor) -> tuple[Tensor, Tensor]:
 @_best.register_fake
 def _best_fake(sources: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
     return sources.new_empty(sources.shape[:2]), sources.new_empty(sources.shape[:2], dtype=torch.int64)
+
+
+for _each in ("match", "best", "tiled_match"):
+    torch.library.register_vmap(f"tldr::{_each}", folded(getattr(torch.ops.tldr, _each)))
 
 
 @register_flop_formula(torch.ops.tldr.best)
