@@ -89,8 +89,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Built of a copy: what a build leaves in the checkout would be part of the next one."""
     folder = tmp_path_factory.mktemp("built")
     source = shutil.copytree(ROOT, folder / "source", symlinks=True, ignore=IGNORED)
-    said(sys.executable, "-c", SDIST, folder, cwd=source)
     said(sys.executable, *WHEEL, "--wheel-dir", folder, source, cwd=folder)
+    said(sys.executable, "-c", SDIST, folder, cwd=source)
     shutil.rmtree(source / "tldr_compile.egg-info")  # what an installation knows, and a fresh checkout does not
     (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return Built(source, sdist, wheel)
@@ -114,11 +114,11 @@ def environment(folder: Path, wheel: Path, extra: str = "") -> Path:
     """The `bin` of an environment that sees what the wheel asks for, with one extra, but not the wheel."""
     links = folder / "links"
     links.mkdir()
-    for each in needed(described(wheel).get_all("Requires-Dist", ()), {"", extra}).values():
+    for each in needed(described(wheel).get_all("Requires-Dist", []), {"", extra}).values():
         for top in {file.parts[0] for file in each.files or ()} - {"..", "__pycache__"}:
             if not (links / top).exists():  # some share a folder, as those of CUDA do
                 (links / top).symlink_to(Path(str(each.locate_file(top))).resolve())
-    venv.create(folder / "venv")
+    venv.create(folder / "venv", symlinks=True)
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
     (packages / "links.pth").write_text(str(links))
     return folder / "venv" / "bin"
@@ -182,7 +182,7 @@ def test_a_page_of_an_index_leads_everywhere(built: Built) -> None:
     paths = [each.removeprefix(start) for each in targets for start in FILES if each.startswith(start)]
     assert "docs/demo.png" in paths
     assert not [path for path in paths if not (ROOT / path).is_file()]
-    urls = dict(each.split(", ") for each in about.get_all("Project-URL", ()))
+    urls = dict(each.split(", ") for each in about.get_all("Project-URL", []))
     assert set(urls) == {"Homepage", "Repository", "Documentation", "Issues", "Changelog"}
     assert all(each.startswith(HOME) for each in urls.values())
 
