@@ -31,6 +31,10 @@ class ShapeError(TldrError):
     """An input does not have the shape that the graph was captured for."""
 
 
+class WriteError(TldrError):
+    """A program cannot be written in the format that was asked for."""
+
+
 class VerificationError(TldrError):
     """The rewritten graph does not equal the meaning that the plan gives it."""
 

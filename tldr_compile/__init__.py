@@ -20,6 +20,7 @@ from tldr_compile.errors import (
     ShapeError,
     TldrError,
     VerificationError,
+    WriteError,
 )
 from tldr_compile.inspection import Decision, inspect
 from tldr_compile.module import Kept, MergedModule
@@ -40,6 +41,7 @@ __all__ = [
     "TldrError",
     "TokenMerging",
     "VerificationError",
+    "WriteError",
     "apply",
     "explain",
     "inspect",

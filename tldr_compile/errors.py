@@ -10,6 +10,7 @@ from tldr_compile.passes.errors import (
     ShapeError,
     TldrError,
     VerificationError,
+    WriteError,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "ShapeError",
     "TldrError",
     "VerificationError",
+    "WriteError",
 ]

