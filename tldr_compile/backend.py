@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo import list_backends, register_backend
 
-from tldr_compile import passes, pieces
+from tldr_compile import cache, passes, pieces
 from tldr_compile.api import merge
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import NothingToMerge, OptionError
@@ -40,7 +40,8 @@ def tldr(
     which `torch.compile` hands on as the text of its `BackendCompilerFailed`. What only a whole call of a model in
     several pieces can show (`GraphBreakError`, `NothingToMerge`) is raised from that call as it is.
     """
-    from torch._inductor import list_mode_options  # noqa: PLC0415 - importing Inductor takes seconds
+    from torch._inductor import config as inductor  # noqa: PLC0415 - importing Inductor takes seconds
+    from torch._inductor import list_mode_options  # noqa: PLC0415
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415
 
     config = TokenMerging.from_options(options or {})
@@ -50,7 +51,9 @@ def tldr(
         raise OptionError("return_places=True: a compiled model returns what it did; use tldr_compile.apply")
     patches = list_mode_options(mode) if mode else dict(config.inductor)
     graph, piece = _merged(gm, example_inputs, config)
-    compiled = cast(Callable[..., Any], compile_fx(graph, list(example_inputs), config_patches=patches or None))
+    marked = {**inductor.unsafe_marked_cacheable_functions, **cache.marks(graph)}
+    with inductor.patch(unsafe_marked_cacheable_functions=marked):
+        compiled = cast(Callable[..., Any], compile_fx(graph, list(example_inputs), config_patches=patches or None))
     return compiled if piece is None else piece.watched(compiled)
 
 
