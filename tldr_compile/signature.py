@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,7 +108,7 @@ class Signature:
             for symbol, bound in program.range_constraints.items()
             if isinstance(symbol, sympy.Symbol)
         }
-        parameters = _named(names[: len(positional)], tuple(keywords)) if forward is None else _own(forward)
+        parameters = _named(names[: len(positional)], tuple(keywords)) if forward is None else _own(forward, keywords)
         named = [name for name, each in parameters.parameters.items() if each.kind in _BY_PLACE]
         names = (*named[: len(positional)], *names[len(named) : len(positional)])
         return Signature(parameters, names, tuple(keywords), in_spec, tuple(inputs), ranges)
@@ -211,11 +211,15 @@ def _named(positional: Sequence[str], keywords: Sequence[str]) -> inspect.Signat
     return inspect.Signature([*by_place, *by_name])
 
 
-def _own(forward: Callable[..., Any]) -> inspect.Signature:
-    """The model's own, without its annotations, which may name what only its source knows."""
-    own = inspect.signature(forward)
-    parameters = [each.replace(annotation=_NOTHING) for each in own.parameters.values()]
-    return inspect.Signature(parameters)
+def _own(forward: Callable[..., Any], keywords: Iterable[str]) -> inspect.Signature:
+    """The model's own, without its annotations, which may name what only its source knows.
+
+    `**kwargs` are left out where none was captured: who asks a signature what a model takes gets a true answer.
+    """
+    own = inspect.signature(forward).parameters
+    hands_on = any(name not in own for name in keywords)
+    kept = (each for each in own.values() if hands_on or each.kind is not inspect.Parameter.VAR_KEYWORD)
+    return inspect.Signature([each.replace(annotation=_NOTHING) for each in kept])
 
 
 def method(parameters: inspect.Signature) -> Callable[..., Any]:

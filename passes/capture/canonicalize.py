@@ -29,6 +29,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tldr_compile.passes.capture import composites  # noqa: F401 - spells out what it names
 from tldr_compile.passes.capture.assertions import Assertions, without_assertions
@@ -109,6 +110,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     placeholders = gm.graph.find_nodes(op="placeholder")
     context = TracingContext.try_get()
     mode = (context and context.fake_mode) or detect_fake_mode(example_inputs) or FakeTensorMode(shape_env=ShapeEnv())
+    _refuse_quantised(placeholders, example_inputs)
     values = [_fake(value, node, mode) for node, value in zip(placeholders, example_inputs, strict=True)]
     graph, mutated = _retrace(gm, values, mode)
     sources = {node.name: getattr(node, "_dynamo_source", None) for node in placeholders}
@@ -301,6 +303,19 @@ def _refuse_script_objects(program: ExportedProgram) -> None:
     for spec in program.graph_signature.input_specs:
         if spec.kind in (InputKind.CUSTOM_OBJ, InputKind.TOKEN):
             raise CaptureError(f"the exported program's input {spec.arg.name!r} is a {spec.kind.name}, not a tensor")
+
+
+def _refuse_quantised(placeholders: Sequence[fx.Node], values: Sequence[Any]) -> None:
+    """Raise `CaptureError` for weights of a class that computes with them in functions of its own."""
+    for node, value in zip(placeholders, values, strict=True):
+        if is_traceable_wrapper_subclass(value) and type(value).__name__ != "DTensor":  # whose own functions are torch's
+            name = getattr(getattr(node, "_dynamo_source", None), "name", node.name)
+            raise CaptureError(
+                f"{name} is a {type(value).__name__}, which "
+                "computes in functions of its own that this graph does not show: merge ahead of time, "
+                "merged = tldr_compile.apply(model, ...), and quantise the layers of that, which are found by their "
+                "names (torchao.quantization.quantize_(merged, config))"
+            )
 
 
 def _fake(value: Any, node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -1,0 +1,55 @@
+"""Where a merged model goes, and how far its numbers there are from those of `apply`.
+
+    python -m benchmarks.roads [--write docs/roads.md]
+
+Every road is one function with the real library, or a script in a process of its own; `tests/test_roads.py` holds each
+to its bound. A table of what was measured, with versions and date, is kept as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata as metadata
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.roads.roads import ROADS
+from benchmarks.tables import add_write, grid, write
+
+MARKER = "<!-- roads -->"
+RESULTS = Path(__file__).parents[1] / "results" / "roads.json"
+LIBRARIES = ("torch", "transformers", "accelerate", "diffusers", "peft", "torchao", "onnx", "onnxscript", "onnxruntime")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON to keep")
+    add_write(parser, MARKER)
+    chosen = parser.parse_args(arguments)
+    far = {}
+    for road in ROADS:
+        far.update(road.walk())
+        print(f"{road.name}: done", flush=True)
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    about = {"date": today, "machine": platform.machine(), "python": platform.python_version()}
+    chosen.out.write_text(json.dumps({**about, "versions": versions, "largest difference": far}, indent=1) + "\n")
+    table = page(far, versions, about["date"])
+    print(table)
+    write(chosen.write, table, MARKER)
+
+
+def page(far: dict[str, float], versions: dict[str, str], date: str) -> str:
+    lines = [
+        (end, road.how, f"{far[end]:.1e}", f"{road.bound:.0e}", f"`{road.test}`") for road in ROADS for end in road.ends
+    ]
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    table = grid(("road", "how", "largest difference", "bound", "test"), lines)
+    return f"{table}\n\nMeasured {date} with {said}, on a CPU."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""All roads, and the bound that each is held to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import tldr_compile
+from benchmarks.roads import libraries
+from benchmarks.roads.subjects import SCHEDULE, Encoder, clips
+from tldr_compile import writing
+
+ROOT = Path(__file__).parents[2]
+HERE = "tests/test_roads.py"
+
+
+@dataclass(frozen=True)
+class Road:
+    """`walk()` gives the largest difference at each of its ends, which is at most `bound`."""
+
+    name: str
+    how: str
+    walk: Callable[[], dict[str, float]]
+    bound: float = 1e-5
+    test: str = HERE
+    ends: tuple[str, ...] = ()
+
+
+def _road(name: str, how: str, run: Callable[[], float], bound: float = 1e-5, test: str = HERE) -> Road:
+    return Road(name, how, lambda: {name: run()}, bound, test, (name,))
+
+
+ALONE = """
+import sys
+sys.modules["tldr_compile"] = None
+import torch
+READ
+print(*torch.as_tensor(run(torch.load(sys.argv[2]))).flatten().tolist())
+"""
+READERS = {
+    "pt2": "run = torch.export.load(sys.argv[1]).module()",
+    "aoti": "run = torch._inductor.aoti_load_package(sys.argv[1])",
+    "onnx": "import onnxruntime\nsession = onnxruntime.InferenceSession(sys.argv[1])\n"
+    "run = lambda clip: session.run(None, {'clip': clip.numpy()})[0]",
+}
+
+
+def _written(form: str) -> float:
+    """A file of a portable program with any number of clips, read by a process in which this package is not."""
+    shapes = {"clip": {0: torch.export.Dim("clips", min=1, max=8)}}
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"encoder.{'onnx' if form == 'onnx' else 'pt2'}"
+        merged = tldr_compile.apply(Encoder().eval(), (clips(),), schedule=SCHEDULE, dynamic_shapes=shapes)
+        program = torch.export.export(tldr_compile.portable(merged), (clips(),), dynamic_shapes=shapes)
+        writing.write(program, form, path)
+        torch.save(clips(5), Path(folder) / "clips.pt")
+        command = [sys.executable, "-c", ALONE.replace("READ", READERS[form]), str(path), f"{folder}/clips.pt"]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+        return float((torch.tensor([*map(float, out.split())]) - merged(clips(5)).flatten()).abs().max())
+
+
+DISTRIBUTED = (
+    "DDP(merged)",
+    "DDP(torch.compile(model))",
+    "torch.compile(DDP(model))",
+    "fully_shard(merged)",
+    "torch.compile(fully_shard(model))",
+)
+
+
+def _distributed() -> dict[str, float]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    run = subprocess.run(
+        [*command, "benchmarks.roads.distributed"], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    if run.returncode:
+        raise RuntimeError(run.stderr[-2000:])
+    far: dict[str, float] = json.loads(run.stdout.strip().splitlines()[-1])
+    return far
+
+
+PORTABLE = "tests/test_portable.py"
+ROADS = (
+    _road("torch.export.save", "`tldr export --format pt2`", lambda: _written("pt2"), test=PORTABLE),
+    _road("AOTInductor, Python", "`tldr export --format aoti`", lambda: _written("aoti"), test=PORTABLE),
+    _road("ONNX, onnxruntime", "`tldr export --format onnx`", lambda: _written("onnx"), test=PORTABLE),
+    _road("exported again", "`torch.export.export(merged, ..., dynamic_shapes=...)`", libraries.reexport),
+    _road("deepcopy", "`copy.deepcopy(merged)`", libraries.deepcopy),
+    _road("transformers Trainer, merged", "`Trainer(model=merged)`", libraries.trainer_merged),
+    _road("transformers Trainer, compiled", '`model.compile(backend="tldr")`', libraries.trainer_compiled),
+    _road("transformers pipeline", '`pipe.model.compile(backend="tldr")`, `pipe.model = merged`', libraries.pipelines),
+    _road("accelerate", "`accelerator.prepare(merged, ...)`", libraries.accelerate),
+    _road("peft", "`apply(get_peft_model(...), ...)`", libraries.peft),
+    _road("torchao int8", "`quantize_(merged, config)`", libraries.torchao),
+    _road("PT2E int8", "`prepare_pt2e(torch.export.export(portable, ...).module(), ...)`", libraries.pt2e, bound=5e-2),
+    _road("diffusers", '`pipe.transformer.compile(backend="tldr")`', libraries.diffusers),
+    Road("two processes", "`torchrun`, one step on gloo", _distributed, ends=DISTRIBUTED),
+)
