@@ -103,7 +103,7 @@ def _(tokens: Tensor) -> Tensor:
 def test_an_operator_that_has_no_decomposition_is_named() -> None:
     ops.signal("opaque length", reads="tokens")(lambda tokens: ops.saliency(length(tokens)))
     try:
-        with pytest.raises(OptionError, match="portable=True: .* calls tests_portable::length, which is no"):
+        with pytest.raises(OptionError, match=r"portable=True: .* calls tests_portable::length, which is no"):
             apply(Tiny().eval(), (clip(),), schedule=[5], saliency="opaque length", portable=True)
     finally:
         del ops.SIGNALS["opaque length"]

@@ -177,3 +177,25 @@ def test_a_whole_run(tmp_path: Path, clip: Path, folder: Path, capsys: pytest.Ca
     assert re.findall(r"answer  (dense|tldr) +LABEL_[01] \([\d.]+%\)", said) == ["dense", "tldr"]
     assert Image.open(out).size[0] == 2 * (160 + 4) + 4
     assert np.asarray(Image.open(out)).std() > 10
+
+
+def test_a_model_is_written_and_read_without_this_package(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "model.pt2"
+    arguments = ["export", "--model", str(folder), "--schedule", "0.2", "--most-clips", "4", "--format", "pt2"]
+    assert cli.main([*arguments, "--out", str(written)]) == 0
+    out = capsys.readouterr().out
+    assert "1 to 4 clips [B, 4, 3, 32, 32] in, logits out" in out
+    assert "saliency, matching, merge to n1" in (tmp_path / "model.txt").read_text(encoding="utf-8")
+    clips = torch.randn(3, 4, 3, 32, 32)
+    model = VideoMAEForVideoClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        merged = run.tldr_compile.apply(model, (clips,), schedule=0.2)
+        torch.testing.assert_close(torch.export.load(written).module()(clips), merged(clips).logits)
+
+
+@pytest.mark.usefixtures("nothing_compiles")
+def test_a_file_that_no_format_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "--format", "onnx", "--out", str(tmp_path / "model.pt2")]) == 2
+    assert "a file in the format onnx has to end in .onnx" in capsys.readouterr().err

@@ -38,9 +38,9 @@ FOUND: list[tuple[Recipe, dict[str, Any]]] = [
 """What thousands of random models once broke, in its smallest form."""
 
 
-@pytest.mark.parametrize("number", range(120))
+@pytest.mark.parametrize("number", range(40))
 def test_every_random_model_keeps_the_laws(number: int) -> None:
-    """Model `number` of the fuzzer with two of its sets of options: a capture costs as much as four merges."""
+    """Model `number` of the fuzzer, which draws thousands, with two sets of options: a capture costs four merges."""
     random = Random(number)
     traced = Traced.of(drawn_recipe(random))
     check_model(traced)
