@@ -77,7 +77,7 @@ def key(looked: Callable[..., tuple[str | None, str]]) -> Callable[..., str | No
 def test_code_is_found_where_the_graph_and_inductors_options_are_the_same(
     looked: Callable[..., tuple[str | None, str]],
 ) -> None:
-    assert {*CHANGES, "return_places"} == {each.name for each in dataclasses.fields(TokenMerging)}
+    assert {*CHANGES, "return_places", "portable"} == {each.name for each in dataclasses.fields(TokenMerging)}
     key, code = looked(Tiny())
     assert key is not None
     found = {name: looked(Tiny(), **{name: value}) for name, value in CHANGES.items()}

@@ -136,14 +136,13 @@ def tiny() -> tuple[MergedModule, ExportedProgram]:
         return merged, torch.export.export(tldr_compile.portable(merged), (clip(),), dynamic_shapes=SHAPES)
 
 
-@pytest.mark.parametrize("count", [1, 5])
 @torch.no_grad()
-def test_torch_export(tiny: tuple[MergedModule, ExportedProgram], count: int, tmp_path: Path) -> None:
+def test_torch_export(tiny: tuple[MergedModule, ExportedProgram], tmp_path: Path) -> None:
     merged, program = tiny
     assert namespaces(program) == {"aten"}
     writing.write(program, "pt2", tmp_path / "tiny.pt2")
-    torch.save(clip(count), tmp_path / "clip.pt")
-    assert_printed(loaded(PT2, tmp_path / "tiny.pt2", tmp_path / "clip.pt"), merged(clip(count)))
+    torch.save(clip(1), tmp_path / "clip.pt")
+    assert_printed(loaded(PT2, tmp_path / "tiny.pt2", tmp_path / "clip.pt"), merged(clip(1)))
 
 
 @torch.no_grad()
@@ -165,7 +164,7 @@ def test_aot_inductor_in_python_and_in_cpp(tiny: tuple[MergedModule, ExportedPro
     assert_printed([float(line) for line in run.stdout.split()], merged(clip(2)))
 
 
-@pytest.mark.parametrize("options", [WAYS[1], WAYS[3]], ids=str)
+@pytest.mark.parametrize("options", [WAYS[1]], ids=str)
 @torch.no_grad()
 def test_onnx(options: dict[str, object], tmp_path: Path) -> None:
     merged, portable = both(Tiny().eval(), clip(), **options, dynamic_shapes=SHAPES)

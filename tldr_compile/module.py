@@ -202,7 +202,8 @@ class MergedModule(nn.Module):
         The program that it was made of was captured elsewhere perhaps, as a module that was moved and pickled knows.
         """
         own = captured(self._facts.program)
-        pairs = [(own[name].dtype, each.dtype) for name, each in others.items() if each.is_floating_point()]
+        read = {name: each for name, each in others.items() if name in own and each.is_floating_point()}
+        pairs = [(own[name].dtype, each.dtype) for name, each in read.items()]
         self._signature = self._signature.cast({old: new for old, new in pairs if old != new})
         self._hold(others)
         before, after = next((each.device for each in own.values()), None), _device(self)

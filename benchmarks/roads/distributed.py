@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tldr_compile
-from benchmarks.roads.subjects import SCHEDULE, Encoder, clips
+from benchmarks.roads.subjects import SCHEDULE, Encoder, clips, compiles
 
 
 def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
@@ -58,6 +58,7 @@ def farthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 def main() -> None:
+    compiles()
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     rank, everything = dist.get_rank(), clips(4)

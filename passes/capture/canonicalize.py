@@ -308,7 +308,8 @@ def _refuse_script_objects(program: ExportedProgram) -> None:
 def _refuse_quantised(placeholders: Sequence[fx.Node], values: Sequence[Any]) -> None:
     """Raise `CaptureError` for weights of a class that computes with them in functions of its own."""
     for node, value in zip(placeholders, values, strict=True):
-        if is_traceable_wrapper_subclass(value) and type(value).__name__ != "DTensor":
+        plain = not isinstance(value, torch.Tensor) or value.is_nested or type(value).__name__ == "DTensor"
+        if not plain and is_traceable_wrapper_subclass(value):
             name = getattr(getattr(node, "_dynamo_source", None), "name", node.name)
             raise CaptureError(
                 f"{name} is a {type(value).__name__}, which "

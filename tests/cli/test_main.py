@@ -130,7 +130,11 @@ def test_a_folder_to_write_to(name: str, tmp_path: Path, capsys: pytest.CaptureF
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(run, "run", lambda arguments: signal.raise_signal(signal.SIGINT))
-    assert cli.main(["run"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as a process of its own has it
+    try:
+        assert cli.main(["run"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr() == ("", "tldr: interrupted\n")
 
 

@@ -12,7 +12,7 @@ OPERATORS = [
     name
     for name in ops.__all__
     if inspect.isfunction(operator := getattr(ops, name))
-    and next(iter(inspect.signature(operator).parameters.values())).annotation == "Tensor"
+    and [each.annotation for each in inspect.signature(operator).parameters.values()][:1] == ["Tensor"]
 ]
 
 
