@@ -78,8 +78,10 @@ def test_a_moved_one_and_a_trained_one_are_pickled_as_they_are() -> None:
     with torch.no_grad():
         model.head.weight.add_(1)
     merged.double()
+    merged.training = True
     again = pickle.loads(pickle.dumps(merged))
     assert torch.equal(again(clip().double()), merged(clip().double()))
+    assert again.training
     assert again.get_parameter("head.weight") is again._facts.origin.model.head.weight
 
 

@@ -68,7 +68,7 @@ def test_it_computes_the_same_in_torchs_own_operators(options: dict[str, object]
 
 @torch.no_grad()
 def test_any_number_of_clips_and_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.blocked, "SPELLED_BYTES", 4096)
+    monkeypatch.setattr(ops.blocked, "DECOMPOSED_BYTES", 4096)
     merged = apply(Tiny().eval(), (clip(),), schedule=[5, 3], dynamic_shapes=SHAPES)
     portable = tldr_compile.portable(merged)
     once = tldr_compile.apply(Tiny().eval(), (clip(),), schedule=[5, 3], portable=True)

@@ -23,7 +23,7 @@ from tldr_compile.moving import casts, check, move
 from tldr_compile.passes.capture import Assertions, Captured, inherit, with_writes
 from tldr_compile.passes.plan import rows_of
 from tldr_compile.passes.sizes import Size
-from tldr_compile.portable import spelled_out
+from tldr_compile.portable import decomposed
 from tldr_compile.program import captured, linear_weights, saved, tensors
 from tldr_compile.report import Report
 from tldr_compile.signature import Signature, method
@@ -95,7 +95,7 @@ class MergedModule(nn.Module):
         self._sources = [_source(spec.kind, spec.target) for spec in program.graph_signature.input_specs]
         graph = with_writes(merged.graph, graphs.mutated)
         if config.portable and merged.plan.merges:
-            graph = spelled_out(graph, graphs.graph)
+            graph = decomposed(graph, graphs.graph)
         self.graph_module = _open(inherit(graph, graphs.graph))
         self._hold(tensors(program))
         super().train(origin.training)
@@ -226,7 +226,8 @@ class MergedModule(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         """The program without its tensors, the tensors as they are now, the options, and the model it was made of."""
         facts = self._facts
-        return facts.remake, (saved(facts.program), self.tensors(), facts.config, facts.origin)
+        made_of = saved(facts.program), self.tensors(), facts.config, facts.origin
+        return facts.remake, made_of, {"training": self.training}
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from tldr_compile.passes.sources import where
 _OF_TORCH = ("aten", "prim", "prims", "higher_order")
 
 
-def spelled_out(graph: fx.GraphModule, captured: fx.GraphModule) -> fx.GraphModule:
+def decomposed(graph: fx.GraphModule, captured: fx.GraphModule) -> fx.GraphModule:
     """A merged graph in which only torch's operators are called, and those that the `captured` model calls itself.
 
     Raises `OptionError` for another: one that a function that users registered brings along.
     """
-    with ops.spelled_out():
+    with ops.decomposing():
         plain = retraced(graph)
     known = {node.target for node in captured.graph.nodes if node.op == "call_function"}
     for node in plain.graph.nodes:

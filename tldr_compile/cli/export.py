@@ -39,8 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
     clip = torch.zeros(min(2, most), subject.frames, 3, height, width, device=device)
     shapes = {"clip": {0: torch.export.Dim("clips", min=1, max=most)}} if most > 1 else None
     config = tldr_compile.TokenMerging(schedule=arguments.schedule, portable=True)
+    model = Logits(subject.model.to(device)).eval()
     with torch.no_grad():
-        merged = tldr_compile.apply(Logits(subject.model.to(device)), (clip,), dynamic_shapes=shapes, config=config)
+        merged = tldr_compile.apply(model, (clip,), dynamic_shapes=shapes, config=config)
         writing.write(torch.export.export(merged, (clip,), dynamic_shapes=shapes), arguments.format, path)
     clips = f"1 to {most} clips" if most > 1 else "one clip"
     told = f"{subject.origin}\n{arguments.format}: {clips} [B, {', '.join(map(str, clip.shape[1:]))}] in, logits out"

@@ -7,7 +7,7 @@ from typing import Any
 from .attention import ATTEND, ATTEND_AND_SHARPNESS, attend, attend_and_sharpness, sharpness
 from .grouping import Grouping, down, group, pick, up
 from .matching import MATCH, match
-from .providers import Provider, Providers, spelled_out
+from .providers import Provider, Providers, decomposing
 from .reductions import REDUCTIONS, Split, Tokens, reduction
 from .reference import saliency, sharpness_of, shift, unit
 from .signals import METRICS, READINGS, SIGNALS, Measure, metric, signal
@@ -30,6 +30,7 @@ __all__ = [
     "Tokens",
     "attend",
     "attend_and_sharpness",
+    "decomposing",
     "down",
     "group",
     "match",
@@ -44,7 +45,6 @@ __all__ = [
     "shift",
     "signal",
     "softmax",
-    "spelled_out",
     "sum",
     "unit",
     "up",

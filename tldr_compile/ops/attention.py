@@ -345,7 +345,7 @@ ATTEND_AND_SHARPNESS: Providers[..., tuple[Tensor, Tensor]] = Providers(
         Provider("native", native.serves, native.forward, laid=True),
         Provider("blocked", everything, blocked.forward, laid=True),
     ],
-    blocked.spelled_out,
+    blocked.decomposition,
 )
 
 

@@ -17,7 +17,7 @@ from .reference import Gradients, empty_results, masked, row_sharpness, wide
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
 
 # As much where every block is spelled out, so that a graph has not too many.
-SPELLED_BYTES = 64 << 20
+DECOMPOSED_BYTES = 64 << 20
 
 Block = tuple[slice, slice, slice]
 """Samples, all heads, rows: an index into what is laid like the scores `[B, H, Nq, Nk]`."""
@@ -78,7 +78,7 @@ def backward(
         result.copy_(gradient)
 
 
-def spelled_out(
+def decomposition(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`forward` as a graph of torch's own operators; its blocks are rows of all samples."""
@@ -94,8 +94,8 @@ def spelled_out(
 
 
 def spans(rows: int | torch.SymInt, row_bytes: int | torch.SymInt) -> list[slice]:
-    """Rows cut into parts that a block of `SPELLED_BYTES` holds at the sizes that a graph is made with."""
-    count = min(_hint(rows), -(-_hint(rows) * _hint(row_bytes) // SPELLED_BYTES))
+    """Rows cut into parts that a block of `DECOMPOSED_BYTES` holds at the sizes that a graph is made with."""
+    count = min(_hint(rows), -(-_hint(rows) * _hint(row_bytes) // DECOMPOSED_BYTES))
     bounds = [rows * k // count for k in range(count + 1)]
     return [slice(first, last) for first, last in itertools.pairwise(bounds)]
 

@@ -68,7 +68,7 @@ def _blocked(metric: Tensor) -> tuple[Tensor, Tensor]:
     return similarity, destination
 
 
-def _spelled_out(metric: Tensor) -> tuple[Tensor, Tensor]:
+def _decomposition(metric: Tensor) -> tuple[Tensor, Tensor]:
     tokens = unit(metric)
     sources, destinations = tokens[:, ::2], tokens[:, 1::2].mT
     row_bytes = destinations.shape[0] * destinations.shape[2] * tokens.element_size()
@@ -106,5 +106,5 @@ MATCH: Providers[..., tuple[Tensor, Tensor]] = Providers(
         Provider("tiled", tiled.serves_match, torch.ops.tldr.tiled_match, visible=True),
         Provider("blocked", everything, _blocked, visible=True),
     ],
-    _spelled_out,
+    _decomposition,
 )

@@ -1,7 +1,7 @@
 """Who computes an operator: of its providers the first that serves the arguments.
 
 Some providers a compiler should see into, so that it makes their kernels a part of its code. A graph calls these
-themselves. The others it calls through one registered operator, which chooses when it runs. Within `spelled_out()` it
+themselves. The others it calls through one registered operator, which chooses when it runs. Within `decomposing()` it
 calls neither, but torch's own operators, which run where this package is not.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 log = logging.getLogger("tldr_compile")
 
-_SPELLED_OUT = ContextVar("_SPELLED_OUT", default=False)
+_DECOMPOSING = ContextVar("_DECOMPOSING", default=False)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,7 +66,7 @@ class Providers(Generic[P, R]):
 
         Nobody behind the last visible provider is asked, since the registered operator asks them when it runs.
         """
-        if not torch.compiler.is_dynamo_compiling() and _SPELLED_OUT.get():
+        if not torch.compiler.is_dynamo_compiling() and _DECOMPOSING.get():
             return self.decomposition
         asked = list(self.order)
         while asked and not asked[-1].visible:
@@ -127,13 +127,13 @@ class Providers(Generic[P, R]):
 
 
 @contextmanager
-def spelled_out() -> Iterator[None]:
+def decomposing() -> Iterator[None]:
     """Graphs that are made within hold torch's own operators alone."""
-    token = _SPELLED_OUT.set(True)
+    token = _DECOMPOSING.set(True)
     try:
         yield
     finally:
-        _SPELLED_OUT.reset(token)
+        _DECOMPOSING.reset(token)
 
 
 def everything(*args: Any) -> None:
