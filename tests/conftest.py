@@ -1,4 +1,4 @@
-"""What every test starts from: a fixed seed, no compiled code of another test, one thread per worker."""
+"""What every test starts from: a fixed seed, nothing compiled or registered by another test, one thread per worker."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ collect_ignore = [] if sys.platform == "linux" else ["ops/test_triton.py"]
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
+    from tldr_compile import ops  # noqa: PLC0415  It imports triton.
+
     torch.manual_seed(0)
+    registries = (ops.SIGNALS, ops.METRICS, ops.REDUCTIONS)
+    before = [dict(registry) for registry in registries]
     yield
     torch.compiler.reset()
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)

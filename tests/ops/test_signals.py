@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +12,6 @@ import tldr_compile
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
 from tldr_compile import OptionError, TokenMerging, VerificationError, ops
-
-
-@pytest.fixture(autouse=True)
-def registries() -> Iterator[None]:
-    kept = [(registry, dict(registry)) for registry in (ops.SIGNALS, ops.METRICS)]
-    yield
-    for registry, before in kept:
-        registry.clear()
-        registry.update(before)
 
 
 def merged(recipe: Recipe | None = None, **options: object) -> tldr_compile.MergedModule:

@@ -138,16 +138,8 @@ def test_a_decomposition_from_outside_makes_it_a_site(decompositions: None) -> N
     torch.testing.assert_close(tldr_compile.apply(model, (clip,), schedule=[0])(clip), model(clip))
 
 
-@pytest.fixture
-def reductions() -> Iterator[None]:
-    before = dict(ops.REDUCTIONS)
-    yield
-    ops.REDUCTIONS.clear()
-    ops.REDUCTIONS.update(before)
-
-
 @torch.no_grad()
-def test_a_way_to_merge_from_outside_is_an_option_like_the_others(reductions: None) -> None:
+def test_a_way_to_merge_from_outside_is_an_option_like_the_others() -> None:
     with pytest.raises(tldr_compile.OptionError, match="reduction='pairs'"):
         tldr_compile.TokenMerging(reduction="pairs")
 
