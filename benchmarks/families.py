@@ -22,8 +22,9 @@ from rich.progress import track
 import tldr_compile
 from benchmarks import timing
 from benchmarks.models import FAMILIES, Spec
-from benchmarks.tables import add_write, grid, write
+from benchmarks.pages import add_write, write
 from tldr_compile.errors import CaptureError
+from tldr_compile.records.tables import grid
 
 FRACTION = 0.3
 CLIPS = 2  # so that the batch has a name

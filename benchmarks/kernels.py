@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.tables import spread
 from tldr_compile import ops
 from tldr_compile.ops import reference
+from tldr_compile.records.tables import spread
 
 LINE = "{tokens:>6} {batch:>5} {name:<28} {latency:>26} {over:>8} {peak:>8} {off}"
 

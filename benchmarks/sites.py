@@ -17,7 +17,8 @@ from rich.progress import track
 import tldr_compile
 from benchmarks import timing
 from benchmarks.models import MODELS, Spec
-from benchmarks.tables import add_write, grid, write
+from benchmarks.pages import add_write, write
+from tldr_compile.records.tables import grid
 
 SHOWN = ("umt-b", "videomae-b", "vivit-b", "clip-b", "vjepa2-l", "timesformer-b")
 CLIPS = 2  # so that the batch has a name

@@ -29,11 +29,12 @@ import tldr_compile
 from benchmarks import timing
 from benchmarks.handwritten import Handwritten, Method
 from benchmarks.models import MODELS, Spec
-from benchmarks.tables import add_write, grid, spread, write
+from benchmarks.pages import add_write, write
 from benchmarks.timing import Spread
 from benchmarks.umt import UMT
 from tldr_compile import TokenMerging
 from tldr_compile.backend import merged_graph
+from tldr_compile.records.tables import grid, spread
 
 MARKER, KEPT = "<!-- speed -->", "<!-- speeds -->"
 DENSE, OURS, FLOOR = "dense compiled", "ours", "floor by hand"

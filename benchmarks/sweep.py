@@ -23,11 +23,12 @@ import torch
 from benchmarks import timing
 from benchmarks.handwritten import removed
 from benchmarks.models import Spec
-from benchmarks.plot import PICTURES, Chart, Line, draw
+from benchmarks.pages import PICTURES
 from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting
-from benchmarks.tables import grid, spread
 from benchmarks.timing import Spread
 from benchmarks.umt import UMT, UMTConfig
+from tldr_compile.records.charts import Chart, Line, draw
+from tldr_compile.records.tables import grid, spread
 
 SITES = 3  # that merge, as the paper's schedules do
 FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)

@@ -15,15 +15,17 @@ from torch import nn
 from benchmarks import sites, speed, sweep, timing
 from benchmarks.gpu import page as gpu_page
 from benchmarks.models import MODELS
-from benchmarks.quality import saliency, tell
+from benchmarks.pages import replaced, write
+from benchmarks.quality import saliency
 from benchmarks.speed import DENSE, FLOOR, OURS, ROWS, Setting, difference, markdown, measure
-from benchmarks.tables import grid, replaced, write
 from benchmarks.timing import Spread, alternate, peak_bytes, ratio, seconds
 from benchmarks.towers import __main__ as towers
 from benchmarks.towers import answer
 from benchmarks.towers import page as towers_page
 from benchmarks.towers.sizes import TINY
 from benchmarks.umt import UMT, UMTConfig
+from tldr_compile.quality import tell
+from tldr_compile.records.tables import grid
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from benchmarks import timing
 from benchmarks.gpu.driver import failed
 from benchmarks.gpu.load import BY_HAND
 from benchmarks.models import MODELS
+from benchmarks.pages import replaced
 from benchmarks.speed import DENSE, OURS
-from benchmarks.tables import replaced
 
 MARKER = "<!-- gpu -->"
 NOT_MEASURED = "Not measured: the run ended before."

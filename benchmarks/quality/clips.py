@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits, load_sample_image
 from torch import Tensor
 
-from tldr_compile.cli.video import IMAGENET_MEAN, IMAGENET_STD, sample_video
+from tldr_compile.media.video import IMAGENET_MEAN, IMAGENET_STD, sample_video
 
 Split = Literal["train", "val", "test"]
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import timing
-from benchmarks.tables import replaced
-from tldr_compile.cli.outputs import check_file, check_folder, check_png
+from benchmarks.pages import replaced
 from tldr_compile.errors import OptionError, TldrError
+from tldr_compile.records.outputs import check_file
 
 
 def status(name: str, work: Callable[[], None]) -> int:
@@ -29,13 +29,6 @@ def placed(chosen: argparse.Namespace, what: str, picture: Path) -> argparse.Nam
     chosen.out = chosen.out or own
     chosen.picture = chosen.picture or (chosen.out / f"{what}.png" if chosen.model else picture)
     return chosen
-
-
-def check_outputs(chosen: argparse.Namespace) -> None:
-    """Before the work, not after it: raises OptionError for a folder or a picture that cannot be written."""
-    check_folder("--out", chosen.out)
-    check_png("--picture", chosen.picture)
-    check_folder("--picture", chosen.picture.parent)
 
 
 def check_writable(path: Path | None, marker: str) -> None:

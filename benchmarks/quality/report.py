@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.plot import Chart, Line
+from tldr_compile.records.charts import Chart, Line
 
 CURVES = {
     **{f"train {name}": ("train", name) for name in ("joint", "digit", "direction")},
     "val joint": ("val", "joint"),
 }
-Z95 = 1.959964
-
-
-def wilson(hits: int, trials: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson interval of a share; z is that of 95 %."""
-    share = hits / trials
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
-    return middle - half, middle + half
 
 
 def curve(history: Sequence[Mapping[str, Any]]) -> Chart:

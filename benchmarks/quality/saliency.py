@@ -24,17 +24,20 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.plot import PICTURES, save
+from benchmarks.pages import PICTURES, add_write, write
 from benchmarks.quality import clips
-from benchmarks.quality.accuracy import Estimate, normal
 from benchmarks.quality.clips import Clips
-from benchmarks.quality.command import check_outputs, check_writable, placed, status
-from benchmarks.quality.data import check_made, checkpoint, load
+from benchmarks.quality.command import check_writable, placed, status
+from benchmarks.quality.made import check_made, checkpoint
 from benchmarks.quality.train import EVAL_BATCH, batches
-from benchmarks.tables import add_write, grid, write
 from tldr_compile import ops
 from tldr_compile.cli.main import positive
-from tldr_compile.cli.video import IMAGENET_MEAN, IMAGENET_STD
+from tldr_compile.cli.quality import check_outputs
+from tldr_compile.media.video import IMAGENET_MEAN, IMAGENET_STD
+from tldr_compile.quality.accuracy import Estimate, normal
+from tldr_compile.quality.data import load
+from tldr_compile.records.charts import save
+from tldr_compile.records.tables import grid
 
 MARKER: Final = "<!-- saliency -->"
 COVERED: Final = 0.25
@@ -146,7 +149,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(chosen: argparse.Namespace) -> None:
     """Measure, print, keep, draw. Raises TldrError."""
-    check_outputs(chosen)
+    check_outputs(chosen.out, chosen.picture)
     check_writable(chosen.write, MARKER)
     name = chosen.model or checkpoint()
     subject = load(name, attention="eager")

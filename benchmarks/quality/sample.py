@@ -16,7 +16,7 @@ import torch
 from benchmarks.quality import clips
 from benchmarks.quality.clips import DIRECTIONS
 from benchmarks.quality.train import HERE
-from tldr_compile.cli.video import IMAGENET_MEAN, IMAGENET_STD, Frames
+from tldr_compile.media.video import IMAGENET_MEAN, IMAGENET_STD, Frames
 
 INDEX = 41
 RATE = 8  # frames per second

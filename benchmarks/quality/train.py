@@ -21,14 +21,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import VideoMAEForVideoClassification
 
 from benchmarks import timing
-from benchmarks.plot import draw
 from benchmarks.quality import clips, model, report
 from benchmarks.quality.clips import Split
 from benchmarks.quality.command import status
 from benchmarks.quality.model import Measure, Size
 from benchmarks.quality.training import Settings, StateError, Training, contrast
 from tldr_compile.cli.main import positive
-from tldr_compile.cli.outputs import check_folder
+from tldr_compile.quality.accuracy import wilson
+from tldr_compile.records.charts import draw
+from tldr_compile.records.outputs import check_folder
 
 HERE = Path(__file__).parent
 CHECKPOINTS: dict[Size, str] = {"base": "checkpoint", "half": "checkpoint-half"}
@@ -94,7 +95,7 @@ def finish(training: Training, out: Path) -> dict[str, Any]:
     """Measure the test split once; write weights, card, metrics, log and curve into `out`."""
     network = training.model.eval()
     tested = evaluate(network, "test", TEST_CLIPS)
-    low, high = report.wilson(round(tested.joint * TEST_CLIPS), TEST_CLIPS)
+    low, high = wilson(round(tested.joint * TEST_CLIPS), TEST_CLIPS)
     facts = {
         "settings": asdict(training.settings),
         "layers": network.config.num_hidden_layers,

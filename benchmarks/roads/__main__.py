@@ -16,8 +16,9 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.pages import add_write, write
 from benchmarks.roads.roads import ROADS
-from benchmarks.tables import add_write, grid, write
+from tldr_compile.records.tables import grid
 
 MARKER = "<!-- roads -->"
 RESULTS = Path(__file__).parents[1] / "results" / "roads.json"

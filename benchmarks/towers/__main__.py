@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from benchmarks import timing
-from benchmarks.tables import add_write, write
+from benchmarks.pages import add_write, write
 from benchmarks.towers import answer, page, tower
 from benchmarks.towers.sizes import CPU, FULL_ANSWER, FULL_TOWER, TINY
 

@@ -16,11 +16,11 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from benchmarks import timing
-from benchmarks.tables import grid, spread
 from benchmarks.timing import Spread
 from benchmarks.towers.sizes import CPU, Exported, Size
 from examples import video_language_model as example
 from tldr_compile import Kept
+from tldr_compile.records.tables import grid, spread
 
 DENSE, PRUNED, OURS = "all tokens", "pruned behind the tower", "ours, merged in the tower"
 HEAD = ("row", "tower, ms", "language model, ms", "first token, ms", "this ÷ ours", "tokens of prompt")

@@ -14,10 +14,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 import tldr_compile
 from benchmarks import timing
-from benchmarks.tables import grid, spread
 from benchmarks.timing import Spread
 from benchmarks.towers.sizes import CPU, Exported, Size
 from tldr_compile import MergedModule
+from tldr_compile.records.tables import grid, spread
 
 DENSE, EAGER, OURS = "dense, compiled", "dense, eager", "ours"
 HEAD = ("row", "latency, s", "dense ÷ this", "GFLOPs", "blocks left", "peak memory, MB")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-from tests.cli.test_video import encode, noise
+from tests.media.test_video import encode, noise
 from tldr_compile import __version__
 from tldr_compile.cli import main as cli
 from tldr_compile.cli import run

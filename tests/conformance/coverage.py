@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import timing
-from benchmarks.tables import grid, replaced
+from benchmarks.pages import replaced
 from tests.conformance.encoders import IMAGES, TOWERS, VIDEO, Encoder, discover
 from tests.conformance.verdict import (
     COVERED,
@@ -54,6 +54,7 @@ from tests.conformance.verdict import (
     saves_little,
 )
 from tests.conformance.walk import walk
+from tldr_compile.records.tables import grid
 
 MARKER, TOWERS_MARKER = "<!-- coverage -->", "<!-- towers -->"
 TITLE = "# Coverage"

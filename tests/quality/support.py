@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 from benchmarks.quality.clips import CLASSES, FRAMES, SIZE
-from tests.cli.test_video import encode, noise
+from tests.media.test_video import encode, noise
 
 CLASS_NAMES = ("Riding a bike", "cooking_eggs")
 

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from benchmarks.quality.accuracy import Said, alone, paired, rows, said, verdict
-from benchmarks.quality.budget import Cell
-from benchmarks.quality.data import Batch
-from benchmarks.quality.folders import DataError
-from benchmarks.quality.methods import OURS, RANDOM
 from tldr_compile import TokenMerging
+from tldr_compile.quality.accuracy import Said, alone, paired, rows, said, verdict
+from tldr_compile.quality.budget import Cell
+from tldr_compile.quality.data import Batch
+from tldr_compile.quality.folders import DataError
+from tldr_compile.quality.methods import OURS, RANDOM
 
 CPU = torch.device("cpu")
 ONE, TWO, THREE = (TokenMerging(schedule=(part,)) for part in (0.1, 0.2, 0.3))

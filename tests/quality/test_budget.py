@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import VideoMAEForVideoClassification
 
-from benchmarks.quality import methods
-from benchmarks.quality.budget import BudgetError, Curve, Merger
-from benchmarks.quality.methods import METHODS, OURS, RANDOM, SEEDS, schedule
 from tests.quality.support import config
 from tldr_compile import NothingToMerge, TokenMerging, ops
 from tldr_compile.ops.reductions import Tokens
+from tldr_compile.quality import methods
+from tldr_compile.quality.budget import BudgetError, Curve, Merger
+from tldr_compile.quality.methods import METHODS, OURS, RANDOM, SEEDS, schedule
 
 
 @pytest.fixture

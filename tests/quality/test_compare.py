@@ -1,7 +1,8 @@
+"""`tldr quality`, on folders of videos."""
+
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,30 @@ import pytest
 import torch
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
-from benchmarks.quality import clips, compare, data, latency, sample, tell
-from benchmarks.quality.accuracy import Said
-from benchmarks.quality.budget import Cell
-from benchmarks.quality.methods import METHODS, OURS, RANDOM, SEEDS, TIMED
-from benchmarks.timing import Spread
+from benchmarks.quality import clips, made, sample
 from tests.quality.support import CLASS_NAMES, checkpoint, config, kinetics
-from tldr_compile import TokenMerging, ops
+from tldr_compile import TokenMerging
+from tldr_compile.cli import quality
+from tldr_compile.cli.main import main, parser
+from tldr_compile.quality import compare, data, latency
+from tldr_compile.quality.accuracy import Said
+from tldr_compile.quality.budget import Cell
+from tldr_compile.quality.methods import OURS, RANDOM
+from tldr_compile.records.measure import Spread
 
 FEW = ("--methods", OURS, RANDOM)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One shape to choose from, few clips to choose by, and latencies that are not measured."""
 
     def ratios(calls: Any, dense: Any, clips: Any, rounds: int) -> dict[latency.Name, Spread]:
         return dict.fromkeys(calls, Spread(0.5, 0.6, 0.7))
 
     monkeypatch.setattr(compare, "CANDIDATES", ("every site",))
-    monkeypatch.setattr(compare, "VAL_CLIPS", 80)
+    monkeypatch.setattr(data, "VAL_CLIPS", 80)
     monkeypatch.setattr(latency, "ratios", ratios)
-    before = dict(ops.REDUCTIONS)
-    yield
-    ops.REDUCTIONS.clear()
-    ops.REDUCTIONS.update(before)
 
 
 @pytest.fixture
@@ -47,39 +47,11 @@ def named(tmp_path: Path) -> Path:
 
 
 def error(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command failed with."""
-    assert compare.main(arguments) == 1
-    told = capsys.readouterr().err.strip().splitlines()
-    assert told[-1].startswith("quality: ")
-    assert not any("Traceback" in line for line in told)
-    return told[-1]
-
-
-def test_every_method_has_its_row(tmp_path: Path, places: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    folder, page = checkpoint(tmp_path / "model", config()), tmp_path / "page.md"
-    page.write_text(f"before\n{tell.MARKER}\nold\n{tell.MARKER}\nafter")
-    arguments = ("--model", str(folder), "--clips", "80", "--budgets", "0.8", *places, "--write", str(page))
-    assert compare.main(arguments) == 0
-    facts = json.loads((tmp_path / "quality.json").read_text())
-    assert [row["method"] for row in facts["rows"]] == [compare.DENSE, *METHODS]
-    assert facts["clips"] == 80
-    assert facts["shapes"]["chosen"] == {name: "every site" for name, each in METHODS.items() if each.shape is None}
-    rows = {row["method"]: row for row in facts["rows"]}
-    for name, row in rows.items():
-        assert 0 <= row["accuracy"][0] <= 1
-        assert (row["over_dense"] is not None) == (name in (compare.DENSE, *TIMED))
-        assert (row["over_random"] is None) == (name in (compare.DENSE, RANDOM) or bool(row["missed"]))
-        if row["budget"] and not row["missed"]:
-            assert row["gflops"] == pytest.approx(0.8 * rows[compare.DENSE]["gflops"], rel=0.02)
-    assert len(rows[RANDOM]["variants"]) == len(SEEDS)
-    assert rows[compare.DENSE]["agreement"] == 1
-    told = page.read_text()
-    assert told.startswith(f"before\n{tell.MARKER}\n| accuracy, % | dense | 0.8 of its GFLOPs |")
-    assert told.endswith(f"{tell.MARKER}\nafter")
-    assert "Than random dropping, vid-TLDR is " in told
-    out = capsys.readouterr().out
-    assert all(f"| {name} | 0.8" in out for name in METHODS)
-    assert (tmp_path / "quality.png").stat().st_size > 1000
+    """What the command failed with."""
+    assert main(("quality", *arguments)) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told[told.index("tldr: ") :]
 
 
 def test_real_clips_and_a_corrupt_one(
@@ -89,7 +61,7 @@ def test_real_clips_and_a_corrupt_one(
     (folder / CLASS_NAMES[0] / "broken.mp4").write_bytes(b"no video")
     (folder / CLASS_NAMES[1] / "none.mp4").touch()
     arguments = ("--model", str(named), "--data", str(folder), "--budgets", "0.75", "--batch", "3", *FEW, *places)
-    assert compare.main(arguments) == 0
+    assert main(("quality", *arguments)) == 0
     facts = json.loads((tmp_path / "quality.json").read_text())
     skipped = facts["skipped"] + facts["shapes"]["skipped"]
     assert facts["clips"] + facts["shapes"]["clips"] == 6
@@ -101,7 +73,7 @@ def test_real_clips_and_a_corrupt_one(
 
 
 def test_the_kept_model_on_real_files(tmp_path: Path, places: tuple[str, ...]) -> None:
-    model = VideoMAEForVideoClassification.from_pretrained(data.checkpoint()).eval()
+    model = VideoMAEForVideoClassification.from_pretrained(made.checkpoint()).eval()
     model.save_pretrained(tmp_path / "model")
     labels, right = (3, 41), {}
     for label in labels:
@@ -111,7 +83,7 @@ def test_the_kept_model_on_real_files(tmp_path: Path, places: tuple[str, ...]) -
             right[index] = int(model(clips.make("test", [index]).pixels).logits.argmax()) == label
     assert all(right.values()), "choose clips that the model tells right"
     folders = ("--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"))
-    assert compare.main((*folders, "--budgets", "0.5", "--batch", "2", "--methods", OURS, *places)) == 0
+    assert main(("quality", *folders, "--budgets", "0.5", "--batch", "2", "--methods", OURS, *places)) == 0
     dense, *merged = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert dense["accuracy"][0] == dense["agreement"] == 1
     assert all(row["gflops"] == pytest.approx(0.5 * dense["gflops"], rel=0.02) for row in merged)
@@ -125,14 +97,6 @@ def test_something_of_a_folder_is_wrong(tmp_path: Path, named: Path, capsys: pyt
     assert "not classes of the model: 'juggling'" in error(("--model", str(named), "--data", str(folder)), capsys)
     folder = kinetics(tmp_path / "one", CLASS_NAMES[:1], 1)
     assert "has one clip" in error(("--model", str(named), "--data", str(folder)), capsys)
-
-
-def test_the_table_is_of_test_clips_and_the_shapes_of_validation_clips() -> None:
-    chosen = compare.options(())
-    for part, split in zip(compare.parts(chosen, compare.subject(chosen)), ("val", "test"), strict=True):
-        batch, made = next(part.batches), clips.make(split, range(80))
-        assert torch.equal(batch.pixels, made.pixels)
-        assert torch.equal(batch.labels, made.labels)
 
 
 def test_every_method_has_the_shape_that_is_best_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,8 +132,8 @@ def test_every_method_has_the_shape_that_is_best_for_it(monkeypatch: pytest.Monk
 def test_places_that_cannot_be_written_are_refused_first(
     option: str, value: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "record", None)
-    assert message in error((option, value), capsys)
+    monkeypatch.setattr(quality, "record", None)
+    assert message in error(("--model", "any", "--data", "any", option, value), capsys)
 
 
 def test_clips_that_cannot_be_read_are_named_even_if_none_can(
@@ -179,7 +143,7 @@ def test_clips_that_cannot_be_read_are_named_even_if_none_can(
     for path in folder.glob("*/*.mp4"):
         path.write_bytes(b"no video")
     arguments = ("--model", str(named), "--data", str(folder), "--budgets", "0.75", "--batch", "1", *FEW, *places)
-    assert compare.main(arguments) == 1
+    assert main(("quality", *arguments)) == 2
     told = capsys.readouterr()
     assert "no clip could be read, for the reasons above" in told.err
     assert "skipped: " in told.out
@@ -195,47 +159,22 @@ def test_a_budget_that_no_shape_meets(named: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("budget", ["0", "1", "1.5", "-0.1", "much", "nan"])
 def test_no_budget(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        compare.options(["--budgets", budget])
+        parser().parse_args(["quality", "--model", "m", "--data", "d", "--budgets", budget])
     assert "write a part of the dense GFLOPs" in capsys.readouterr().err
 
 
 def test_weights_that_are_cut(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = named / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "ModelError" in (told := error(("--model", str(named)), capsys))
+    assert "ModelError" in (told := error(("--model", str(named), "--data", "any"), capsys))
     assert "cannot be had" in told
 
 
 def test_weights_without_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     VideoMAEForPreTraining(config()).save_pretrained(tmp_path / "model")
-    told = error(("--model", str(tmp_path / "model")), capsys)
+    told = error(("--model", str(tmp_path / "model"), "--data", "any"), capsys)
     assert "has no weights for " in told
     assert "classifier.weight" in told
-
-
-def test_a_model_of_other_clips(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = error(("--model", str(named)), capsys)
-    assert "tells 2 classes from 4 frames of 32 x 32" in told
-    assert "say with --data" in told
-
-
-def test_a_missing_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data, "HERE", tmp_path)
-    assert "train it with python -m benchmarks.quality.train" in error((), capsys)
-
-
-def test_data_needs_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--data needs --model" in error(("--data", str(tmp_path)), capsys)
-
-
-def test_a_file_without_markers_is_refused_before_anything_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("no markers")
-    assert f"expected two lines {tell.MARKER}, found 0" in error(("--write", str(page)), capsys)
 
 
 def test_what_misses_its_budget_is_not_timed() -> None:

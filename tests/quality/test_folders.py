@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.folders import DataError, listed
 from tests.quality.support import CLASS_NAMES, kinetics
+from tldr_compile.quality.folders import DataError, listed
 
 CLASSES = {name: label for label, name in enumerate(CLASS_NAMES)}
 TEMPLATES = {"Pushing something": 1, "Lifting something up": 0}

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from transformers import VideoMAEForVideoClassification
 
-from benchmarks.quality import latency
-from benchmarks.quality.budget import Cell
 from tests.laws.support import graphs_for_inductor
 from tests.quality.support import config
 from tldr_compile import TokenMerging, ops
+from tldr_compile.quality import latency
+from tldr_compile.quality.budget import Cell
 
 
 def test_ratios_are_to_the_dense_model() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import tldr_compile
 from tldr_compile import writing
-from tldr_compile.cli import models
-from tldr_compile.cli.outputs import check_file
+from tldr_compile.media import models
+from tldr_compile.records.outputs import check_file
 
 
 class Logits(nn.Module):

@@ -6,11 +6,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from tldr_compile import __version__
 from tldr_compile.errors import OptionError, TldrError
+from tldr_compile.quality.methods import METHODS
 from tldr_compile.writing import FORMATS
+
+EXTRAS = {"run": "demo", "export": "demo", "quality": "quality"}
+"""What a command needs beside the package itself."""
 
 INTERRUPTED = 130
 """The exit status that shells give to a program that Ctrl-C ended."""
@@ -31,6 +36,17 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def part(text: str) -> float:
+    """A part of the dense GFLOPs."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no budget: write a part of the dense GFLOPs, such as 0.6")
+    return share
 
 
 def file(text: str) -> Path:
@@ -68,7 +84,49 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--most-clips", type=positive, default=1, metavar="N", help="take 1 to N clips in a call (default: one)"
     )
+    quality = commands.add_parser(
+        "quality",
+        help="what merging does to accuracy on labelled videos, beside other ways to be cheaper",
+        description="Compares ways to merge and drop tokens, at equal GFLOPs, on labelled videos: accuracy, the same "
+        "answer as the dense model, latency. The shape of each schedule is chosen on clips that are not in the table.",
+    )
+    quality.add_argument("--model", metavar="ID", required=True, help="hub id or local folder of a video classifier")
+    quality.add_argument(
+        "--data",
+        type=file,
+        metavar="FOLDER",
+        required=True,
+        help="laid out as Kinetics (FOLDER/class name/clip.mp4) or Something-Something (FOLDER/videos/id.webm, "
+        "FOLDER/validation.json, FOLDER/labels.json)",
+    )
+    add_comparison(quality)
     return top
+
+
+def add_comparison(command: argparse.ArgumentParser) -> None:
+    """What a comparison measures, and where it keeps that."""
+    command.add_argument("--clips", type=positive, default=1600, metavar="N", help="test clips (default: 1600)")
+    command.add_argument(
+        "--budgets",
+        type=part,
+        nargs="+",
+        default=(0.9, 0.75, 0.6, 0.45, 0.3),
+        metavar="PART",
+        help="parts of the dense GFLOPs (default: 0.9 0.75 0.6 0.45 0.3)",
+    )
+    command.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="NAME",
+        default=tuple(METHODS),
+        help=f"of {', '.join(map(repr, METHODS))} (default: all)",
+    )
+    command.add_argument("--batch", type=positive, default=8, metavar="N", help="clips of a timed call (default: 8)")
+    command.add_argument("--rounds", type=positive, default=15, metavar="N", help="of each latency (default: 15)")
+    command.add_argument("--device", default="cpu", help="where to run: cpu (default), cuda, ...")
+    command.add_argument("--out", type=file, metavar="FOLDER", help="for the JSON (default: one named after the model)")
+    command.add_argument("--picture", type=file, metavar="PNG", help="default: beside the JSON")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -92,12 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         try:
-            from tldr_compile.cli import export, run  # noqa: PLC0415 - they need packages that may be missing
-        except ModuleNotFoundError as missing:
+            command = import_module(f"tldr_compile.cli.{arguments.command}")
+        except ModuleNotFoundError as missing:  # of a package that not every installation has
             raise OptionError(
-                f"`tldr {arguments.command}` needs the package {missing.name!r}: pip install 'tldr-compile[demo]'"
+                f"`tldr {arguments.command}` needs the package {missing.name!r}: "
+                f"pip install 'tldr-compile[{EXTRAS[arguments.command]}]'"
             ) from missing
-        {"run": run, "export": export}[arguments.command].run(arguments)
+        command.run(arguments)
     except TldrError as error:
         print(f"tldr: {type(error).__name__}: {error}", file=sys.stderr)
         return 2

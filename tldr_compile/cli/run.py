@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import tldr_compile
-from tldr_compile.cli import measure, models, video
-from tldr_compile.cli.models import device_of
-from tldr_compile.cli.outputs import check_file, check_png
-from tldr_compile.cli.picture import picture
 from tldr_compile.errors import TldrError
 from tldr_compile.inspection import Decision
+from tldr_compile.media import models, video
+from tldr_compile.media.models import device_of
+from tldr_compile.media.picture import picture
+from tldr_compile.records import measure
+from tldr_compile.records.outputs import check_file, check_png
 
 TIME_FIRST = ("t", "h", "w")
 

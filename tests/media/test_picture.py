@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tldr_compile.cli.picture import CAPTION, DIM, GAP, picture
+from tldr_compile.media.picture import CAPTION, DIM, GAP, picture
 
 GRID = (2, 2, 2)
 SIDE = 160

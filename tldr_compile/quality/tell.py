@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from benchmarks.plot import Chart, Line
-from benchmarks.quality.accuracy import points
-from benchmarks.quality.methods import OURS
-from benchmarks.tables import grid, spread
+from tldr_compile.quality.accuracy import points
+from tldr_compile.quality.methods import OURS
+from tldr_compile.records.charts import Chart, Line
+from tldr_compile.records.tables import grid, spread
 
 MARKER: Final = "<!-- quality -->"
 Row = Mapping[str, Any]

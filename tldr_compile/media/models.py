@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForVideoClassification, VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import (
+    AutoModelForVideoClassification,
+    PreTrainedModel,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+)
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from tldr_compile.cli.video import Preprocessing
 from tldr_compile.errors import OptionError, TldrError
+from tldr_compile.media.video import Preprocessing
 
 FRAMES = ("num_frames", "frames_per_clip")
 SIDES = ("image_size", "crop_size")
@@ -29,7 +35,7 @@ class ModelError(TldrError):
 class Subject:
     """A video classifier in eval mode, called as `model(clip [1, T, 3, H, W])`, and how a clip is made for it."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     frames: int
     preprocessing: Preprocessing
     origin: str
@@ -82,11 +88,12 @@ def _pretrained(name: str, attention: str | None) -> Subject:
 
 
 def _subject(model: Any, processor: dict[str, Any] | None, origin: str) -> Subject:
-    frames = _said(model.config, FRAMES)
-    return Subject(model.eval(), frames, preprocessing(processor or {}, _said(model.config, SIDES)), origin)
+    frames = said(model.config, FRAMES)
+    return Subject(model.eval(), frames, preprocessing(processor or {}, said(model.config, SIDES)), origin)
 
 
-def _said(config: Any, names: tuple[str, ...]) -> int:
+def said(config: Any, names: Sequence[str]) -> int:
+    """What the configuration says under the first of these names. Raises ModelError where it has none of them."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, (list, tuple)) and len(set(value)) == 1:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from rich.progress import Progress
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
@@ -69,6 +70,19 @@ def alternate(
             tick()
         order.reverse()
     return taken
+
+
+def in_turn(
+    calls: Mapping[Any, Call], device: torch.device, rounds: int, title: str, *, first: int = 1
+) -> dict[Any, list[float]]:
+    """Seconds of every call in each of `rounds`, all in alternation; `first` calls of each, to compile, go before."""
+    with Progress(transient=True) as progress:
+        task = progress.add_task(title, total=len(calls) * (first + rounds))
+        for call in calls.values():
+            for _ in range(first):
+                call()
+                progress.advance(task)
+        return alternate(calls, device, rounds=rounds, tick=lambda: progress.advance(task))
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.quality import clips, sample
 from benchmarks.quality.train import HERE
-from tldr_compile.cli import video
+from tldr_compile.media import video
 
 
 def test_the_kept_file_is_the_test_clip() -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tldr_compile.cli import video
-from tldr_compile.cli.video import Frames, Preprocessing, VideoError
+from tldr_compile.media import video
+from tldr_compile.media.video import Frames, Preprocessing, VideoError
 
 
 def grey(values: list[int], height: int = 48, width: int = 64) -> Frames:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import timing
-from benchmarks.quality.budget import Cell
-from benchmarks.timing import Spread
 from tldr_compile import TokenMerging
+from tldr_compile.quality.budget import Cell
+from tldr_compile.records import measure
+from tldr_compile.records.measure import Spread
 
 Name = tuple[str, float | None]
 """A method and its budget; None for a dense model."""
@@ -21,8 +21,8 @@ Name = tuple[str, float | None]
 
 def calls(models: Mapping[str, nn.Module], dense: str, cells: Sequence[Cell]) -> dict[Name, Callable[[Tensor], Any]]:
     """Dense models compiled by Inductor, and those of the cells that meet their budgets through the backend."""
-    plain = {(name, None): torch.compile(model) for name, model in models.items()}
-    merged = {
+    plain: dict[Name, Callable[[Tensor], Any]] = {(name, None): torch.compile(model) for name, model in models.items()}
+    merged: dict[Name, Callable[[Tensor], Any]] = {
         (cell.method, cell.budget): torch.compile(models[dense], backend="tldr", options=options(cell.configs[0]))
         for cell in cells
         if not cell.missed
@@ -45,5 +45,5 @@ def ratios(run: Mapping[Name, Callable[[Tensor], Any]], dense: Name, clips: Tens
     bound = {name: partial(call, clips) for name, call in run.items()}
     # All variants are compiled from one forward(), and torch keeps 8 of those by default.
     with torch._dynamo.config.patch(recompile_limit=len(run) + 1):
-        taken = timing.in_turn(bound, clips.device, rounds, "timing in turn", first=2)
-    return {name: timing.ratio(seconds, taken[dense]) for name, seconds in taken.items()}
+        taken = measure.in_turn(bound, clips.device, rounds, "timing in turn", first=2)
+    return {name: measure.ratio(seconds, taken[dense]) for name, seconds in taken.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tldr_compile.cli import measure
+from tldr_compile.records import measure
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,9 @@ from transformers import (
     VJEPA2Config,
 )
 
-from tldr_compile.cli import models
-from tldr_compile.cli.models import ModelError
-from tldr_compile.cli.video import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from tldr_compile.media import models
+from tldr_compile.media.models import ModelError
+from tldr_compile.media.video import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality import report
-from benchmarks.quality.budget import Cell
-from benchmarks.quality.data import Batch
-from benchmarks.quality.folders import DataError
-from benchmarks.quality.methods import OURS, RANDOM
+from tldr_compile.config import TokenMerging
+from tldr_compile.quality.budget import Cell
+from tldr_compile.quality.data import Batch
+from tldr_compile.quality.folders import DataError
+from tldr_compile.quality.methods import OURS, RANDOM
+
+Z95: Final = 1.959964
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -77,15 +80,23 @@ def hits(heard: Said, keys: Sequence[Hashable]) -> Tensor:
     return torch.stack([(heard.classes[key] == heard.labels).float() for key in keys]).mean(0)
 
 
-def wilson(right: Tensor) -> Estimate:
+def wilson(hits: int, trials: int, z: float = Z95) -> tuple[float, float]:
+    """The Wilson interval of a share; z is that of 95 %."""
+    share = hits / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return middle - half, middle + half
+
+
+def proportion(right: Tensor) -> Estimate:
     """Of the mean of `right [N]`."""
-    return Estimate(float(right.mean()), *report.wilson(round(float(right.sum())), len(right)))
+    return Estimate(float(right.mean()), *wilson(round(float(right.sum())), len(right)))
 
 
 def normal(values: Tensor) -> Estimate:
     """Of the mean of many values `[N]`."""
     middle = float(values.mean())
-    half = report.Z95 * float(values.std(correction=0)) / len(values) ** 0.5
+    half = Z95 * float(values.std(correction=0)) / len(values) ** 0.5
     return Estimate(middle, middle - half, middle + half)
 
 
@@ -103,7 +114,7 @@ def paired(ours: Tensor, theirs: Tensor) -> Estimate:
 def alone(name: str, gflops: float, heard: Said, dense: Hashable) -> Row:
     """The row of a dense model; it is called `name` in what was heard, too."""
     agreement = (heard.classes[name] == heard.classes[dense]).float().mean()
-    return Row(name, None, gflops, (), wilson(hits(heard, [name])), float(agreement), None, ())
+    return Row(name, None, gflops, (), proportion(hits(heard, [name])), float(agreement), None, ())
 
 
 def rows(cells: Sequence[Cell], heard: Said, dense: Hashable) -> list[Row]:
@@ -119,8 +130,8 @@ def rows(cells: Sequence[Cell], heard: Said, dense: Hashable) -> list[Row]:
             cell.method,
             cell.budget,
             cell.gflops,
-            list(cell.configs[0].entries),
-            wilson(right),
+            _entries(cell.configs[0]),
+            proportion(right),
             float(same.mean()),
             paired(right, random[cell.budget]) if compared else None,
             variants if len(variants) > 1 else [],
@@ -128,6 +139,10 @@ def rows(cells: Sequence[Cell], heard: Said, dense: Hashable) -> list[Row]:
         )
 
     return [row(cell) for cell in cells]
+
+
+def _entries(config: TokenMerging) -> list[float]:
+    return list(config.entries) if isinstance(config.entries, tuple) else [config.entries]
 
 
 def verdict(told: Sequence[Row]) -> str:

@@ -1,20 +1,11 @@
-"""Markdown tables, and the pages that they stand in."""
+"""The pages that tables stand in, and the folder of pictures."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-
-def grid(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
-
-
-def spread(values: Sequence[float], digits: int, scale: float = 1) -> str:
-    """Least, middle and most, as one cell."""
-    return " / ".join(f"{scale * value:.{digits}f}" for value in values)
+PICTURES = Path(__file__).parent.parent / "docs"
 
 
 def replaced(text: str, block: str, marker: str) -> str:

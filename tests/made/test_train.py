@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-from benchmarks.quality import clips, model, report, train
+from benchmarks.quality import clips, model, train
 from benchmarks.quality.clips import CLASSES, FRAMES, SIZE
 from benchmarks.quality.training import Settings, StateError, Training, contrast, rate
+from tldr_compile.quality.accuracy import wilson
 
 SETTINGS = Settings(size="base", steps=(20,), batch=8, seed=0, rate=2e-3)
 TINY = VideoMAEConfig(
@@ -93,7 +94,7 @@ def test_the_kept_model_does_what_its_card_says() -> None:
     assert sum(each.stat().st_size for each in kept.iterdir()) <= 10e6
     network = VideoMAEForVideoClassification.from_pretrained(kept)
     again = train.evaluate(network, "test", 3 * CLASSES)
-    low, high = report.wilson(round(again.joint * 3 * CLASSES), 3 * CLASSES, z=4)
+    low, high = wilson(round(again.joint * 3 * CLASSES), 3 * CLASSES, z=4)
     assert low <= tested["joint"] <= high
 
 
@@ -186,7 +187,7 @@ def test_contrast_grows_to_full() -> None:
 
 
 def test_wilson() -> None:
-    assert report.wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
+    assert wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
 
 
 def test_batches_hold_every_class() -> None:

@@ -1,4 +1,4 @@
-"""Lines with their spreads: the pictures of the benchmarks."""
+"""Lines with their spreads, as a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-PICTURES = Path(__file__).parent.parent / "docs"
 MARKED = 50  # a line of more points is drawn without them
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import tldr_compile
-from benchmarks.quality.methods import Method, schedule
 from tldr_compile import MergedModule, TokenMerging, passes
 from tldr_compile.api import assemble
 from tldr_compile.errors import TldrError
+from tldr_compile.quality.methods import Method, schedule
 
 MOST = 0.5  # no site loses more
 NEAR, MET = 0.005, 0.02  # where the search stops, and what counts as met; parts of the budget

@@ -13,13 +13,10 @@ import av
 import torch
 from torch import Tensor
 
-from benchmarks.quality.clips import CLASSES, FRAMES, SIZE, Split
-from benchmarks.quality.folders import Clip, DataError, listed
-from benchmarks.quality.train import CHECKPOINTS, EVAL_BATCH, HERE, batches
-from tldr_compile.cli import models, video
-from tldr_compile.cli.models import ModelError, Subject
-from tldr_compile.cli.video import VideoError
-from tldr_compile.errors import OptionError
+from tldr_compile.media import models, video
+from tldr_compile.media.models import ModelError, Subject
+from tldr_compile.media.video import VideoError
+from tldr_compile.quality.folders import Clip, DataError, listed
 
 VAL_CLIPS = 400
 
@@ -47,14 +44,6 @@ class Part:
         return -(-self.clips // self.batch)
 
 
-def checkpoint() -> str:
-    """The folder of the model that is trained here. Raises ModelError where it is missing."""
-    path = HERE / CHECKPOINTS["base"]
-    if not path.is_dir():
-        raise ModelError(f"there is no checkpoint in {path}: train it with python -m benchmarks.quality.train")
-    return str(path)
-
-
 def load(name: str, *, attention: str | None = None) -> Subject:
     """A video classifier by hub id or folder. Raises ModelError, also where its weights leave parameters random."""
     subject = models.load(name, attention=attention, seed=0)
@@ -64,24 +53,6 @@ def load(name: str, *, attention: str | None = None) -> Subject:
         few = ", ".join(sorted(told["missing_keys"])[:3])
         raise ModelError(f"{name} has no weights for {len(told['missing_keys'])} of its parameters, such as {few}")
     return subject
-
-
-def check_made(subject: Subject, name: str, number: int) -> None:
-    """Raises ModelError for a model that reads other clips than the made ones, OptionError for so many of them."""
-    if number % EVAL_BATCH:
-        raise OptionError(f"--clips {number}: made clips come {EVAL_BATCH} at a time, one of every class")
-    reads = (subject.model.config.num_labels, subject.frames, *subject.preprocessing.crop)
-    if reads != (CLASSES, FRAMES, SIZE, SIZE):
-        raise ModelError(
-            f"{name} tells {reads[0]} classes from {reads[1]} frames of {reads[2]} x {reads[3]}, and the made clips "
-            f"have {CLASSES}, {FRAMES} and {SIZE} x {SIZE}: say with --data which videos it is for"
-        )
-
-
-def made(split: Split, number: int) -> Part:
-    """Made clips of a split, a multiple of 80."""
-    taken = (Batch(batch.pixels, batch.labels) for batch in batches(split, number))
-    return Part(number, EVAL_BATCH, taken)
 
 
 def folder(subject: Subject, path: Path, number: int, batch: int) -> tuple[Part, Part]:

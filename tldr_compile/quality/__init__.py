@@ -1,0 +1,1 @@
+"""What merging does to what a model says: clips, ways to be cheaper at equal GFLOPs, accuracy and agreement."""

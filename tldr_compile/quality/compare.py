@@ -1,0 +1,137 @@
+"""What merging does to accuracy, beside what else makes a video model cheaper, at equal GFLOPs.
+
+    choosing clips -> the shape of the schedule of every method; testing clips -> the table
+
+The clips of the table choose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any, Final
+
+import torch
+from rich.progress import Progress, TimeElapsedColumn, track
+from torch import nn
+
+from tldr_compile.errors import OptionError
+from tldr_compile.media.models import Subject
+from tldr_compile.quality import latency, methods
+from tldr_compile.quality.accuracy import Said, alone, hits, rows, said, verdict
+from tldr_compile.quality.budget import Cell, Merger
+from tldr_compile.quality.data import Part
+from tldr_compile.quality.methods import CANDIDATES, METHODS, TIMED
+from tldr_compile.records import kept
+
+DENSE: Final = "dense"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and on which clips."""
+
+    subject: Subject
+    """The dense model, whose tokens are merged."""
+    model: str
+    data: str
+    """Names, for people."""
+    choosing: Part
+    testing: Part
+    budgets: Sequence[float]
+    """Parts of the dense GFLOPs."""
+    methods: Sequence[str]
+    others: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Other dense models for the same clips, by name."""
+    batch: int = 8
+    rounds: int = 15
+    """Clips of a timed call, and measurements of each latency."""
+
+
+def record(study: Study, device: torch.device) -> dict[str, Any]:
+    """Measure everything. Raises TldrError."""
+    methods.register()
+    dense: dict[str, nn.Module] = {DENSE: study.subject.model, **study.others}
+    for each in dense.values():
+        each.to(device)
+    shape = (study.subject.frames, 3, *study.subject.preprocessing.crop)
+    example = torch.zeros(study.testing.batch, *shape, device=device)
+    mergers = {name: Merger(each, example) for name, each in dense.items()}
+    merger = mergers[DENSE]
+    shapes = choose(merger, study.methods, study.budgets, study.choosing)
+    cells = [
+        cell
+        for name in track(study.methods, "meeting budgets", transient=True)
+        for cell in merger.cells(name, METHODS[name], shapes["chosen"].get(name, METHODS[name].shape), study.budgets)
+    ]
+    heard = listen(merger, cells, dense, study.testing, "testing")
+    told = [alone(name, mergers[name].dense, heard, DENSE) for name in dense] + rows(cells, heard, DENSE)
+    timed = [cell for cell in cells if cell.method in TIMED]
+    clips = torch.randn(study.batch, *shape, device=device)
+    over = latency.ratios(latency.calls(dense, DENSE, timed), (DENSE, None), clips, study.rounds)
+    return {
+        "model": study.model,
+        "data": study.data,
+        "clips": len(heard.labels),
+        "skipped": study.testing.skipped,
+        "budgets": list(study.budgets),
+        "shapes": shapes,
+        "latency": {"batch": study.batch, "rounds": study.rounds, "dense": "torch.compile, Inductor"},
+        "verdict": verdict(told),
+        "machine": kept.machine(device),
+        "rows": [{**asdict(row), "over_dense": over.get((row.method, row.budget))} for row in told],
+    }
+
+
+def choose(merger: Merger, names: Sequence[str], budgets: Sequence[float], part: Part) -> dict[str, Any]:
+    """For every method the shape that is best for it over every second budget. Raises OptionError."""
+    some = budgets[1::2] or budgets
+    cells = candidates(merger, names, some, budgets)
+    heard = listen(merger, [cell for each in cells.values() for cell in each], {}, part, "choosing")
+    accuracy: dict[str, dict[str, float]] = {}
+    for (name, shape), each in cells.items():
+        mean = torch.stack([hits(heard, cell.configs).mean() for cell in each]).mean()
+        accuracy.setdefault(name, {})[shape] = float(mean)
+    return {
+        "chosen": {name: max(by, key=by.__getitem__) for name, by in accuracy.items()},
+        "by": "mean accuracy over the budgets below, on clips that are not in the table; shapes that miss one are out",
+        "budgets": list(some),
+        "clips": len(heard.labels),
+        "accuracy": accuracy,
+        "skipped": part.skipped,
+    }
+
+
+def candidates(
+    merger: Merger, names: Sequence[str], budgets: Sequence[float], all_budgets: Sequence[float]
+) -> dict[tuple[str, str], list[Cell]]:
+    """Of every method whose shape is open, and every shape that meets all budgets: the cells at some of them.
+
+    Raises OptionError for a method of which no shape does.
+    """
+    found: dict[tuple[str, str], list[Cell]] = {}
+    tried = product((name for name in names if METHODS[name].shape is None), CANDIDATES)
+    for name, shape in track(list(tried), "shapes of the schedules", transient=True):
+        *some, least = merger.cells(name, METHODS[name], shape, [*budgets, min(all_budgets)])
+        missed = next((cell.missed for cell in (*some, least) if cell.missed), "")
+        if not missed:
+            found[name, shape] = some
+        elif shape == CANDIDATES[-1] and not any(known == name for known, _ in found):
+            raise OptionError(f"--budgets: no shape of schedule meets them all for {name}; {shape}: {missed}")
+    return found
+
+
+def listen(merger: Merger, cells: Sequence[Cell], dense: Mapping[str, nn.Module], part: Part, title: str) -> Said:
+    """What the dense models and those of the cells say of the clips; models that several cells share run once."""
+    configs = dict.fromkeys(config for cell in cells for config in cell.configs)
+    models: dict[Any, nn.Module] = dict(dense)
+    models |= {config: merger.merged(config) for config in track(configs, "rewriting", transient=True)}
+    try:
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
+            told = f"{title}: {part.clips} clips, {len(models)} models"
+            task = progress.add_task(told, total=part.count * len(models))
+            return said(models, part.batches, merger.device, lambda: progress.advance(task))
+    finally:
+        for text in part.skipped:
+            print(f"skipped: {text}")

@@ -1,0 +1,98 @@
+"""What was measured so far, in a folder that an interrupted run goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from tldr_compile.config import TokenMerging
+from tldr_compile.errors import OptionError
+from tldr_compile.tuning.answers import Far
+
+FILE = "measured.jsonl"
+
+
+class Store:
+    """Answers by configuration and call; kept as lines of JSON where there is a folder."""
+
+    def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
+        """`about`: the model, the clips and the objective, which the folder has to be of.
+
+        Raises OptionError for a folder that is of others, or that another run writes to.
+        """
+        self._known: dict[tuple[str, int], Far] = {}
+        self._file = None
+        self.resumed = 0
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise OptionError(f"{folder} is in use by another tuning run: wait for it, or give another folder") from None
+        path = folder / FILE
+        if path.exists():
+            self._read(path, about)
+        self._file = path.open("a", encoding="utf-8")
+        if path.stat().st_size == 0:
+            self._write(dict(about))
+
+    def has(self, config: TokenMerging, call: int) -> bool:
+        return (_key(config), call) in self._known
+
+    def get(self, config: TokenMerging, call: int) -> Far:
+        return self._known[_key(config), call]
+
+    def put(self, config: TokenMerging, call: int, far: Far) -> None:
+        self._known[_key(config), call] = far
+        self._write({"config": _key(config), "call": call, "distance": far.distance.tolist(), "same": far.same.tolist()})
+
+    def close(self) -> None:
+        """Another run may use the folder from here on."""
+        if self._file is not None:
+            self._file.close()
+            self._lock.release()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def _read(self, path: Path, about: Mapping[str, Any]) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, text in enumerate(lines):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                if number < len(lines) - 1:
+                    raise OptionError(f"{path} is damaged in line {number + 1}: remove it to start anew") from None
+                path.write_text("".join(f"{each}\n" for each in lines[:-1]), encoding="utf-8")  # the run was cut there
+                continue
+            if number == 0:
+                _check_about(path, line, about)
+            else:
+                far = Far(torch.tensor(line["distance"]), torch.tensor(line["same"]))
+                self._known[line["config"], line["call"]] = far
+                self.resumed += 1
+
+
+def _check_about(path: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    for name, value in about.items():
+        if found.get(name) != value:
+            raise OptionError(
+                f"{path} was made with {name} {found.get(name)!r}, and this run has {value!r}: give another folder, or "
+                "remove that file to start anew"
+            )
+
+
+def _key(config: TokenMerging) -> str:
+    """Fields at their default are left out, so that an option that a later version adds changes no key."""
+    default = asdict(TokenMerging())
+    return json.dumps({name: value for name, value in asdict(config).items() if value != default[name]}, sort_keys=True)
