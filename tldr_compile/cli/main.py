@@ -14,7 +14,7 @@ from tldr_compile.errors import OptionError, TldrError
 from tldr_compile.quality.methods import METHODS
 from tldr_compile.writing import FORMATS
 
-EXTRAS = {"run": "demo", "export": "demo", "quality": "quality"}
+EXTRAS = {"run": "demo", "export": "demo", "quality": "quality", "tune": "quality"}
 """What a command needs beside the package itself."""
 
 INTERRUPTED = 130
@@ -100,6 +100,21 @@ def parser() -> argparse.ArgumentParser:
         "FOLDER/validation.json, FOLDER/labels.json)",
     )
     add_comparison(quality)
+    tune = commands.add_parser(
+        "tune",
+        help="find the configuration that keeps a model's answers best at a budget",
+        description="Searches all ways to merge, and fractions by site, for those that keep the answers of a video "
+        "model best at a part of its GFLOPs. Half of the videos choose, the others report; none needs a label. A run "
+        "that was interrupted goes on where it was.",
+    )
+    tune.add_argument("--model", metavar="ID", required=True, help="hub id or local folder of a video classifier")
+    tune.add_argument("--data", type=file, metavar="FOLDER", required=True, help="of videos, in any layout")
+    tune.add_argument("--budget", type=part, metavar="PART", required=True, help="part of the dense GFLOPs")
+    tune.add_argument("--clips", type=positive, default=800, metavar="N", help="videos to take (default: 800)")
+    tune.add_argument("--batch", type=positive, default=16, metavar="N", help="clips per call (default: 16)")
+    tune.add_argument("--seed", type=int, default=0, help="of how clips are divided and ordered (default: 0)")
+    tune.add_argument("--device", default="cpu", help="where to run: cpu (default), cuda, ...")
+    tune.add_argument("--out", type=file, metavar="FOLDER", help="what is found (default: one named after the model)")
     return top
 
 

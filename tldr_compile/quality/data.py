@@ -16,7 +16,7 @@ from torch import Tensor
 from tldr_compile.media import models, video
 from tldr_compile.media.models import ModelError, Subject
 from tldr_compile.media.video import VideoError
-from tldr_compile.quality.folders import Clip, DataError, listed
+from tldr_compile.quality.folders import Clip, DataError, listed, videos
 
 VAL_CLIPS = 400
 
@@ -63,6 +63,20 @@ def folder(subject: Subject, path: Path, number: int, batch: int) -> tuple[Part,
     random.Random(0).shuffle(found)  # listed by class: a part of the list would be of few classes
     val = min(VAL_CLIPS, number, max(1, len(found) // 5))
     return _videos(subject, found[:val], batch), _videos(subject, found[val : val + number], batch)
+
+
+def unlabelled(subject: Subject, path: Path, number: int) -> tuple[Tensor, list[str]]:
+    """At most `number` videos of a folder and those in it, in random order: float32 `[K, T, 3, H, W]`.
+
+    Also what could not be read. Raises DataError where there are none.
+    """
+    found = videos(path)
+    random.Random(0).shuffle(found)
+    skipped: list[str] = []
+    clips = [pixels for pixels, _ in _read(subject, [Clip(each, 0) for each in found[:number]], skipped)]
+    if not clips:
+        raise DataError(f"--data {path}: none of its {len(found)} videos could be read, the first: {skipped[0]}")
+    return torch.cat(clips), skipped
 
 
 def _videos(subject: Subject, chosen: Sequence[Clip], batch: int) -> Part:

@@ -26,6 +26,19 @@ class Clip(NamedTuple):
     label: int
 
 
+def videos(folder: Path) -> list[Path]:
+    """All videos in a folder and the folders in it, in order, whatever they are called.
+
+    Raises DataError where the folder is missing, or there are none.
+    """
+    if not folder.is_dir():
+        raise DataError(f"--data {folder}: there is no such folder")
+    found = sorted(each for each in folder.rglob("*") if each.suffix.lower() in SUFFIXES)
+    if not found:
+        raise DataError(f"--data {folder}: no videos in it, of {', '.join(SUFFIXES)}")
+    return found
+
+
 def listed(folder: Path, classes: Mapping[str, int]) -> list[Clip]:
     """All clips of a folder, in order; `classes` are those of the model.
 

@@ -65,7 +65,7 @@ def answer(output: Any) -> Tensor:
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 2:
             return leaf
-    raise OptionError(f"the model returns {type(output).__name__} without a tensor of floats [B, ...]: nothing to judge")
+    raise OptionError(f"the model returns {type(output).__name__} without a tensor of floats [B, ...] to judge")
 
 
 def objective_of(output: Any) -> str:

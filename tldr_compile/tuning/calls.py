@@ -33,7 +33,7 @@ def calls_of(clips: Clips, batch: int) -> list[Call]:
     shapes = {tuple(_shape(each) for each in call.args) for call in calls}
     if len(shapes) > 1:
         told = " and ".join(map(str, sorted(shapes, key=str)[:2]))
-        raise OptionError(f"clips= holds calls of several shapes, {told}: resize the clips to one, or tune each by itself")
+        raise OptionError(f"clips= holds calls of several shapes, {told}: resize the clips to one, or tune each apart")
     if len(calls) < 2:
         raise OptionError(
             f"clips= holds {'one clip' if calls else 'no clip'}: at least two are needed, one to choose by and one to "
@@ -64,7 +64,7 @@ def _call(given: Tensor | tuple[Any, ...]) -> Call:
     args = given if isinstance(given, tuple) else (given,)
     first = next((each for each in args if isinstance(each, Tensor) and each.dim() > 0), None)
     if first is None:
-        raise OptionError(f"clips= holds {type(given).__name__} without a tensor: give tensors [B, ...], or tuples of them")
+        raise OptionError(f"clips= holds {type(given).__name__} without a tensor: give tensors [B, ...], or tuples")
     return Call(args, len(first))
 
 

@@ -50,7 +50,9 @@ class Met:
 class Judge:
     """All numbers are remembered: a question that was asked before costs nothing."""
 
-    def __init__(self, model: nn.Module, calls: Sequence[Call], base: TokenMerging, objective: str, store: Store) -> None:
+    def __init__(
+        self, model: nn.Module, calls: Sequence[Call], base: TokenMerging, objective: str, store: Store
+    ) -> None:
         """Raises CaptureError, and NothingToMerge for a model without a site that can merge."""
         self.calls, self.objective, self.store = calls, objective, store
         self.program, self.origin = capture(model, calls[0].args)

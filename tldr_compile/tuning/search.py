@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
+from tldr_compile.config import TokenMerging
 from tldr_compile.errors import OptionError, ScheduleError, TldrError
 from tldr_compile.tuning import ways
 from tldr_compile.tuning.judge import Judge, Met, Way
@@ -33,20 +34,21 @@ class Search:
         self.random.shuffle(self.some)
         self.refused: dict[str, str] = {}
 
-    def best(self, base: Way) -> list[Met]:
-        """The best configurations that were found, all of them judged by all choosing clips, the best one first.
+    def published(self, base: TokenMerging) -> list[Met]:
+        """What others published, at the budget."""
+        return self.met(ways.built_in(base, self.judge.able))
+
+    def best(self, base: TokenMerging, published: Sequence[Met]) -> Met:
+        """The best that was found, judged by all choosing clips; no worse than those that are published.
 
         Raises ScheduleError for a budget that no way meets.
         """
-        published = self.met(ways.built_in(base.options, self.judge.able))
-        tried = self.met(ways.all_ways(base.options, self.judge.able))
-        if not tried and not published:
+        found = self.halved([*published, *self.met(ways.all_ways(base, self.judge.able))], "ways")
+        if not found:
             raise ScheduleError(next(iter(self.refused.values())))
-        found = self.halved([*published, *tried], "ways")
         shapes = [shape for each in found[:2] for shape in ways.shaped(each.way, self.judge.able)]
         found = self.ranked([*self.halved(self.met(shapes), "shapes"), *found])
-        stepped = self.stepped(found[0])
-        return self.ranked([stepped, *found, *published])
+        return self.ranked([self.stepped(found[0]), *found, *published])[0]
 
     def met(self, some: Iterable[Way]) -> list[Met]:
         """Those ways that meet the budget, at it."""

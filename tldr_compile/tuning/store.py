@@ -36,7 +36,7 @@ class Store:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise OptionError(f"{folder} is in use by another tuning run: wait for it, or give another folder") from None
+            raise OptionError(f"{folder} is in use by another run: wait for it, or give another folder") from None
         path = folder / FILE
         if path.exists():
             self._read(path, about)
@@ -52,7 +52,8 @@ class Store:
 
     def put(self, config: TokenMerging, call: int, far: Far) -> None:
         self._known[_key(config), call] = far
-        self._write({"config": _key(config), "call": call, "distance": far.distance.tolist(), "same": far.same.tolist()})
+        values = {"distance": far.distance.tolist(), "same": far.same.tolist()}
+        self._write({"config": _key(config), "call": call, **values})
 
     def close(self) -> None:
         """Another run may use the folder from here on."""
