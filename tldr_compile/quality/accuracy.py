@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tldr_compile.config import TokenMerging
-from tldr_compile.quality.budget import Cell
+from tldr_compile.quality.budget import MET, Cell
 from tldr_compile.quality.data import Batch
 from tldr_compile.quality.folders import DataError
 from tldr_compile.quality.methods import OURS, RANDOM
@@ -36,6 +36,13 @@ class Said(NamedTuple):
     labels: Tensor  # int64 [N]
 
 
+class Ahead(NamedTuple):
+    """How far one model is ahead of another."""
+
+    agreement: Estimate
+    accuracy: Estimate
+
+
 @dataclass(frozen=True)
 class Row:
     """One method at one budget, or a dense model."""
@@ -53,6 +60,8 @@ class Row:
     """Accuracy less that of random dropping at this budget, over the same clips."""
     variants: Sequence[float]
     """Accuracy of each, where there are several."""
+    tuned_ahead: Ahead | None = None
+    """How far the tuned configuration that costs no more is ahead, over the same clips."""
     missed: str = ""
     """Why the budget is not met; the row is then of what comes closest."""
 
@@ -111,19 +120,38 @@ def paired(ours: Tensor, theirs: Tensor) -> Estimate:
     return Estimate(float(off.mean()), max(low, -1.0), min(high, 1.0))
 
 
-def alone(name: str, gflops: float, heard: Said, dense: Hashable) -> Row:
+def agreement(heard: Said, keys: Sequence[Hashable], dense: Hashable) -> Tensor:
+    """float32 [N]: whether each clip is told as by the dense model; of several models, by which part of them."""
+    return torch.stack([(heard.classes[key] == heard.classes[dense]).float() for key in keys]).mean(0)
+
+
+def alone(name: str, gflops: float, heard: Said, dense: Hashable, tuned: Sequence[Cell] = ()) -> Row:
     """The row of a dense model; it is called `name` in what was heard, too."""
-    agreement = (heard.classes[name] == heard.classes[dense]).float().mean()
-    return Row(name, None, gflops, (), proportion(hits(heard, [name])), float(agreement), None, ())
+    same = float(agreement(heard, [name], dense).mean())
+    right = proportion(hits(heard, [name]))
+    ahead = None if name == dense else _ahead(heard, [name], gflops, tuned, dense)
+    return Row(name, None, gflops, (), right, same, None, (), ahead)
 
 
-def rows(cells: Sequence[Cell], heard: Said, dense: Hashable) -> list[Row]:
-    """One for each cell."""
+def _ahead(
+    heard: Said, keys: Sequence[Hashable], gflops: float, tuned: Sequence[Cell], dense: Hashable
+) -> Ahead | None:
+    """Of the most expensive tuned configuration that costs no more, by 2 % of the budget at most."""
+    affordable = [cell for cell in tuned if cell.gflops <= (1 + MET) * gflops]
+    if not affordable:
+        return None
+    best = max(affordable, key=lambda cell: cell.gflops).configs
+    same = paired(agreement(heard, best, dense), agreement(heard, keys, dense))
+    return Ahead(same, paired(hits(heard, best), hits(heard, keys)))
+
+
+def rows(cells: Sequence[Cell], heard: Said, dense: Hashable, tuned: Sequence[Cell] = ()) -> list[Row]:
+    """One for each cell, those of tuned configurations among them."""
     random = {cell.budget: hits(heard, cell.configs) for cell in cells if cell.method == RANDOM and not cell.missed}
 
     def row(cell: Cell) -> Row:
         right = hits(heard, cell.configs)
-        same = torch.stack([(heard.classes[key] == heard.classes[dense]).float() for key in cell.configs])
+        same = agreement(heard, cell.configs, dense)
         compared = cell.budget in random and cell.method != RANDOM and not cell.missed
         variants = [float(hits(heard, [key]).mean()) for key in cell.configs]
         return Row(
@@ -135,14 +163,16 @@ def rows(cells: Sequence[Cell], heard: Said, dense: Hashable) -> list[Row]:
             float(same.mean()),
             paired(right, random[cell.budget]) if compared else None,
             variants if len(variants) > 1 else [],
+            None if cell in tuned else _ahead(heard, cell.configs, cell.gflops, tuned, dense),
             cell.missed,
         )
 
     return [row(cell) for cell in cells]
 
 
-def _entries(config: TokenMerging) -> list[float]:
-    return list(config.entries) if isinstance(config.entries, tuple) else [config.entries]
+def _entries(config: object) -> list[float]:
+    """The schedule; none where less of a clip is given."""
+    return list(config.entries) if isinstance(config, TokenMerging) and isinstance(config.entries, tuple) else []
 
 
 def verdict(told: Sequence[Row]) -> str:

@@ -14,6 +14,7 @@ from tldr_compile import MergedModule, TokenMerging, passes
 from tldr_compile.api import assemble
 from tldr_compile.errors import TldrError
 from tldr_compile.quality.methods import Method, schedule
+from tldr_compile.quality.smaller import Less
 
 MOST = 0.5  # no site loses more
 NEAR, MET = 0.005, 0.02  # where the search stops, and what counts as met; parts of the budget
@@ -68,7 +69,8 @@ class Cell(NamedTuple):
 
     method: str
     budget: float  # part of the dense GFLOPs
-    configs: tuple[TokenMerging, ...]
+    configs: tuple[TokenMerging | Less, ...]
+    """Several are told as one. What tokens are merged, or what is given to the model of each clip."""
     gflops: float  # of one clip
     missed: str = ""
     """Why this is not the budget but what comes closest to it."""

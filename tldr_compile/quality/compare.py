@@ -7,25 +7,29 @@ The clips of the table choose nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from rich.progress import Progress, TimeElapsedColumn, track
-from torch import nn
+from torch import Tensor, nn
 
-from tldr_compile.errors import OptionError
+from tldr_compile.api import explain
+from tldr_compile.config import TokenMerging
+from tldr_compile.errors import OptionError, TldrError
 from tldr_compile.media.models import Subject
 from tldr_compile.quality import latency, methods
 from tldr_compile.quality.accuracy import Said, alone, hits, rows, said, verdict
-from tldr_compile.quality.budget import Cell, Merger
+from tldr_compile.quality.budget import MET, Cell, Merger
 from tldr_compile.quality.data import Part
 from tldr_compile.quality.methods import CANDIDATES, METHODS, TIMED
+from tldr_compile.quality.smaller import Less, fewer_frames, lower_resolution, on_less
 from tldr_compile.records import kept
 
 DENSE: Final = "dense"
+FEWER_FRAMES, LOWER_RESOLUTION, TUNED = "fewer frames", "lower resolution", "tuned"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Study:
     methods: Sequence[str]
     others: Mapping[str, nn.Module] = field(default_factory=dict)
     """Other dense models for the same clips, by name."""
+    tuned: Sequence[TokenMerging] = ()
+    """Configurations that were found on other clips."""
+    less: bool = True
+    """Whether the model on fewer frames, and at lower resolution, takes part."""
     batch: int = 8
     rounds: int = 15
     """Clips of a timed call, and measurements of each latency."""
@@ -65,8 +73,12 @@ def record(study: Study, device: torch.device) -> dict[str, Any]:
         for name in track(study.methods, "meeting budgets", transient=True)
         for cell in merger.cells(name, METHODS[name], shapes["chosen"].get(name, METHODS[name].shape), study.budgets)
     ]
-    heard = listen(merger, cells, dense, study.testing, "testing")
-    told = [alone(name, mergers[name].dense, heard, DENSE) for name in dense] + rows(cells, heard, DENSE)
+    tuned = [_tuned(merger, config, study.budgets) for config in study.tuned]
+    less, left_out = on_less_video(study, example, merger.dense) if study.less else (Lesser({}, []), {})
+    cells += [*tuned, *less.cells]
+    heard = listen(merger, cells, {**dense, **less.models}, study.testing, "testing")
+    told = [alone(name, mergers[name].dense, heard, DENSE, tuned) for name in dense]
+    told += rows(cells, heard, DENSE, tuned)
     timed = [cell for cell in cells if cell.method in TIMED]
     clips = torch.randn(study.batch, *shape, device=device)
     over = latency.ratios(latency.calls(dense, DENSE, timed), (DENSE, None), clips, study.rounds)
@@ -75,6 +87,7 @@ def record(study: Study, device: torch.device) -> dict[str, Any]:
         "data": study.data,
         "clips": len(heard.labels),
         "skipped": study.testing.skipped,
+        "left_out": left_out,
         "budgets": list(study.budgets),
         "shapes": shapes,
         "latency": {"batch": study.batch, "rounds": study.rounds, "dense": "torch.compile, Inductor"},
@@ -82,6 +95,54 @@ def record(study: Study, device: torch.device) -> dict[str, Any]:
         "machine": kept.machine(device),
         "rows": [{**asdict(row), "over_dense": over.get((row.method, row.budget))} for row in told],
     }
+
+
+class Lesser(NamedTuple):
+    """The dense model on less video: modules by what they are given, and which of them stands at which budget."""
+
+    models: dict[Less, nn.Module]
+    cells: list[Cell]
+
+
+def on_less_video(study: Study, example: Tensor, dense: float) -> tuple[Lesser, dict[str, str]]:
+    """At every budget the cheapest that costs at least as much; and what is left out, and why."""
+    found, left_out = Lesser({}, []), {}
+    for name, options in ((FEWER_FRAMES, fewer_frames), (LOWER_RESOLUTION, lower_resolution)):
+        try:
+            costs = _costs(study, options(study.subject), example, min(study.budgets) * dense)
+        except TldrError as error:
+            left_out[name] = str(error)
+            continue
+        for budget in study.budgets:
+            enough = [less for less, (_, gflops) in costs.items() if gflops >= budget * dense]
+            if enough:
+                least = min(enough, key=lambda less: costs[less][1])
+                found.models[least], gflops = costs[least]
+                found.cells.append(Cell(name, budget, (least,), gflops))
+    return found, left_out
+
+
+def _costs(study: Study, options: Iterable[Less], example: Tensor, least: float) -> dict[Less, tuple[nn.Module, float]]:
+    """Modules and their GFLOPs a clip, until one costs less than `least`."""
+    costs: dict[Less, tuple[nn.Module, float]] = {}
+    for less in options:
+        module = on_less(study.subject, less).to(example.device)
+        gflops = explain(module, (example,), schedule=()).gflops[0] / len(example)
+        if gflops < least:
+            break
+        costs[less] = module, gflops
+    return costs
+
+
+def _tuned(merger: Merger, config: TokenMerging, budgets: Sequence[float]) -> Cell:
+    """A tuned configuration, at the budget that is nearest to what it costs."""
+    gflops = merger.gflops(config)
+    budget = min(budgets, key=lambda part: abs(part - gflops / merger.dense))
+    over = gflops / merger.dense - budget
+    missed = (
+        f"costs {gflops / merger.dense:.3f} of the dense GFLOPs, which is no budget here" if over > MET * budget else ""
+    )
+    return Cell(TUNED, budget, (config,), gflops, missed)
 
 
 def choose(merger: Merger, names: Sequence[str], budgets: Sequence[float], part: Part) -> dict[str, Any]:
@@ -122,9 +183,9 @@ def candidates(
     return found
 
 
-def listen(merger: Merger, cells: Sequence[Cell], dense: Mapping[str, nn.Module], part: Part, title: str) -> Said:
+def listen(merger: Merger, cells: Sequence[Cell], dense: Mapping[Any, nn.Module], part: Part, title: str) -> Said:
     """What the dense models and those of the cells say of the clips; models that several cells share run once."""
-    configs = dict.fromkeys(config for cell in cells for config in cell.configs)
+    configs = dict.fromkeys(key for cell in cells for key in cell.configs if isinstance(key, TokenMerging))
     models: dict[Any, nn.Module] = dict(dense)
     models |= {config: merger.merged(config) for config in track(configs, "rewriting", transient=True)}
     try:

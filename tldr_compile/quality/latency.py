@@ -23,9 +23,10 @@ def calls(models: Mapping[str, nn.Module], dense: str, cells: Sequence[Cell]) ->
     """Dense models compiled by Inductor, and those of the cells that meet their budgets through the backend."""
     plain: dict[Name, Callable[[Tensor], Any]] = {(name, None): torch.compile(model) for name, model in models.items()}
     merged: dict[Name, Callable[[Tensor], Any]] = {
-        (cell.method, cell.budget): torch.compile(models[dense], backend="tldr", options=options(cell.configs[0]))
+        (cell.method, cell.budget): torch.compile(models[dense], backend="tldr", options=options(config))
         for cell in cells
-        if not cell.missed
+        for config in cell.configs[:1]
+        if isinstance(config, TokenMerging) and not cell.missed
     }
     return {**plain, **merged}
 
