@@ -138,10 +138,8 @@ def _tuned(merger: Merger, config: TokenMerging, budgets: Sequence[float]) -> Ce
     """A tuned configuration, at the budget that is nearest to what it costs."""
     gflops = merger.gflops(config)
     budget = min(budgets, key=lambda part: abs(part - gflops / merger.dense))
-    over = gflops / merger.dense - budget
-    missed = (
-        f"costs {gflops / merger.dense:.3f} of the dense GFLOPs, which is no budget here" if over > MET * budget else ""
-    )
+    part = gflops / merger.dense
+    missed = f"made for another budget, {part:.3f}" if part > (1 + MET) * budget else ""
     return Cell(TUNED, budget, (config,), gflops, missed)
 
 

@@ -11,6 +11,7 @@ from tldr_compile.records.charts import Chart, Line
 from tldr_compile.records.tables import grid, spread
 
 MARKER: Final = "<!-- quality -->"
+AHEAD: Final = "tuned is ahead by, points"
 Row = Mapping[str, Any]
 """A row of the record: the fields of `accuracy.Row`, and `over_dense`, its latency by the dense model's."""
 
@@ -18,7 +19,7 @@ Row = Mapping[str, Any]
 def long(facts: Mapping[str, Any]) -> str:
     """All that is known, a line for each row, by budgets."""
     same, over = "same answer as dense, %", "over random drop, points"
-    head = ("method", "of dense", "GFLOPs", "accuracy, %", same, over, "latency ÷ dense")
+    head = ("method", "of dense", "GFLOPs", "accuracy, %", same, over, AHEAD, "latency ÷ dense")
     ordered = sorted(facts["rows"], key=lambda row: -(row["budget"] or 1))
     return "\n\n".join((grid(head, map(_line, ordered)), about(facts)))
 
@@ -28,11 +29,13 @@ def short(facts: Mapping[str, Any]) -> str:
     budgets = sorted(facts["budgets"], reverse=True)
     columns = ("dense", *(f"{budget:g} of its GFLOPs" for budget in budgets))
     timed = [row for row in facts["rows"] if row["over_dense"]]
+    behind = [row for row in facts["rows"] if row["tuned_ahead"]]
     return "\n\n".join(
         (
             grid(("accuracy, %", *columns), wide(facts["rows"], budgets, _accuracy)),
             about(facts),
             grid(("same answer as dense, %", *columns), wide(facts["rows"], budgets, _agreement)),
+            *([grid((AHEAD, *columns), wide(behind, budgets, _behind))] if behind else []),
             grid(("latency ÷ dense", *columns), wide(timed, budgets, _latency)),
         )
     )
@@ -51,11 +54,12 @@ def about(facts: Mapping[str, Any]) -> str:
     """What the numbers are of, and how vid-TLDR stands against random dropping."""
     shapes = facts["shapes"]
     skipped = f", {len(facts['skipped'])} more could not be read" if facts["skipped"] else ""
+    left_out = "".join(f"Left out: {name}: {reason}. " for name, reason in facts["left_out"].items())
     return (
         f"{facts['model']} on {facts['clips']} clips ({facts['data']}){skipped}, with Wilson's 95 % intervals. "
         f"Schedules: one fraction at the sites that are best for each method on {shapes['clips']} other clips "
         f"({_places(shapes['chosen'])}). Latencies: min / median / max, {facts['latency']['batch']} clips a call. "
-        f"{facts['verdict']}"
+        f"{left_out}{facts['verdict']}"
     ).strip()
 
 
@@ -95,6 +99,7 @@ def _line(row: Row) -> tuple[str, ...]:
         _accuracy({**row, "missed": ""}),
         f"{100 * row['agreement']:.1f}",
         points(row["over_random"]) if row["over_random"] else "-",
+        _behind(row),
         _latency(row),
     )
 
@@ -110,6 +115,14 @@ def _accuracy(row: Row) -> str:
 
 def _agreement(row: Row) -> str:
     return "-" if row["missed"] else f"{100 * row['agreement']:.1f}"
+
+
+def _behind(row: Row) -> str:
+    """In the same answers; of another dense model, which has answers of its own, in accuracy."""
+    if not row["tuned_ahead"]:
+        return "-"
+    agreement, accuracy = row["tuned_ahead"]
+    return points(accuracy) if row["budget"] is None else points(agreement)
 
 
 def _latency(row: Row) -> str:
