@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
 import tldr_compile
-from benchmarks.quality.clips import DIGITS, DIRECTIONS, FRAMES, SIZE
+from benchmarks.quality.clips import CLASSES, DIGITS, DIRECTIONS, FRAMES, SIZE
 
 Size = Literal["base", "half"]
 SIZES: tuple[Size, ...] = get_args(Size)
@@ -28,7 +28,7 @@ class Measure(NamedTuple):
 
 def config(size: Size) -> VideoMAEConfig:
     """256 tokens of 2 frames x 8 x 8 pixels. `half` is `base` with every second layer left out, so half the GFLOPs."""
-    names = {8 * digit + at: f"{digit} {heading}" for digit in range(DIGITS) for at, heading in enumerate(DIRECTIONS)}
+    names = {label: class_name(label) for label in range(CLASSES)}
     return VideoMAEConfig(
         image_size=SIZE,
         num_frames=FRAMES,
@@ -42,6 +42,12 @@ def config(size: Size) -> VideoMAEConfig:
         id2label=names,
         label2id={name: label for label, name in names.items()},
     )
+
+
+def class_name(label: int) -> str:
+    """What moves, and where to."""
+    digit, heading = divmod(label, len(DIRECTIONS))
+    return f"{digit} {DIRECTIONS[heading]}"
 
 
 def gflops(model: VideoMAEForVideoClassification) -> float:

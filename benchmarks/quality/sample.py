@@ -1,31 +1,38 @@
-"""One test clip as a video file, so that `make demo` shows the trained model something it has never seen.
+"""Made clips as video files: one test clip for `make demo`, or a labelled folder of any split.
 
     python -m benchmarks.quality.sample
+    python -m benchmarks.quality.sample --split val --clips 800 --out FOLDER    # for `tldr tune` and `tldr quality`
 
-The file is lossless: what is read back are the clip's own pixels, rounded to 8 bits. Its name says what is to be seen.
-Its background is cut out of flower.jpg as scikit-learn ships it (Flickr user vultilion, CC BY 2.0).
+The files are lossless: what is read back are the clip's own pixels, rounded to 8 bits. Names say what is to be seen.
+The background of the demo's clip is cut out of flower.jpg as scikit-learn ships it (Flickr user vultilion, CC BY 2.0).
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import av
 import torch
+from rich.progress import track
 
 from benchmarks.quality import clips
-from benchmarks.quality.clips import DIRECTIONS
+from benchmarks.quality.clips import DIRECTIONS, Split
+from benchmarks.quality.model import class_name
 from benchmarks.quality.train import HERE
+from tldr_compile.cli.main import positive
 from tldr_compile.media.video import IMAGENET_MEAN, IMAGENET_STD, Frames
 
 INDEX = 41
 RATE = 8  # frames per second
 
 
-def frames(index: int) -> Frames:
-    """A test clip as pixels: uint8 [T, H, W, 3]."""
+def frames(index: int, split: Split = "test", seed: int = 0) -> Frames:
+    """A made clip as pixels: uint8 [T, H, W, 3]."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    pixels = (clips.make("test", [index]).pixels[0] * std + mean).mul(255).round().clamp(0, 255)
+    pixels = (clips.make(split, [index], seed=seed).pixels[0] * std + mean).mul(255).round().clamp(0, 255)
     shown: Frames = pixels.byte().permute(0, 2, 3, 1).contiguous().numpy()
     return shown
 
@@ -36,9 +43,8 @@ def name(index: int) -> str:
     return f"digit-{digit}-to-{DIRECTIONS[heading]}.mkv"
 
 
-def write(index: int, folder: Path) -> Path:
-    """Keep the clip as video without loss."""
-    path, shown = folder / name(index), frames(index)
+def write(shown: Frames, path: Path) -> Path:
+    """Keep pixels as video without loss."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=RATE)
         stream.height, stream.width, stream.pix_fmt = *shown.shape[1:3], "bgr0"
@@ -48,5 +54,27 @@ def write(index: int, folder: Path) -> Path:
     return path
 
 
+def folder(out: Path, split: Split, number: int, seed: int) -> Path:
+    """Clips 0 to `number` of a split, laid out as Kinetics: FOLDER/class name/index.mkv."""
+    for index in track(range(number), "writing", transient=True):
+        home = out / class_name(index % clips.CLASSES)
+        home.mkdir(parents=True, exist_ok=True)
+        write(frames(index, split, seed), home / f"{index:05}.mkv")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for many clips; default: the one clip of the demo")
+    parser.add_argument("--split", choices=get_args(Split), default="val", help="of many clips (default: val)")
+    parser.add_argument("--clips", type=positive, default=800, help="how many (default: 800)")
+    parser.add_argument("--seed", type=int, default=0, help="of many clips (default: 0)")
+    chosen = parser.parse_args(argv)
+    if chosen.out:
+        print(folder(chosen.out, chosen.split, chosen.clips, chosen.seed))
+    else:
+        print(write(frames(INDEX), HERE / name(INDEX)))
+
+
 if __name__ == "__main__":
-    print(write(INDEX, HERE))
+    main()

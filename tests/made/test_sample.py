@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quality import clips, sample
+from benchmarks.quality.model import class_name
 from benchmarks.quality.train import HERE
 from tldr_compile.media import video
+from tldr_compile.quality.folders import listed
 
 
 def test_the_kept_file_is_the_test_clip() -> None:
@@ -17,7 +19,13 @@ def test_the_kept_file_is_the_test_clip() -> None:
     assert np.array_equal(video.sample(path, clips.FRAMES, clips.FRAMES), sample.frames(sample.INDEX))
 
 
-def test_the_name_says_what_is_to_be_seen(tmp_path: Path) -> None:
-    path = sample.write(8 * 7 + 1, tmp_path)
-    assert path.name == "digit-7-to-NE.mkv"
-    assert video.count(path) == clips.FRAMES
+def test_the_name_says_what_is_to_be_seen() -> None:
+    assert sample.name(8 * 7 + 1) == "digit-7-to-NE.mkv"
+
+
+def test_a_folder_of_clips_is_read_with_their_labels(tmp_path: Path) -> None:
+    names = {class_name(label): label for label in range(clips.CLASSES)}
+    sample.main(["--out", str(tmp_path), "--split", "val", "--clips", "3"])
+    found = listed(tmp_path, names)
+    assert [(path.name, label) for path, label in found] == [("00000.mkv", 0), ("00001.mkv", 1), ("00002.mkv", 2)]
+    assert np.array_equal(video.sample(found[2].path, clips.FRAMES, clips.FRAMES), sample.frames(2, "val"))

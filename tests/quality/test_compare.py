@@ -79,7 +79,7 @@ def test_the_kept_model_on_real_files(tmp_path: Path, places: tuple[str, ...]) -
     for label in labels:
         (home := tmp_path / "data" / model.config.id2label[label]).mkdir(parents=True)
         for index in range(label, label + 3 * clips.CLASSES, clips.CLASSES):
-            sample.write(index, home).rename(home / f"{index}.mkv")
+            sample.write(sample.frames(index), home / f"{index}.mkv")
             right[index] = int(model(clips.make("test", [index]).pixels).logits.argmax()) == label
     assert all(right.values()), "choose clips that the model tells right"
     folders = ("--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"))
