@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
+import torch
 from torch import Tensor
 
-from .reference import saliency
+from .reference import saliency, wide
 from .registries import put
 
 READINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "tokens": "[B, N, C], the residual stream after the attention, in its dtype",
         "before": "[B, N, C], the stream that the attention is added to",
+        "previous": "[B, N, C], the stream at the same place of the frame before; zeros in the first frame of a run",
         "shift": "[B, N] float32, how far the attention moved each token of the stream",
         "sharpness": "[B, N] float32, the negative entropy of each token's row of attention, mean over the heads",
+        "received": "[B, N] float32, how much attention each token received, mean over the heads and all queries",
         "keys": "[B, N, d], the attention's keys, mean over the heads",
     }
 )
@@ -47,9 +50,31 @@ class Measure:
     function: Function | None = None
 
 
+
+
+def key_norm(keys: Tensor) -> Tensor:
+    """Long keys say much: `keys [B, N, d]` to saliency `[B, N]`."""
+    return saliency(keys.to(wide(keys.dtype)).norm(dim=-1))
+
+
+def change(tokens: Tensor, previous: Tensor) -> Tensor:
+    """What changed since the frame before says much: `[B, N, C]` both, to saliency `[B, N]`.
+
+    As EVS prunes (arXiv 2510.14624, section 3): by the L1 norm of the difference, there of pixels, here of tokens. The
+    first frame (no row of `previous` there has anything) is all new: as much as what changed most, however little.
+    """
+    dtype = wide(tokens.dtype)
+    changed, is_new = (tokens.to(dtype) - previous.to(dtype)).abs().sum(-1), (previous == 0).all(-1)
+    most = changed.masked_fill(is_new, 0).amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
+    return saliency(torch.where(is_new, most, changed))
+
+
 SIGNALS: dict[str, Measure] = {
     "attention": Measure(("sharpness",), saliency),  # vid-TLDR
     "shift": Measure(("shift",), saliency),  # Representation Shift (ICCV 2025): moved little, says little
+    "received": Measure(("received",), saliency),  # attended to by many, says much
+    "key norm": Measure(("keys",), key_norm),
+    "change": Measure(("tokens", "previous"), change),
     "uniform": Measure(()),  # all tokens alike: ToMe
 }
 METRICS: dict[str, Measure] = {"tokens": Measure(("tokens",)), "keys": Measure(("keys",))}
