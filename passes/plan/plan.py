@@ -144,11 +144,11 @@ class Merge:
     source: Resolution | None
     target: Resolution
     held: tuple[Resolution, ...]
-    told: frozenset[str]
     stream: tuple[Conversion, ...]
     rows: tuple[Conversion, ...]
     keys: tuple[Conversion, ...]
     before: tuple[Conversion, ...]
+    told: frozenset[str] = frozenset()
     ordered: bool = False
 
 

@@ -199,11 +199,11 @@ class _Walk:
                 source,
                 target,
                 kept,
-                told,
                 stream=tuple(bring(axes, state.held, wanted, How.MERGE)),
                 rows=tuple(of_rows(scored, target, source)) if told else (),
                 keys=self._keys_as_scored(keys, scored) if keys else (),
                 before=tuple(bring(axes, before, wanted, How.MERGE)) if "before" in self.asks else (),
+                told=told,
             )
         )
         weighed = tuple(w for w in state.weighed if not w.resolution.meets(target))

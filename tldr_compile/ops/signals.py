@@ -72,10 +72,10 @@ def change(tokens: Tensor, previous: Tensor) -> Tensor:
 SIGNALS: dict[str, Measure] = {
     "attention": Measure(("sharpness",), saliency),  # vid-TLDR
     "shift": Measure(("shift",), saliency),  # Representation Shift (ICCV 2025): moved little, says little
+    "uniform": Measure(()),  # all tokens alike: ToMe
     "received": Measure(("received",), saliency),  # attended to by many, says much
     "key norm": Measure(("keys",), key_norm),
     "change": Measure(("tokens", "previous"), change),
-    "uniform": Measure(()),  # all tokens alike: ToMe
 }
 METRICS: dict[str, Measure] = {"tokens": Measure(("tokens",)), "keys": Measure(("keys",))}
 
