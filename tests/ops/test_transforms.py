@@ -179,8 +179,9 @@ def test_what_is_received_is_differentiated_as_the_specification_is(kind: str) -
     assert torch.autograd.gradcheck(
         lambda *given: ops.received(*given[:2], scale=0.5, mask=given[2] if floats else mask), inputs
     )
-    compiled = torch.compile(batched[0], backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(q, k, *floats), batched[1](q, k, *floats))
+    if floats:
+        compiled = torch.compile(batched[0], backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(q, k, *floats), batched[1](q, k, *floats))
 
 
 @pytest.mark.parametrize("asked", [False, True])
