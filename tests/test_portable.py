@@ -23,6 +23,8 @@ WAYS = [
     {},
     {"saliency": "shift", "metric": "keys"},
     {"saliency": "uniform", "pooling": "plain", "proportional": False},
+    {"saliency": "received"},
+    {"saliency": "change"},
     {"reduction": "drop"},
     {"reduction": "random"},
     {"reduction": "slice"},

@@ -1,11 +1,12 @@
 """Attention at its step: with the masses of its keys, and with what the merge of its site will ask about it.
 
 q k v -- attention -->      becomes      q k v -- attend_and_sharpness --> output, and Evidence(sharpness, keys)
+                                         q k ---- received -------------> and what each key received
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -13,13 +14,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import Axes, product
+from tldr_compile.passes.axes import Axes, Axis, product
 from tldr_compile.passes.emit.mass import Weigher
 from tldr_compile.passes.emit.resample import Converter
 from tldr_compile.passes.emit.views import Laid, Layout
 from tldr_compile.passes.fx_utils import named
 from tldr_compile.passes.options import Policy
-from tldr_compile.passes.plan import Conversion, Resolution, Step, Weighing, at
+from tldr_compile.passes.plan import OF_ATTENTION, Conversion, Resolution, Step, Weighing, at
 from tldr_compile.passes.sites import Site
 
 aten = torch.ops.aten
@@ -29,17 +30,19 @@ aten = torch.ops.aten
 class Evidence:
     """What an attention hands to the merge of its site, done at the resolutions `held`.
 
-    `sharpness [batch, tokens]`, None where nobody asks; `keys [..., tokens, d]`, None where they are not known.
+    `sharpness` and `received [batch, tokens]`, None where nobody asks; `keys [..., tokens, d]`, None where they are not
+    known. The first is told by queries, the others by keys, which may have other protected tokens.
     """
 
     held: tuple[Resolution, ...]
     sharpness: Laid | None
+    received: Laid | None
     keys: Laid | None
 
 
 def asked(policy: Policy) -> bool:
     """Whether a merge asks anything that has to be noted where the attention is."""
-    return "sharpness" in policy.asks or "keys" in policy.asks
+    return not OF_ATTENTION.isdisjoint(policy.asks)
 
 
 def heads_apart(layout: Layout, site: Site, held: Sequence[Resolution], laid: Laid) -> Laid:
@@ -77,13 +80,24 @@ class Fused:
 
     def of_site(self, site: Site, step: Step, reads: Sequence[Axes], result: Axes) -> tuple[fx.Node, Evidence]:
         """The attention of a site that merges, along `result`, and what it tells."""
-        log_mass = self._log_mass()
-        if "sharpness" not in self.weigher.policy.asks:
-            return self._attend(log_mass), Evidence(step.held, None, self.operands[1])
-        if named(self.node).get("dropout_p", 0.0):  # which fused attention alone draws
-            sharpness = self._sharpness(site, step)
-            return self._attend(log_mass), self._evidence(site, step, self.operands[1], sharpness)
-        return self._both(site, step, reads, result, log_mass)
+        asks, log_mass, sharpness = self.weigher.policy.asks, self._log_mass(), None
+        if "sharpness" not in asks:
+            attended = self._attend(log_mass)
+        elif named(self.node).get("dropout_p", 0.0):  # which fused attention alone draws
+            attended = self._attend(log_mass)
+            sharpness = self._told(self.weigher.converter.operators.sharpness, site, step, reads)
+        else:
+            attended, sharpness = self._both(site, step, reads, result, log_mass)
+        received = None
+        if "received" in asks:
+            received = self._told(self.weigher.converter.operators.received, site, step, reads)
+        evidence = Evidence(
+            step.held,
+            _by_query(site, step.held, sharpness),
+            _by_key(site, step.held, received, self.operands[1].axes[-2]),
+            self.operands[1],
+        )
+        return attended, evidence
 
     def _log_mass(self) -> fx.Node | None:
         weights = self.weigher.weights(self.weighings, self.operands).values()
@@ -102,13 +116,9 @@ class Fused:
 
     def _both(
         self, site: Site, step: Step, reads: Sequence[Axes], result: Axes, log_mass: fx.Node | None
-    ) -> tuple[fx.Node, Evidence]:
+    ) -> tuple[fx.Node, fx.Node]:
         """Output and sharpness in one pass."""
-        broadcast, options = self.weigher.converter.broadcast, self._options
-        pairs = zip(self.operands[:3], reads[:3], strict=True)
-        operands = [broadcast(each, at(axes, step.held)) for each, axes in pairs]
-        query, key, value = (heads_apart(self._layout, site, step.held, each) for each in operands)
-        options["mask"] = self._scores_apart(query, key, operands, options["mask"])
+        operands, (query, key, value), options = self._heads_apart(site, step, reads)
         pair = self._layout.call(
             self.weigher.converter.operators.attend_and_sharpness,
             query.node,
@@ -118,16 +128,23 @@ class Fused:
             log_mass=self._scores_apart(query, key, operands, log_mass),
         )
         attended, sharpness = (self._layout.call(getitem, pair, k) for k in range(2))
-        evidence = self._evidence(site, step, operands[1], sharpness)
         laid = Laid(attended, (*query.axes[:-1], value.axes[-1]))
-        return self._layout.rearrange(laid, result).node, evidence
+        return self._layout.rearrange(laid, result).node, sharpness
 
-    def _sharpness(self, site: Site, step: Step) -> fx.Node:
-        """The sharpness alone."""
-        query, key, _ = (heads_apart(self._layout, site, step.held, each) for each in self.operands[:3])
-        options = self._options
-        options["mask"] = self._scores_apart(query, key, self.operands, options["mask"])
-        return self._layout.call(self.weigher.converter.operators.sharpness, query.node, key.node, **options)
+    def _told(self, operator: Callable[..., Any], site: Site, step: Step, reads: Sequence[Axes]) -> fx.Node:
+        """What an operator tells of queries and keys, beside the attention."""
+        _, (query, key, _), options = self._heads_apart(site, step, reads)
+        return self._layout.call(operator, query.node, key.node, **options)
+
+    def _heads_apart(
+        self, site: Site, step: Step, reads: Sequence[Axes]
+    ) -> tuple[Sequence[Laid], Sequence[Laid], dict[str, Any]]:
+        """Query, key and value as they are read, the same with heads apart, and options with a mask that fits those."""
+        pairs = zip(self.operands[:3], reads[:3], strict=True)
+        operands = [self.weigher.converter.broadcast(each, at(axes, step.held)) for each, axes in pairs]
+        apart, options = [heads_apart(self._layout, site, step.held, each) for each in operands], self._options
+        options["mask"] = self._scores_apart(apart[0], apart[1], operands, options["mask"])
+        return operands, apart, options
 
     def _scores_apart(self, query: Laid, key: Laid, operands: Sequence[Laid], addend: fx.Node | None) -> fx.Node | None:
         """An addend of the scores with heads apart, as `query` and `key` have them; broadcast first, if it has to be.
@@ -140,9 +157,6 @@ class Fused:
         wide = self._layout.call(aten.expand.default, addend, self._layout.lengths(axes))
         return self._layout.rearrange(Laid(wide, axes), (*query.axes[:-1], key.axes[-2])).node
 
-    def _evidence(self, site: Site, step: Step, keys: Laid, sharpness: fx.Node) -> Evidence:
-        return Evidence(step.held, _by_token(site, step.held, sharpness), keys)
-
 
 def spelled_out(
     converter: Converter,
@@ -154,12 +168,22 @@ def spelled_out(
     to_scores: Sequence[Conversion],
 ) -> Evidence:
     """What is read off the probabilities where they are at hand; `to_scores` brings the keys to their resolution."""
-    sharpness = None
-    if "sharpness" in policy.asks:
-        apart = heads_apart(converter.layout, site, held, probabilities)
-        sharpness = _by_token(site, held, converter.layout.call(converter.operators.sharpness_of, apart.node))
-    return Evidence(held, sharpness, converter.converted(keys, to_scores) if keys else None)
+    operators, apart = converter.operators, heads_apart(converter.layout, site, held, probabilities)
+    sharpness, received = (
+        converter.layout.call(operator, apart.node) if name in policy.asks else None
+        for name, operator in (("sharpness", operators.sharpness_of), ("received", operators.received_of))
+    )
+    return Evidence(
+        held,
+        _by_query(site, held, sharpness),
+        _by_key(site, held, received, probabilities.axes[-1]),
+        converter.converted(keys, to_scores) if keys else None,
+    )
 
 
-def _by_token(site: Site, held: tuple[Resolution, ...], sharpness: fx.Node) -> Laid:
-    return Laid(sharpness, at((site.clip_batch, site.tokens), held))
+def _by_query(site: Site, held: Sequence[Resolution], node: fx.Node | None) -> Laid | None:
+    return Laid(node, at((site.clip_batch, site.tokens), held)) if node is not None else None
+
+
+def _by_key(site: Site, held: Sequence[Resolution], node: fx.Node | None, keys: Axis) -> Laid | None:
+    return Laid(node, (*at((site.clip_batch,), held), keys)) if node is not None else None

@@ -12,13 +12,15 @@ from operator import getitem
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import UNIT, Axes, Axis, product, subaxis
+from tldr_compile.passes.axes import UNIT, Atom, Axes, Axis, product, subaxis
 from tldr_compile.passes.emit.attention import Evidence, heads_apart
 from tldr_compile.passes.emit.resample import Converter, Grouped, holding
 from tldr_compile.passes.emit.views import Laid, Layout, segment_of
 from tldr_compile.passes.errors import OptionError
 from tldr_compile.passes.options import Measure, Policy
 from tldr_compile.passes.plan import How, Merge, Resolution, of_run, tokens_at
+from tldr_compile.passes.sites import TIME
+from tldr_compile.passes.sizes import Size, simplify
 
 aten = torch.ops.aten
 
@@ -95,7 +97,9 @@ class Reader:
             "tokens": lambda: self._over_tokens(self.stream),
             "before": lambda: self._over_tokens(self.before()),
             "shift": self._shift,
+            "previous": self._previous,
             "sharpness": self._sharpness,
+            "received": self._received,
             "keys": self._keys,
         }
         return self._layout.once(("reading", self.merge.target, name), answers[name])
@@ -106,21 +110,57 @@ class Reader:
         rows = self._over_tokens(Laid(moved, self.stream.axes))
         return Laid(self._layout.call(aten.linalg_vector_norm.default, rows.node, 2, [-1]), rows.axes[:-1])
 
+    def _previous(self) -> Laid:
+        """The stream at the same place of the frame before, or what holds that place by now; zeros in the first."""
+        call, source, rows = self._layout.call, self.merge.source, self.read("tokens")
+        frames, between = self._frames()
+        place = places(self.converter, source, rows.node, self.batch_and_tokens)
+        held = call(aten.clamp_min.default, call(aten.sub.Tensor, place, self._layout.length(between)), 0)
+        if source is not None:
+            held = call(aten.gather.default, self.converter.assign(source), 1, held)
+        in_run = call(aten.remainder.Scalar, place, self._layout.length(simplify(frames * between)))
+        is_first = call(aten.lt.Scalar, in_run, self._layout.length(between))
+        held, is_first = (self._layout.arrange(each, rows.axes[:2], rows.axes) for each in (held, is_first))
+        index = call(aten.expand.default, held, self._layout.lengths(rows.axes))
+        before = call(aten.gather.default, rows.node, 1, index)
+        return Laid(call(aten.masked_fill.Scalar, before, is_first, 0), rows.axes)
+
+    def _frames(self) -> tuple[Size, Size]:
+        """How many frames the run has, and how many of its tokens lie between a place and the same in the next."""
+        factors = self.merge.target.run.factors
+        times = [k for k, each in enumerate(factors) if isinstance(each, Atom) and each.role in TIME]
+        if not times or times[-1] - times[0] >= len(times):
+            (option, other), site = self._option_that_reads("previous"), self.merge.site
+            raise OptionError(
+                f"{option} needs the frame before, and the tokens that site {site.index} ({site.attention.node.name}) "
+                f"groups, {self.merge.target.run!r}, are not those of several frames, one behind the other; use {other}"
+            )
+        return product(factors[times[0] : times[-1] + 1]).size, product(factors[times[-1] + 1 :]).size
+
+    def _option_that_reads(self, reading: str) -> tuple[str, str]:
+        """The option, as it was given, and what serves in its place."""
+        if reading in self.policy.comparison.reads:
+            return f"metric={self.policy.metric!r}", "metric='tokens'"
+        return f"saliency={self.policy.saliency!r}", "saliency='attention'"
+
     def _sharpness(self) -> Laid:
         assert self.evidence is not None
         assert self.evidence.sharpness is not None
         return self._along_stream(self.evidence.sharpness, self.evidence.held, channels=False)
+
+    def _received(self) -> Laid:
+        assert self.evidence is not None
+        assert self.evidence.received is not None
+        return self._along_stream(self.evidence.received, self.evidence.held, channels=False)
 
     def _keys(self) -> Laid:
         """The mean over the heads."""
         assert self.evidence is not None
         site = self.merge.site
         if self.evidence.keys is None:
-            compares = "keys" in self.policy.comparison.reads
-            option, name = ("metric", self.policy.metric) if compares else ("saliency", self.policy.saliency)
-            other = "metric='tokens'" if compares else "saliency='attention'"
+            option, other = self._option_that_reads("keys")
             raise OptionError(
-                f"{option}={name!r} needs the keys of site {site.index} ({site.attention.node.name}), and something "
+                f"{option} needs the keys of site {site.index} ({site.attention.node.name}), and something "
                 f"that is no scale and no mask is between their product and the softmax; use {other}"
             )
         keys = heads_apart(self._layout, site, self.evidence.held, self.evidence.keys)

@@ -9,6 +9,7 @@ Nothing here makes a node, and nobody else decides anything.
 """
 
 from tldr_compile.passes.plan.plan import (
+    OF_ATTENTION,
     Barrier,
     Conversion,
     How,
@@ -27,6 +28,7 @@ from tldr_compile.passes.plan.rows import rows_of, stay_long
 from tldr_compile.passes.plan.schedule import Entry
 
 __all__ = [
+    "OF_ATTENTION",
     "Barrier",
     "Conversion",
     "Entry",

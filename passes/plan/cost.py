@@ -38,10 +38,10 @@ def dense(plan: Plan) -> float:
 
 
 def operations(plan: Plan) -> float:
-    """Floating-point operations of all products, matching included."""
+    """Floating-point operations of all products: those of the model, of matching, and of what saliency reads."""
     sizes = _Sizes(plan.typed)
     calls = sum(_call(plan, node, sizes) for node in plan.typed.captured.graph.graph.nodes)
-    return calls + sum(_matching(plan, merge, sizes) for merge in plan.merges)
+    return calls + sum(_matching(plan, merge, sizes) + _received(plan, merge, sizes) for merge in plan.merges)
 
 
 def bytes_moved(plan: Plan) -> float:
@@ -129,6 +129,16 @@ def _matching(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
     tokens = sizes(merge.target.groups.size + merge.count)
     rest = sizes.count(axes) // max(1, sizes(merge.target.run.size) * sizes(merge.target.batch.size))
     return 2.0 * sizes(merge.target.batch.size) * -(-tokens // 2) * (tokens // 2) * rest
+
+
+def _received(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
+    """The scores once more, where a merge asks what each key received and the attention does not hold them."""
+    attention = merge.site.attention
+    if "received" not in merge.told or attention.probabilities is not None:
+        return 0.0
+    typed, held = plan.typed.calls[attention.node], plan.steps[attention.node].held
+    (query, key, *_), (output, *_) = (tuple(at(axes, held) for axes in each) for each in (typed.reads, typed.outputs))
+    return 2.0 * sizes.count(output[:-1]) * sizes(key[-2].size) * sizes(query[-1].size)
 
 
 def _moved(axes: Axes, conversion: Conversion, value: fx.Node, sizes: _Sizes) -> float:

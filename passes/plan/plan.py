@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import fx
@@ -31,6 +31,9 @@ class Choice:
     grouping: Grouping
     reasons: tuple[str, ...] = ()
 
+
+OF_ATTENTION: Final = frozenset({"sharpness", "received", "keys"})
+"""What a merge may ask of its site's attention itself, told by token as the attention's scores are held."""
 
 Choices: TypeAlias = Mapping[Site, Choice]
 
@@ -128,8 +131,8 @@ class Leaving:
 class Merge:
     """After `node`, `count` entries of the run go; `source` is the resolution it starts from.
 
-    `stream` brings the residual stream to `source`; `rows` what the site says of its tokens (sharpness, keys), which
-    are as the site's own scores are held; `keys` the keys to that first; `before` what the attention was added to.
+    `told` is what it asks of the attention. `stream` brings the residual stream to `source`; `rows` what is told, which
+    is as the site's own scores are held; `keys` the keys to that first; `before` what the attention was added to.
     `held` are the resolutions of other runs that the stream keeps. `ordered`: the groups leave the graph, and come in
     the order of their places.
     """
@@ -145,6 +148,7 @@ class Merge:
     rows: tuple[Conversion, ...]
     keys: tuple[Conversion, ...]
     before: tuple[Conversion, ...]
+    told: frozenset[str] = frozenset()
     ordered: bool = False
 
 

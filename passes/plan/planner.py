@@ -22,6 +22,7 @@ from tldr_compile.passes.plan.barriers import Asked, Obstacle, obstacle
 from tldr_compile.passes.plan.choice import Choices, chosen, finest
 from tldr_compile.passes.plan.leaving import leaving, restoring
 from tldr_compile.passes.plan.plan import (
+    OF_ATTENTION,
     Barrier,
     Conversion,
     How,
@@ -186,8 +187,8 @@ class _Walk:
         wanted = (*kept, *([source] if source else []))
         scored = self.state(site.attention.scored).held if site.attention.scored in self.states else ()
         axes = self.typed.value(node).axes
-        keys = site.attention.keys if "keys" in self.asks else None
-        rows = "keys" in self.asks or "sharpness" in self.asks
+        told = OF_ATTENTION.intersection(self.asks)
+        keys = site.attention.keys if "keys" in told else None
         before = self.state(site.stream.before).held
         self.merges.append(
             Merge(
@@ -199,9 +200,10 @@ class _Walk:
                 target,
                 kept,
                 stream=tuple(bring(axes, state.held, wanted, How.MERGE)),
-                rows=tuple(of_rows(scored, target, source)) if rows else (),
+                rows=tuple(of_rows(scored, target, source)) if told else (),
                 keys=self._keys_as_scored(keys, scored) if keys else (),
                 before=tuple(bring(axes, before, wanted, How.MERGE)) if "before" in self.asks else (),
+                told=told,
             )
         )
         weighed = tuple(w for w in state.weighed if not w.resolution.meets(target))

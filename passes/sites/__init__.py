@@ -19,9 +19,10 @@ from tldr_compile.passes.sites.find import (
     sites,
     why_nothing,
 )
-from tldr_compile.passes.sites.groupings import Grouping
+from tldr_compile.passes.sites.groupings import TIME, Grouping
 
 __all__ = [
+    "TIME",
     "AnySite",
     "Grouping",
     "RefusedSite",

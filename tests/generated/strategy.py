@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 from tests.generated.recipe import Recipe
+from tldr_compile import ops
 
 Choices = dict[str, list[Any]]
 
@@ -38,7 +39,7 @@ RECIPE: Choices = {
 
 OPTIONS: Choices = {
     "schedule": [[1], [3], [2, 1], [3, 0.25], [1, 0, 2], [0.4, 0.1], 0.25, [2, 5, 1]],
-    "saliency": ["attention", "attention", "uniform", "shift"],
+    "saliency": ["attention", *ops.SIGNALS],
     "metric": ["tokens", "tokens", "keys"],
     "reduction": ["merge", "merge", "merge", "drop", "random", "slice"],
     "grouping": ["auto", "auto", "auto", "each", "shared", "blocks"],

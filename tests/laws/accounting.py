@@ -136,6 +136,7 @@ COSTS: dict[str, Callable[..., int]] = {
     "_scaled_dot_product_flash_attention_for_cpu": lambda out, q, k, v, *_: _attention(q, k, v),
     "attend": lambda out, q, k, v, *_: _attention(q, k, v),
     "attend_and_sharpness": lambda out, q, k, v, *_: _attention(q, k, v),
+    "received": lambda out, q, k, *_: _attention(q, k, k[..., :0]),
     "best": lambda out, sources, destinations: _product(sources, destinations.mT),
 }
 

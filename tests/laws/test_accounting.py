@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 
 import tldr_compile
+from tests.generated.model import build
+from tests.generated.recipe import Recipe
 from tests.laws import frames, spellings, streams
 from tests.laws.accounting import Counting, calls, dearer, gflops, miscounted, restorations, unaccounted
 from tests.laws.frames import folded, joint, spatial, temporal
@@ -111,6 +113,24 @@ def test_the_report_is_what_the_graph_does(name: str) -> None:
 @every_model
 def test_operations_are_those_that_run(name: str) -> None:
     assert miscounted(program(name).module(), written(name), MODELS[name][1]) == []
+
+
+@pytest.mark.parametrize("name", ["class token", "space, time", "branches that meet"])
+def test_operations_of_what_saliency_reads_are_counted(name: str) -> None:
+    """The scores once more."""
+    schedule = SITES.get(name, (0.3, 0.3))
+    found = tldr_compile.apply(program(name), schedule=schedule, saliency="received")
+    assert miscounted(program(name).module(), found, MODELS[name][1]) == []
+    assert found.report.gflops[1] > written(name).report.gflops[1]
+
+
+def test_probabilities_at_hand_are_read_for_nothing() -> None:
+    """Where heads are mixed after the softmax, the graph holds them."""
+    recipe = Recipe(attention="talking")
+    model, inputs = build(recipe).eval(), recipe.inputs()
+    found = [tldr_compile.apply(model, inputs, schedule=[4], saliency=name) for name in ("received", "attention")]
+    assert found[0].report.gflops == found[1].report.gflops
+    assert miscounted(model, found[0], inputs) == []
 
 
 @every_model

@@ -63,7 +63,7 @@ def drawn_plan(random: Random, name: str) -> dict[str, Any]:
     able = [site % 2 == 1 or name != "timesformer" for site in range(SITES[name])]
     some = able[: random.randint(2, SITES[name])]
     schedule = tuple(drawn_entry(random) if merges else 0 for merges in some)
-    saliency = random.choice(["attention", "shift", "uniform"])
+    saliency = random.choice(["attention", "shift", "uniform", "received", "key norm"])
     return {
         "schedule": random.choice([schedule, random.uniform(0.3, 0.7)]),
         "saliency": saliency,

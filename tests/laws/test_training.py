@@ -126,7 +126,7 @@ class Block(nn.Module):
         return self.block(self.block(x))
 
 
-@pytest.mark.parametrize("saliency", ["attention", "shift", "uniform"])
+@pytest.mark.parametrize("saliency", ["attention", "shift", "uniform", "received"])
 def test_transforms_of_a_merged_model_are_loops_of_autograd(saliency: str) -> None:
     """Gradients of all samples at once, and apart in inputs and parameters; masses are float32 in every model."""
     x = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

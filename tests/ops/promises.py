@@ -40,6 +40,10 @@ ARGUMENTS["attend_and_sharpness"] = {
     "no masses": lambda dtype: (*attention(dtype)[:5], None),
     "no values": lambda dtype: (*attention(dtype)[:2], attention(dtype)[2][..., :0], 0.5, None, None),
 }
+ARGUMENTS["received"] = {
+    case: lambda dtype, biased=biased: (*(given := attention(dtype, biased))[:2], *given[3:5])
+    for case, biased in (("masked", True), ("alone", False))
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 CASES = [(name, case) for name, cases in ARGUMENTS.items() for case in cases]
 
@@ -48,6 +52,9 @@ def specified(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The results of the reference."""
     if name == "match":
         return reference.match(*arguments)
+    if name == "received":
+        q, k, scale, mask = arguments
+        return (reference.received(q, k, scale=scale, mask=mask),)
     q, k, v, scale, mask, log_mass = arguments
     both = reference.attention_with_sharpness(q, k, v, scale=scale, mask=mask, log_mass=log_mass)
     return both if name == "attend_and_sharpness" else both[:1]

@@ -14,7 +14,12 @@ from tldr_compile import ops
 from tldr_compile.ops import blocked, reference, tiled
 from tldr_compile.ops.providers import everything
 
-SERVE = {"attend": ["native", "fused"], "attend_and_sharpness": ["native", "blocked"], "match": ["blocked"]}
+SERVE = {
+    "attend": ["native", "fused"],
+    "attend_and_sharpness": ["native", "blocked"],
+    "received": ["blocked"],
+    "match": ["blocked"],
+}
 """Those on a CPU; the last also in float64."""
 
 
@@ -43,6 +48,14 @@ def test_the_backward_kernel_gives_what_its_fake_kernel_promises(biased: bool) -
     real = operator(*arguments)
     assert skeleton(real) == faked(operator, arguments)
     assert skeleton(real)[:3] == [(t.shape, t.dtype, torch.empty(t.shape).stride()) for t in (q, k, v)]
+
+
+def test_the_backward_kernel_of_received_gives_what_its_fake_kernel_promises() -> None:
+    q, k, _, scale, mask, _ = attention(torch.float32)
+    for given in ((None, False), (mask.float(), True)):
+        arguments = torch.randn(2, 9), q, k, scale, *given
+        operator = torch.ops.tldr.received_backward
+        assert skeleton(operator(*arguments)) == faked(operator, arguments)
 
 
 def test_matching_is_registered_soundly() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import tldr_compile
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
 from tldr_compile import OptionError, TokenMerging, VerificationError, ops
+from tldr_compile.passes.check import record
 
 
 def merged(recipe: Recipe | None = None, **options: object) -> tldr_compile.MergedModule:
@@ -29,6 +33,9 @@ def test_what_each_reads_is_what_a_merge_asks() -> None:
         ("attention", "tokens"): {"sharpness", "tokens"},
         ("shift", "tokens"): {"shift", "before", "tokens"},
         ("uniform", "keys"): {"keys"},
+        ("received", "tokens"): {"received", "tokens"},
+        ("key norm", "tokens"): {"keys", "tokens"},
+        ("change", "keys"): {"tokens", "previous", "keys"},
     }
     for (saliency, metric), wanted in asks.items():
         assert TokenMerging(saliency=saliency, metric=metric).asks == wanted
@@ -46,7 +53,8 @@ def test_a_signal_from_outside() -> None:
         seen.append(tokens)
         return ops.saliency(tokens.float().norm(dim=-1))
 
-    with pytest.raises(OptionError, match="saliency is one of 'attention', 'shift', 'uniform', 'norm'; did you mean"):
+    known = ", ".join(map(repr, ops.SIGNALS))
+    with pytest.raises(OptionError, match=f"saliency is one of {known}; did you mean 'norm'"):
         TokenMerging(saliency="norms")
     found = saliency_of(merged(saliency="norm"))
     torch.testing.assert_close(found, ops.saliency(seen[-1].norm(dim=-1)))
@@ -208,3 +216,152 @@ def test_a_result_that_is_no_tensor_is_refused() -> None:
     ops.signal("none", reads="tokens")(lambda tokens: None)
     with pytest.raises(TypeError, match="saliency='none' returned NoneType"):
         merged(saliency="none")
+
+
+# --- the built-in ones, written out ---
+
+
+class Blocks(nn.Module):
+    """Two blocks over a class token and a clip of 3 frames of 2 x 2 places; all that a signal reads is at hand."""
+
+    def __init__(self, leading: int = 1) -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(3, 8, (1, 4, 4), (1, 4, 4))
+        self.leading = nn.Parameter(torch.randn(1, leading, 8))
+        self.qkv = nn.ModuleList(nn.Linear(8, 24) for _ in range(2))
+        self.mlp = nn.Linear(8, 8)
+
+    def begin(self, clip: Tensor) -> Tensor:
+        tokens = self.embed(clip).flatten(2).transpose(1, 2)
+        return torch.cat((self.leading.expand(clip.shape[0], -1, -1), tokens), 1)
+
+    def heads(self, x: Tensor, number: int) -> Tensor:
+        return self.qkv[number](x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+
+    def attended(self, x: Tensor, number: int) -> Tensor:
+        return x + F.scaled_dot_product_attention(*self.heads(x, number)).transpose(1, 2).flatten(2)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        x = self.begin(clip)
+        for number in range(2):
+            x = self.attended(x, number)
+            x = x + self.mlp(x).tanh()
+        return x
+
+
+def scaled(numbers: Tensor) -> Tensor:
+    """Steps 3 and 4 of vid-TLDR, one token at a time."""
+    rows = []
+    for row in numbers.tolist():
+        mean = sum(row) / len(row)
+        rows.append([max(0.0, each - mean) / (max(row) - mean) for each in row])
+    return torch.tensor(rows)
+
+
+def received_by_hand(model: Blocks, clip: Tensor) -> Tensor:
+    q, k, _ = model.heads(model.begin(clip), 0)
+    numbers = torch.zeros(len(clip), 13)
+    for sample, head, query in product(range(len(clip)), range(2), range(13)):
+        scores = [float(q[sample, head, query] @ k[sample, head, key]) / 2 for key in range(13)]
+        total = sum(map(math.exp, scores))
+        numbers[sample] += torch.tensor([math.exp(score) / total for score in scores])
+    return numbers[:, 1:]
+
+
+def key_norm_by_hand(model: Blocks, clip: Tensor) -> Tensor:
+    _, k, _ = model.heads(model.begin(clip), 0)
+    return ((k[:, 0] + k[:, 1]) / 2).square().sum(-1).sqrt()[:, 1:]
+
+
+def change_by_hand(model: Blocks, clip: Tensor) -> Tensor:
+    frames = model.attended(model.begin(clip), 0)[:, 1:].unflatten(1, (3, 4))
+    later = torch.cat([(frames[:, t] - frames[:, t - 1]).abs().sum(-1) for t in (1, 2)], 1)
+    return torch.cat((later.amax(1, keepdim=True).expand(-1, 4), later), 1)
+
+
+BY_HAND = {"received": received_by_hand, "key norm": key_norm_by_hand, "change": change_by_hand}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_signal_is_what_is_written_out(name: str) -> None:
+    model, clip = Blocks().eval(), torch.randn(2, 3, 3, 8, 8)
+    short = tldr_compile.apply(model, (clip,), schedule=[4, 3], saliency=name, verify=True)
+    first, _ = tldr_compile.inspect(short, clip)
+    torch.testing.assert_close(first.saliency, scaled(BY_HAND[name](model, clip)))
+
+
+@torch.no_grad()
+def test_received_of_a_later_merge_is_of_groups() -> None:
+    """Each counts once, as query and as key: `proportional` masses are not of saliency."""
+    model, clip = Blocks(0).eval(), torch.randn(2, 3, 3, 8, 8)
+    _, (_, seen) = readings_of(model, clip, "received", "before")
+    q, k, _ = model.heads(seen["before"], 1)
+    assert q.shape == (2, 2, 8, 4)
+    torch.testing.assert_close(seen["received"], (q @ k.mT / 2).softmax(-1).mean((1, 2)))
+
+
+@torch.no_grad()
+def test_before_a_group_is_what_holds_the_place_of_its_representative_a_frame_earlier() -> None:
+    model, clip = Blocks().eval(), torch.randn(2, 3, 3, 8, 8)
+    merged, seen = readings_of(model, clip, "tokens", "previous")
+    _, found = record(merged._merged.graph, merged._merged.groupings, merged._flat_inputs((clip,), {}))
+    kept, assign = (found[1][name].tolist() for name in ("kept", "assign"))
+    tokens, previous = seen[-1]["tokens"], seen[-1]["previous"]
+    for sample, group in product(range(2), range(8)):
+        place = kept[sample][group]
+        held = tokens[sample, assign[sample][place - 4]] if place >= 4 else torch.zeros(8)
+        assert torch.equal(previous[sample, group], held)
+
+
+def readings_of(
+    model: nn.Module, clip: Tensor, *names: str
+) -> tuple[tldr_compile.MergedModule, list[dict[str, Tensor]]]:
+    """A model merged twice, and what its sites were asked, one after the other, when it ran."""
+    seen: list[dict[str, Tensor]] = []
+
+    @ops.signal("noted", reads=names)
+    def noted(*readings: Tensor) -> Tensor:
+        seen.append(dict(zip(names, readings, strict=True)))
+        return torch.ones(readings[0].shape[:2])
+
+    merged = tldr_compile.apply(model, (clip,), schedule=[4, 3], saliency="noted")
+    seen.clear()
+    merged(clip)
+    assert len(seen) == 2
+    return merged, seen
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_signal_in_a_graph_of_any_batch_has_gradients(name: str) -> None:
+    """Of samples apart, compiled, and as differences say, which masses round: they are float32 in every model."""
+    torch.manual_seed(1)  # no other tokens are merged at either end of the step
+    model, clip = Blocks().eval().double(), torch.randn(3, 3, 3, 8, 8, dtype=torch.float64)
+    program = torch.export.export(model, (clip,), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=9)},))
+    short = tldr_compile.apply(program, schedule=[4, 3], saliency=name, reduction="merge")
+    torch.testing.assert_close(short(clip[:1]), short(clip)[:1])
+    compiled, step = torch.compile(short, backend="aot_eager", fullgraph=True), torch.randn_like(clip)
+    slopes = []
+    for function in (short, compiled):
+        given = clip.clone().requires_grad_()
+        slopes.append(torch.autograd.grad(function(given).square().sum(), given)[0])
+    torch.testing.assert_close(*slopes)
+    above, below = (short(clip + sign * 1e-3 * step).square().sum() for sign in (1, -1))
+    torch.testing.assert_close((slopes[0] * step).sum(), (above - below) / 2e-3, rtol=1e-3, atol=0)
+
+
+def test_change_needs_frames_to_group() -> None:
+    reason = r"saliency='change' needs the frame before, .* site 0 \(.*\) groups, h·w, are not .*; use saliency="
+    with pytest.raises(OptionError, match=reason):
+        merged(Recipe(embed="frames"), saliency="change")
+
+
+def test_a_first_frame_is_all_new_where_nothing_changes() -> None:
+    """Between two equal frames; the third differs at one of two places."""
+    frame = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    clip = torch.stack((frame, frame, frame + torch.tensor([[0.0, 0.0], [0.5, -1.5]])))
+    previous = torch.cat((torch.zeros(1, 2, 2), clip[:-1])).flatten(0, 1)[None]
+    signal = ops.SIGNALS["change"].function
+    assert signal(clip.flatten(0, 1)[None], previous).tolist() == [[1, 1, 0, 0, 0, 1]]
+    still = torch.cat((frame, frame))[None]
+    assert signal(still, torch.cat((0 * frame, frame))[None]).tolist() == [[1, 1, 0, 0]]

@@ -157,6 +157,33 @@ def test_a_compiler_takes_the_transforms(name: str) -> None:
     torch.testing.assert_close(compiled(*inputs), gradient(*inputs))
 
 
+@pytest.mark.parametrize("kind", MASKS)
+def test_what_is_received_is_differentiated_as_the_specification_is(kind: str) -> None:
+    """Twice, of several at once, of one mask for all samples, and through a compiler."""
+    q, k, mask = normal(3, B, H, N, C), normal(3, B, H, M, C), MASKS[kind]()
+    floats = [mask] if mask is not None and mask.is_floating_point() else []
+
+    def penalty(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def of(*given: Tensor) -> Tensor:
+            return operator(*given[:2], scale=0.5, mask=given[2] if floats else mask).sin().sum()
+
+        return lambda *given: torch.stack([each.square().sum() for each in grad(of, (0, 1))(*given)]).sum()
+
+    places = tuple(range(2 + len(floats)))
+    batched = [
+        vmap(grad(penalty(operator), places), in_dims=(0, 0, *(None for _ in floats)))
+        for operator in (ops.received, reference.received)
+    ]
+    torch.testing.assert_close(batched[0](q, k, *floats), batched[1](q, k, *floats), rtol=1e-10, atol=1e-10)
+    inputs = [each.clone().requires_grad_() for each in (q[0], k[0], *floats)]
+    assert torch.autograd.gradcheck(
+        lambda *given: ops.received(*given[:2], scale=0.5, mask=given[2] if floats else mask), inputs
+    )
+    if floats:
+        compiled = torch.compile(batched[0], backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(q, k, *floats), batched[1](q, k, *floats))
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_gradients_of_a_bias_for_all_samples_are_one_for_all(asked: bool) -> None:
     """The operator's own promise: autograd would sum what came too wide."""
@@ -192,7 +219,7 @@ def test_every_registered_operator_has_a_rule() -> None:
 
 def test_forward_mode_over_backward_mode_is_refused_in_words() -> None:
     q, k, v = qkv(B)
-    for call in (ops.attend_and_sharpness, ops.sharpness):
+    for call in (ops.attend_and_sharpness, ops.sharpness, ops.received):
         given = (k, v) if call is ops.attend_and_sharpness else (k,)
         with pytest.raises(NotImplementedError, match=r"which jacfwd and hessian take: use the backward one"):
             torch.func.hessian(lambda x, c=call, g=given: torch.stack([t.sum() for t in c(x, *g)]).sum())(q)

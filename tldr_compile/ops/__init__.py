@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import ATTEND, ATTEND_AND_SHARPNESS, attend, attend_and_sharpness, sharpness
+from .attention import ATTEND, ATTEND_AND_SHARPNESS, RECEIVED, attend, attend_and_sharpness, received, sharpness
 from .grouping import Grouping, down, group, pick, up
 from .matching import MATCH, match
 from .providers import Provider, Providers, decomposing
 from .reductions import REDUCTIONS, Split, Tokens, reduction
-from .reference import saliency, sharpness_of, shift, unit
+from .reference import received_of, saliency, sharpness_of, shift, unit
 from .signals import METRICS, READINGS, SIGNALS, Measure, metric, signal
 from .sums import mean, multiply, softmax, sum  # noqa: A004
 
-PROVIDERS: dict[str, Providers[..., Any]] = {each.name: each for each in (ATTEND, ATTEND_AND_SHARPNESS, MATCH)}
+PROVIDERS: dict[str, Providers[..., Any]] = {
+    each.name: each for each in (ATTEND, ATTEND_AND_SHARPNESS, RECEIVED, MATCH)
+}
 """Of every operator that has several, by its name; `PROVIDERS["match"].order` is a list, and the first serves first."""
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "metric",
     "multiply",
     "pick",
+    "received",
+    "received_of",
     "reduction",
     "saliency",
     "sharpness",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
-from . import blocked, native, tiled
+from . import blocked, native, reference, tiled
 from .providers import Provider, Providers, everything
-from .reference import attention_with_sharpness, empty_gradients, empty_results, masked, wide
+from .reference import attention_with_sharpness, empty_gradients, empty_received, empty_results, masked, wide
 from .transforms import Folded, differentiable, folded, lifted, refuse_forward_mode, slopes
 
 Shape = Sequence[int]
@@ -119,6 +120,26 @@ def sharpness(
     torch.Size([2, 196])
     """
     return attend_and_sharpness(q, k, k[..., :0], scale=scale, mask=mask, enable_gqa=enable_gqa)[1]
+
+
+def received(
+    q: Tensor, k: Tensor, *, scale: float | None = None, mask: Tensor | None = None, enable_gqa: bool = False
+) -> Tensor:
+    """How much attention each key receives, `[..., Nk]`: the mean over heads and queries of `softmax(scale q k')`.
+
+    Shapes, dtypes, `mask` and errors as in `sharpness`; the keys' add up to 1 unless a query may see none. A pass of
+    its own over the rows, without a matrix of all pairs; `reference.received` is the specification.
+
+    >>> q, k = torch.randn(2, 2, 12, 196, 64)
+    >>> ops.received(q, k).shape
+    torch.Size([2, 196])
+    """
+    if enable_gqa:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    _refuse_tangents(q, k, mask)
+    lead, (q, k, _, scale, mask, _) = _flat(q, k, k, scale, mask, None)
+    found = RECEIVED(q, k, scale, mask)
+    return found.reshape(*lead, found.shape[-1])
 
 
 def _biased(q: Tensor, mask: Tensor | None, log_mass: Tensor) -> Tensor:
@@ -319,6 +340,34 @@ def _backward_fake(
     return empty_gradients(q, k, v, mask if mask_grad else None, log_mass if log_mass_grad else None)
 
 
+@torch.library.custom_op("tldr::received", mutates_args=())
+def _received(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return RECEIVED.run(q, k, scale, mask)
+
+
+@_received.register_fake
+def _received_fake(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return empty_received(q, k)
+
+
+@torch.library.custom_op("tldr::received_backward", mutates_args=())
+def _received_backward(
+    grad_received: Tensor, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, mask_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and mask; an empty tensor for the last where nobody asks for it."""
+    results = _received_backward_fake(grad_received, q, k, scale, mask, mask_grad)
+    blocked.received_backward(results, grad_received, q, k, scale, mask)
+    return results
+
+
+@_received_backward.register_fake
+def _received_backward_fake(
+    grad_received: Tensor, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, mask_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_q, d_k, _, d_mask, _ = empty_gradients(q, k, k, mask if mask_grad else None, None)
+    return d_q, d_k, d_mask
+
+
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, _biased(q, mask, log_mass), scale=scale)
 
@@ -346,6 +395,14 @@ ATTEND_AND_SHARPNESS: Providers[..., tuple[Tensor, Tensor]] = Providers(
         Provider("blocked", everything, blocked.forward, laid=True),
     ],
     blocked.decomposition,
+)
+
+RECEIVED: Providers[..., Tensor] = Providers(
+    "received",
+    torch.ops.tldr.received,
+    _received_fake,
+    [Provider("blocked", everything, blocked.received, laid=True)],
+    blocked.received_decomposition,
 )
 
 
@@ -404,20 +461,73 @@ def _specified(
     return attention_with_sharpness(q, k, v, scale=scale, mask=mask, log_mass=log_mass)
 
 
-def _fold_gradients(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Folded:
-    """As `folded`; the gradient of a bias with a batch of 1 is that of its broadcast, summed."""
-    results, dims = folded(torch.ops.tldr.attend_and_sharpness_backward)(info, in_dims, *arguments)
-    biases = (lifted(each, dim, info.batch_size) for each, dim in zip(arguments[6:8], in_dims[6:8], strict=True))
-    asked = zip(results[3:], biases, arguments[8:], strict=True)
+def _fold_gradients(
+    operator: Callable[..., Any], biases: Sequence[int], info: Any, in_dims: Sequence[int | None], *arguments: Any
+) -> Folded:
+    """As `folded`; the gradient of a bias with a batch of 1 is that of its broadcast, summed.
+
+    `biases` are the places of the biases among the arguments, whose last ones say which gradients are asked for.
+    """
+    results, dims = folded(operator)(info, in_dims, *arguments)
+    given = (lifted(arguments[at], in_dims[at], info.batch_size) for at in biases)
+    count = len(biases)
+    asked = zip(results[-count:], given, arguments[-count:], strict=True)
     summed = (grad.sum_to_size(bias.shape) if is_asked else grad for grad, bias, is_asked in asked)
-    return (*results[:3], *summed), dims
+    return (*results[:-count], *summed), dims
+
+
+def _save_received(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, ctx.scale, mask = inputs
+    ctx.save_for_backward(q, k, mask)
+
+
+def _differentiate_received(ctx: Any, grad_received: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, mask = ctx.saved_tensors
+    asked = ctx.needs_input_grad[3]
+    d_q, d_k, d_mask = torch.ops.tldr.received_backward(grad_received, q, k, ctx.scale, mask, asked)
+    return d_q, d_k, None, d_mask if asked else None
+
+
+def _save_received_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_received, q, k, ctx.scale, mask, ctx.asked = inputs
+    ctx.save_for_backward(grad_received, q, k, mask)
+
+
+def _differentiate_received_gradients(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """As `_differentiate_gradients`."""
+    *given, mask = ctx.saved_tensors
+    return slopes(_specified_received_gradients, (*given, ctx.scale, mask, ctx.asked), cotangents)
+
+
+def _specified_received_gradients(
+    grad_received: Tensor, q: Tensor, k: Tensor, scale: float, mask: Tensor | None, mask_grad: bool
+) -> tuple[Tensor | None, ...]:
+    with torch.autocast(q.device.type, enabled=False):
+        d_q, d_k, _, d_mask = slopes(_specified_received, (q, k, scale, mask), grad_received)
+    return d_q, d_k, d_mask if mask_grad else q.new_empty(0)
+
+
+def _specified_received(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return reference.received(q, k, scale=scale, mask=mask)
 
 
 differentiable("attend_and_sharpness", _save, _differentiate)
 differentiable("tiled_attend_and_sharpness", _save, _differentiate)
 differentiable("attend", _save, _differentiate_output)
 differentiable("tiled_attend", _save, _differentiate_output)
-differentiable("attend_and_sharpness_backward", _save_gradients, _differentiate_gradients, _fold_gradients)
+differentiable(
+    "attend_and_sharpness_backward",
+    _save_gradients,
+    _differentiate_gradients,
+    partial(_fold_gradients, torch.ops.tldr.attend_and_sharpness_backward, (6, 7)),
+)
+differentiable("received", _save_received, _differentiate_received)
+differentiable(
+    "received_backward",
+    _save_received_gradients,
+    _differentiate_received_gradients,
+    partial(_fold_gradients, torch.ops.tldr.received_backward, (4,)),
+)
 
 
 def attention_flop(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
@@ -434,6 +544,18 @@ register_flop_formula(
         torch.ops.tldr.tiled_attend_and_sharpness,
     ]
 )(attention_flop)
+
+
+@register_flop_formula(torch.ops.tldr.received)
+def _received_flop(q_shape: Shape, k_shape: Shape, *args: Any, **kwargs: Any) -> int:
+    """The scores alone."""
+    return attention_flop(q_shape, k_shape, (0,))
+
+
+@register_flop_formula(torch.ops.tldr.received_backward)
+def _received_backward_flop(grad_shape: Shape, q_shape: Shape, k_shape: Shape, *args: Any, **kwargs: Any) -> int:
+    """The scores again, and two products for them."""
+    return 3 * attention_flop(q_shape, k_shape, (0,))
 
 
 @register_flop_formula(torch.ops.tldr.attend_and_sharpness_backward)

@@ -6,12 +6,12 @@ With `A = softmax(scores)`, the proportional output is `A (m * v) / (A m)`: the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .reference import Gradients, empty_results, masked, row_sharpness, wide
+from .reference import Gradients, empty_received, empty_results, masked, row_sharpness, wide
 
 # Bytes of one block of scores: small enough for the cache of a CPU, large enough to fill a GPU.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
@@ -34,7 +34,7 @@ def forward(
     """`reference.attention_with_sharpness` for `q [B, H, Nq, d]`, `k [B, H, Nk, d]`, `v [B, H, Nk, c]`."""
     out, sharpness = empty_results(q, v)
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = _widened(q, k, v, scale)
+        (queries, keys), values = _widened(q, k, scale), v.to(wide(q.dtype))
         mass = relative_mass(log_mass, queries.dtype)
         for block in _blocks(queries, keys):
             samples, _, rows = block
@@ -57,7 +57,7 @@ def backward(
 ) -> None:
     """Fill `results`, computing each block of scores anew; a bias whose result is empty gets none."""
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = _widened(q, k, v, scale)
+        (queries, keys), values = _widened(q, k, scale), v.to(wide(q.dtype))
         mass = relative_mass(log_mass, queries.dtype)
         d_queries, d_keys, d_values, d_mask, d_log_mass = (torch.zeros_like(r, dtype=queries.dtype) for r in results)
         for block in _blocks(queries, keys):
@@ -82,15 +82,59 @@ def decomposition(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`forward` as a graph of torch's own operators; its blocks are rows of all samples."""
-    queries, keys, values = _widened(q, k, v, scale)
+    (queries, keys), values = _widened(q, k, scale), v.to(wide(q.dtype))
     mass = relative_mass(log_mass, queries.dtype)
     outs, sharpness, whole = [], [], slice(None)
-    for rows in spans(queries.shape[2], queries.shape[0] * queries.shape[1] * keys.shape[2] * queries.element_size()):
+    for rows in _whole_rows(queries, keys):
         block = (whole, whole, rows)
         attention = _probabilities(queries, keys, mask, block)
         sharpness.append(row_sharpness(attention.mean(1)))
         outs.append(_proportional(attention, mass, block) @ values)
     return torch.cat(outs, 2).to(q.dtype), torch.cat(sharpness, 1)
+
+
+def received(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """`reference.received` for `q [B, H, Nq, d]`, `k [B, H, Nk, d]`."""
+    result = empty_received(q, k).zero_()
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys = _widened(q, k, scale)
+        for block in _blocks(queries, keys):
+            result[block[0]] += _probabilities(queries, keys, mask, block).mean(1).sum(1)
+    return result.div_(queries.shape[2])
+
+
+def received_backward(
+    results: Sequence[Tensor], grad_received: Tensor, q: Tensor, k: Tensor, scale: float, mask: Tensor | None
+) -> None:
+    """Fill `results`, the gradients of q, k and mask, as `backward` does."""
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys = _widened(q, k, scale)
+        d_queries, d_keys, d_mask = (torch.zeros_like(r, dtype=queries.dtype) for r in results)
+        d_attention = grad_received[:, None, None] / (queries.shape[1] * queries.shape[2])
+        for block in _blocks(queries, keys):
+            samples, *_ = block
+            d_scores = _softmax_backward(_probabilities(queries, keys, mask, block), d_attention[samples])
+            _accumulate(d_mask, block, d_scores)
+            d_queries[block] = d_scores @ keys[samples] * scale
+            d_keys[samples] += d_scores.mT @ queries[block]
+    for result, gradient in zip(results, (d_queries, d_keys, d_mask), strict=True):
+        result.copy_(gradient)
+
+
+def received_decomposition(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """`received` as a graph of torch's own operators."""
+    queries, keys = _widened(q, k, scale)
+    whole = slice(None)
+    parts = [
+        _probabilities(queries, keys, mask, (whole, whole, rows)).mean(1).sum(1) for rows in _whole_rows(queries, keys)
+    ]
+    return torch.stack(parts).sum(0) / queries.shape[2]
+
+
+def _whole_rows(queries: Tensor, keys: Tensor) -> list[slice]:
+    """Rows of all samples, a block at a time."""
+    row_bytes = queries.shape[0] * queries.shape[1] * keys.shape[2] * queries.element_size()
+    return spans(queries.shape[2], row_bytes)
 
 
 def spans(rows: int | torch.SymInt, row_bytes: int | torch.SymInt) -> list[slice]:
@@ -129,9 +173,9 @@ def _accumulate(gradient: Tensor, block: Block, d_scores: Tensor) -> None:
         part += d_scores.sum_to_size(part.shape)
 
 
-def _widened(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _widened(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     dtype = wide(q.dtype)
-    return q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+    return q.to(dtype) * scale, k.to(dtype)
 
 
 def _probabilities(queries: Tensor, keys: Tensor, mask: Tensor | None, block: Block) -> Tensor:

@@ -53,9 +53,24 @@ def sharpness_of(probabilities: Tensor) -> Tensor:
     >>> ops.sharpness_of(torch.rand(2, 12, 196, 196)).shape
     torch.Size([2, 196])
     """
+    return row_sharpness(_rows_of_one(probabilities).mean(-3))
+
+
+def received_of(probabilities: Tensor) -> Tensor:
+    """What each key receives of an attention whose matrix is at hand: `[..., H, Nq, Nk]`, float, to `[..., Nk]`.
+
+    The mean over heads and queries, each of which has 1 to give. Dtypes and rows as in `sharpness_of`.
+
+    >>> ops.received_of(torch.tensor([[[0.5, 0.5], [0.0, 1.0]]]))
+    tensor([0.2500, 0.7500])
+    """
+    return _rows_of_one(probabilities).mean((-3, -2))
+
+
+def _rows_of_one(probabilities: Tensor) -> Tensor:
+    """Rows that add up to 1; one without anything stays so."""
     rows = probabilities.to(wide(probabilities.dtype))
-    total = rows.sum(-1, keepdim=True)
-    return row_sharpness((rows / total.clamp_min(torch.finfo(rows.dtype).tiny)).mean(-3))
+    return rows / rows.sum(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def attention_with_sharpness(
@@ -72,6 +87,21 @@ def attention_with_sharpness(
     sharpness = row_sharpness(safe_softmax(scores).mean(-3))
     proportional = scores if log_mass is None else scores + log_mass.to(dtype)
     return (safe_softmax(proportional) @ v.to(dtype)).to(q.dtype), sharpness
+
+
+def received(q: Tensor, k: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """What each key receives, with every matrix materialised: the mean over heads and queries of step 1's rows.
+
+    Shapes and dtypes of `q`, `k` and `mask` as in `attention_with_sharpness`; gives `[..., Nk]`, float32 (float64 of
+    float64). A query that may see no key gives nothing.
+    """
+    dtype = wide(q.dtype)
+    return safe_softmax(masked((q.to(dtype) * scale) @ k.to(dtype).mT, mask)).mean((-3, -2))
+
+
+def empty_received(q: Tensor, k: Tensor) -> Tensor:
+    """What `received` gives for `q [B, H, Nq, d]` and `k [B, H, Nk, d]`, not computed."""
+    return k.new_empty(k.shape[0], k.shape[2], dtype=wide(q.dtype))
 
 
 def empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
+import torch
 from torch import Tensor
 
-from .reference import saliency
+from .reference import saliency, wide
 from .registries import put
 
 READINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "tokens": "[B, N, C], the residual stream after the attention, in its dtype",
         "before": "[B, N, C], the stream that the attention is added to",
+        "previous": "[B, N, C], the stream at the same place of the frame before; zeros in the first frame of a run",
         "shift": "[B, N] float32, how far the attention moved each token of the stream",
         "sharpness": "[B, N] float32, the negative entropy of each token's row of attention, mean over the heads",
+        "received": "[B, N] float32, the attention each token receives, mean over the heads and all queries",
         "keys": "[B, N, d], the attention's keys, mean over the heads",
     }
 )
@@ -34,6 +37,11 @@ READINGS: Final[Mapping[str, str]] = MappingProxyType(
 
 Where several tokens are grouped as one (a block, the same place of all frames), `N` counts those: a signal reads the
 mean of their numbers and their rows one behind the other; a metric reads each by itself, and cosines are averaged.
+
+`sharpness` and `received` are of attention without masses: a group counts as one query and as one key. Queries are all
+that attend, class tokens too, so that what the clip's tokens receive need not add up to 1. `previous` can be read where
+tokens of several frames are grouped together; of a group it is what holds the place, one frame before, of the token
+that the group is named by.
 """
 
 Function: TypeAlias = Callable[..., Tensor]
@@ -47,10 +55,31 @@ class Measure:
     function: Function | None = None
 
 
+def key_norm(keys: Tensor) -> Tensor:
+    """Long keys say much: `keys [B, N, d]` to saliency `[B, N]`."""
+    return saliency(keys.to(wide(keys.dtype)).norm(dim=-1))
+
+
+def change(tokens: Tensor, previous: Tensor) -> Tensor:
+    """What changed since the frame before says much: `[B, N, C]` both, to saliency `[B, N]`.
+
+    As EVS prunes (arXiv 2510.14624, "Token Selection in RGB Space"): by the L1 norm of the difference, there of pixels,
+    here of tokens. The first frame, where `previous` is zeros, is all new: as much as what changed most, or more than
+    nothing where nothing did.
+    """
+    dtype = wide(tokens.dtype)
+    changed, is_new = (tokens.to(dtype) - previous.to(dtype)).abs().sum(-1), (previous == 0).all(-1)
+    most = changed.masked_fill(is_new, 0).amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).eps)
+    return saliency(torch.where(is_new, most, changed))
+
+
 SIGNALS: dict[str, Measure] = {
     "attention": Measure(("sharpness",), saliency),  # vid-TLDR
-    "shift": Measure(("shift",), saliency),  # Representation Shift (ICCV 2025): moved little, says little
+    "shift": Measure(("shift",), saliency),  # across attention; Representation Shift (arXiv 2508.00367): across the MLP
     "uniform": Measure(()),  # all tokens alike: ToMe
+    "received": Measure(("received",), saliency),  # attended to by many, says much
+    "key norm": Measure(("keys",), key_norm),
+    "change": Measure(("tokens", "previous"), change),
 }
 METRICS: dict[str, Measure] = {"tokens": Measure(("tokens",)), "keys": Measure(("keys",))}
 

@@ -143,6 +143,8 @@ ASKED: list[tuple[dict[str, str], list[str]]] = [
     ({"saliency": "shift"}, [ATTENTION, "add", "shift", "linalg_vector_norm", "saliency", *FOUND]),
     ({"saliency": "uniform", "metric": "keys"}, ["attend", "add", "mean.dim", *FOUND]),
     ({"saliency": "uniform"}, [ATTENTION, "add", *FOUND]),
+    ({"saliency": "received"}, ["attend", "received", "add", "saliency", *FOUND]),
+    ({"saliency": "key norm"}, ["attend", "add", "mean.dim", "key_norm", *FOUND]),
 ]
 
 
