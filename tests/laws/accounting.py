@@ -137,6 +137,8 @@ COSTS: dict[str, Callable[..., int]] = {
     "attend": lambda out, q, k, v, *_: _attention(q, k, v),
     "attend_and_sharpness": lambda out, q, k, v, *_: _attention(q, k, v),
     "best": lambda out, sources, destinations: _product(sources, destinations.mT),
+    "energy": lambda out, metric, margin: _product(metric, metric.mT),
+    "affinity": lambda out, metric: _product(metric, metric.mT),
 }
 
 

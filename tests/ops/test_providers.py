@@ -14,7 +14,11 @@ from tldr_compile import ops
 from tldr_compile.ops import blocked, reference, tiled
 from tldr_compile.ops.providers import everything
 
-SERVE = {"attend": ["native", "fused"], "attend_and_sharpness": ["native", "blocked"], "match": ["blocked"]}
+SERVE = {
+    "attend": ["native", "fused"],
+    "attend_and_sharpness": ["native", "blocked"],
+    **dict.fromkeys(("match", "energy", "affinity"), ["blocked"]),
+}
 """Those on a CPU; the last also in float64."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .attention import ATTEND, ATTEND_AND_SHARPNESS, attend, attend_and_sharpness, sharpness
+from .centrality import AFFINITY, ENERGY, affinity, energy
 from .grouping import Grouping, down, group, pick, up
 from .matching import MATCH, match
 from .providers import Provider, Providers, decomposing
@@ -13,7 +14,9 @@ from .reference import saliency, sharpness_of, shift, unit
 from .signals import METRICS, READINGS, SIGNALS, Measure, metric, signal
 from .sums import mean, multiply, softmax, sum  # noqa: A004
 
-PROVIDERS: dict[str, Providers[..., Any]] = {each.name: each for each in (ATTEND, ATTEND_AND_SHARPNESS, MATCH)}
+PROVIDERS: dict[str, Providers[..., Any]] = {
+    each.name: each for each in (ATTEND, ATTEND_AND_SHARPNESS, MATCH, ENERGY, AFFINITY)
+}
 """Of every operator that has several, by its name; `PROVIDERS["match"].order` is a list, and the first serves first."""
 
 __all__ = [
@@ -28,10 +31,12 @@ __all__ = [
     "Providers",
     "Split",
     "Tokens",
+    "affinity",
     "attend",
     "attend_and_sharpness",
     "decomposing",
     "down",
+    "energy",
     "group",
     "match",
     "mean",
