@@ -17,7 +17,9 @@ from tldr_compile.ops.providers import everything
 SERVE = {
     "attend": ["native", "fused"],
     "attend_and_sharpness": ["native", "blocked"],
-    **dict.fromkeys(("match", "energy", "affinity"), ["blocked"]),
+    "match": ["blocked"],
+    "energy": ["blocked"],
+    "affinity": ["blocked"],
 }
 """Those on a CPU; the last also in float64."""
 
