@@ -117,6 +117,7 @@ def make_plan(analysis: Analysis, options: Options) -> Plan:
         grouping=options.grouping,
         merged_outputs=options.outputs == "merged",
         asks=options.asks,
+        pairs=options.pairs,
     )
     if log.isEnabledFor(logging.DEBUG):
         log.debug("the decisions:\n%s", show.decisions(planned))

@@ -67,6 +67,8 @@ class Operators(Protocol):
         *,
         reduction: str,
         seed: int,
+        depth: float,
+        margin: float | None,
         place: Tensor | None,
     ) -> Grouping: ...
     def down(

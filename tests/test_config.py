@@ -71,7 +71,12 @@ def test_what_is_no_schedule_is_refused(schedule: Any, text: str) -> None:
     [
         ({"saliency": "atention"}, "saliency is one of 'attention', 'shift', 'uniform', .*; did you mean 'attention'"),
         ({"metric": "key"}, "metric is one of 'tokens', 'keys'; did you mean 'keys'"),
-        ({"reduction": None}, "reduction is one of 'merge', 'drop', 'random', 'slice'"),
+        ({"reduction": None}, "reduction is one of 'merge', 'energy', 'affinity', .*'drop', 'random', 'slice'"),
+        ({"margin": 0.5}, "margin=0.5: reduction='merge' reads no margin: use reduction='energy'"),
+        ({"margin": 1.5, "reduction": "energy"}, "margin=1.5: margin is None or a cosine, a number above -1"),
+        ({"margin": -1, "reduction": "energy"}, "margin=-1: margin is None"),
+        ({"margin": True, "reduction": "energy"}, "margin=True: margin is None"),
+        ({"margin": "0.5", "reduction": "energy"}, "margin='0.5': margin is None"),
         ({"outputs": "merge"}, "did you mean 'merged'"),
         ({"pooling": 1}, "pooling is one of 'mass', 'plain'"),
         ({"on_nothing": "ignore"}, "on_nothing is one of 'raise', 'warn'"),
@@ -101,6 +106,7 @@ def test_it_is_one_frozen_hashable_value() -> None:
         "inductor": {"max-autotune": False, "size_asserts": True},
     }
     config = TokenMerging.from_options(options)
+    assert TokenMerging(reduction="energy", margin=1) == TokenMerging(reduction="energy", margin=1.0)
     assert config == TokenMerging.from_options(options)
     assert {config: 1}[TokenMerging.from_options(options)] == 1
     assert config.clip == ("video",)

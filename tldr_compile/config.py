@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Final, Literal
@@ -41,6 +41,8 @@ class TokenMerging:
         was registered with `tldr_compile.ops.metric`.
     reduction: how tokens are chosen: merge, one of the baselines that drop tokens instead, or one that was registered
         with `tldr_compile.ops.reduction`.
+    margin: above which cosine two tokens count as alike for the energy (PiToMe). None is the paper's, which falls from
+        0.9 at the first site towards 0 at the last.
     outputs: whether outputs over tokens get their original length back. Those that stay short are all as long as the
         shortest of them, their tokens in the order of their places.
     return_places: whether a merged module returns, beside the model's outputs, which tokens are left (`Kept`).
@@ -64,6 +66,7 @@ class TokenMerging:
     saliency: str = "attention"
     metric: str = "tokens"
     reduction: str = "merge"
+    margin: float | None = None
     outputs: Literal["restore", "merged"] = "restore"
     return_places: bool = False
     pooling: Literal["mass", "plain"] = "mass"
@@ -86,10 +89,14 @@ class TokenMerging:
             "schedule": _schedule(self.schedule),
             "protect": _protect(self.protect),
             "clip": _clip(self.clip),
+            "margin": _margin(self.margin),
             "inductor": _inductor(self.inductor),
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
+        if self.margin is not None and not REDUCTIONS[self.reduction].margin:
+            readers = " or ".join(f"reduction={name!r}" for name, each in REDUCTIONS.items() if each.margin)
+            raise OptionError(f"margin={self.margin!r}: reduction={self.reduction!r} reads no margin: use {readers}")
         if self.return_places and self.outputs != "merged":
             raise OptionError("return_places=True tells which tokens are left: it needs outputs='merged'")
         if REDUCTIONS[self.reduction].ranks and not SIGNALS[self.saliency].reads:
@@ -128,6 +135,11 @@ class TokenMerging:
     def comparison(self) -> Measure:
         """What matching compares."""
         return METRICS[self.metric]
+
+    @property
+    def pairs(self) -> Callable[[int, int], int] | None:
+        """How many pairs of tokens a merge compares, of how many there are and go; None: as many as matching."""
+        return REDUCTIONS[self.reduction].pairs
 
     @property
     def asks(self) -> frozenset[str]:
@@ -221,6 +233,13 @@ def _clip(value: object) -> str | tuple[str, ...]:
     if isinstance(names, Sequence) and names and all(isinstance(name, str) and name for name in names):
         return tuple(names)
     raise OptionError(f"clip={value!r}: clip is 'auto' or the names of the inputs that carry the video")
+
+
+def _margin(value: object) -> float | None:
+    number = _number(value)
+    if value is None or (number is not None and -1 < number <= 1):
+        return None if number is None else float(number)
+    raise OptionError(f"margin={value!r}: margin is None or a cosine, a number above -1 and at most 1")
 
 
 def _inductor(value: object) -> tuple[tuple[str, Any], ...]:

@@ -40,6 +40,8 @@ class Reader:
     stream: Laid
     before: Callable[[], Laid]
     evidence: Evidence | None
+    depth: float
+    """The part of all sites that lie before this one."""
 
     @property
     def _layout(self) -> Layout:
@@ -203,7 +205,7 @@ def merged(reader: Reader) -> tuple[Converter, Laid]:
     mass, size = counts(converter, merge.source, metric, reader.batch_and_tokens)
     grouping = call(
         converter.operators.group, metric, saliency, mass, size, converter.layout.length(merge.count),
-        reduction=policy.reduction, seed=merge.target.index,
+        reduction=policy.reduction, seed=merge.target.index, depth=reader.depth, margin=policy.margin,
         place=places(converter, merge.source, mass, reader.batch_and_tokens) if merge.ordered else None,
     )  # fmt: skip
     grouped = Grouped(grouping, *(call(getitem, grouping, k) for k in range(8)))

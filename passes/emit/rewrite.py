@@ -255,6 +255,7 @@ class _Rewriter:
             stream=self._brought(node, merge.stream),
             before=lambda: self._brought(before, merge.before),
             evidence=self.env[site.attention.node].evidence,
+            depth=site.index / len(self.plan.sites),
         )
         self.converter, laid = merged(reader)
         self.env[node] = replace(self.env[node], value=laid.node, results=(laid.axes,))

@@ -124,11 +124,12 @@ FORMULAS: dict[str, Callable[[fx.Node, Sequence[Axes], Axes, _Sizes], int]] = {
 
 
 def _matching(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
-    """Every other token with every other one, over the channels of the stream."""
+    """The pairs that are compared, over the channels of the stream."""
     axes = plan.typed.value(merge.node).axes
     tokens = sizes(merge.target.groups.size + merge.count)
     rest = sizes.count(axes) // max(1, sizes(merge.target.run.size) * sizes(merge.target.batch.size))
-    return 2.0 * sizes(merge.target.batch.size) * -(-tokens // 2) * (tokens // 2) * rest
+    pairs = -(-tokens // 2) * (tokens // 2) if plan.pairs is None else plan.pairs(tokens, sizes(merge.count))
+    return 2.0 * sizes(merge.target.batch.size) * pairs * rest
 
 
 def _received(plan: Plan, merge: Merge, sizes: _Sizes) -> float:

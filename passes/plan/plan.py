@@ -8,7 +8,7 @@ merging its operands are restored first and the operator is named (`Barrier`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, TypeAlias
@@ -36,6 +36,7 @@ OF_ATTENTION: Final = frozenset({"sharpness", "received", "keys"})
 """What a merge may ask of its site's attention itself, told by token as the attention's scores are held."""
 
 Choices: TypeAlias = Mapping[Site, Choice]
+Pairs: TypeAlias = Callable[[int, int], int]
 
 
 class How(Enum):
@@ -167,7 +168,8 @@ class Plan:
     """Everything that the rewriter does and that the report prints.
 
     `leaving` are the outputs that do not get their length back; `choices` say how each site groups its tokens;
-    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why.
+    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why. `pairs` says
+    how many pairs of tokens a merge compares, of how many there are and go; None: every other with every other one.
     """
 
     typed: TypedGraph
@@ -180,6 +182,7 @@ class Plan:
     choices: Choices = field(default_factory=dict)
     left_out: tuple[Site, ...] = ()
     others: tuple[Refusal, ...] = ()
+    pairs: Pairs | None = None
 
     def held(self, node: fx.Node) -> tuple[Resolution, ...]:
         """At which resolutions a value is held, merges after it included."""

@@ -28,6 +28,7 @@ from tldr_compile.passes.plan.plan import (
     How,
     Leaving,
     Merge,
+    Pairs,
     Plan,
     Scaling,
     Step,
@@ -56,6 +57,7 @@ def make_plan(
     grouping: str = "auto",
     merged_outputs: bool = False,
     asks: Collection[str] = (),
+    pairs: Pairs | None = None,
 ) -> Plan:
     """Decide everything. Merges that nobody wrote down (the default schedule, one fraction) have to pay.
 
@@ -72,7 +74,8 @@ def make_plan(
         walk.run()
         short = {each for leaving in walk.leaving for each in leaving.held}
         merges = tuple(replace(merge, ordered=merge.target in short) for merge in walk.merges)
-        return Plan(typed, sites, misses, tuple(entries), merges, walk.steps, walk.leaving, choices, others=others)
+        made = Plan(typed, sites, misses, tuple(entries), merges, walk.steps, walk.leaving, choices, others=others)
+        return replace(made, pairs=pairs)
 
     others = tuple(no_sites(typed, attentions))
     able = [site for site in sites if isinstance(site, Site)]

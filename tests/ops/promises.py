@@ -35,6 +35,8 @@ ARGUMENTS: dict[str, dict[str, Callable[[torch.dtype], tuple[Any, ...]]]] = {
         "two": lambda dtype: (torch.randn(1, 2, 1, dtype=dtype),),
     },
 }
+ARGUMENTS["affinity"] = ARGUMENTS["match"]
+ARGUMENTS["energy"] = {"an odd number": lambda dtype: (torch.randn(2, 9, 6, dtype=dtype), 0.3)}
 ARGUMENTS["attend_and_sharpness"] = {
     **ARGUMENTS["attend"],
     "no masses": lambda dtype: (*attention(dtype)[:5], None),
@@ -55,6 +57,8 @@ def specified(name: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     if name == "received":
         q, k, scale, mask = arguments
         return (reference.received(q, k, scale=scale, mask=mask),)
+    if name in ("energy", "affinity"):
+        return (getattr(reference, name)(*arguments),)
     q, k, v, scale, mask, log_mass = arguments
     both = reference.attention_with_sharpness(q, k, v, scale=scale, mask=mask, log_mass=log_mass)
     return both if name == "attend_and_sharpness" else both[:1]

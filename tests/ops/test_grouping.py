@@ -12,6 +12,7 @@ from tldr_compile import ops
 from tldr_compile.ops.grouping import Grouping
 
 REDUCTIONS = sorted(ops.REDUCTIONS)
+GIVING = [name for name in REDUCTIONS if ops.REDUCTIONS[name].gives]
 
 
 def drawn(batch: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -50,6 +51,7 @@ def test_every_token_is_in_one_group(drawn_case: tuple[Any, Grouping, str]) -> N
     torch.testing.assert_close(found.size, counted, rtol=0, atol=0)
     if reduction != "merge":
         assert torch.equal(found.kept, found.kept.sort(-1).values)
+    if not ops.REDUCTIONS[reduction].gives:
         assert not found.source_weight.any()
         assert (found.kept_weight == 1).all()
         assert torch.equal(found.mass, mass.gather(1, found.kept))
@@ -67,12 +69,13 @@ def test_weights_of_a_group_sum_to_one_so_down_undoes_up(drawn_case: tuple[Any, 
 
 
 @settings(max_examples=60)
-@given(tokens=st.integers(2, 30), seed=st.integers(0, 1000))
-def test_without_saliency_mass_is_conserved(tokens: int, seed: int) -> None:
+@given(tokens=st.integers(2, 30), seed=st.integers(0, 1000), reduction=st.sampled_from(GIVING))
+def test_without_saliency_mass_is_conserved(tokens: int, seed: int, reduction: str) -> None:
     metric, _, mass, size = drawn(2, tokens, seed)
-    found = ops.group(metric, None, mass, size, tokens // 2)
+    found = ops.group(metric, None, mass, size, tokens // 2, reduction=reduction)
     torch.testing.assert_close(found.mass.sum(-1), mass.sum(-1), rtol=1e-6, atol=0)
-    for one, other in zip(found, ops.group(metric, torch.ones_like(mass), mass, size, tokens // 2), strict=True):
+    salient = ops.group(metric, torch.ones_like(mass), mass, size, tokens // 2, reduction=reduction)
+    for one, other in zip(found, salient, strict=True):
         assert torch.equal(one, other)
 
 

@@ -19,6 +19,8 @@ SERVE = {
     "attend_and_sharpness": ["native", "blocked"],
     "received": ["blocked"],
     "match": ["blocked"],
+    "energy": ["blocked"],
+    "affinity": ["blocked"],
 }
 """Those on a CPU; the last also in float64."""
 

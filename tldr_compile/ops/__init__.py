@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .attention import ATTEND, ATTEND_AND_SHARPNESS, RECEIVED, attend, attend_and_sharpness, received, sharpness
+from .centrality import AFFINITY, ENERGY, affinity, energy
 from .grouping import Grouping, down, group, pick, up
 from .matching import MATCH, match
 from .providers import Provider, Providers, decomposing
@@ -14,7 +15,7 @@ from .signals import METRICS, READINGS, SIGNALS, Measure, metric, signal
 from .sums import mean, multiply, softmax, sum  # noqa: A004
 
 PROVIDERS: dict[str, Providers[..., Any]] = {
-    each.name: each for each in (ATTEND, ATTEND_AND_SHARPNESS, RECEIVED, MATCH)
+    each.name: each for each in (ATTEND, ATTEND_AND_SHARPNESS, RECEIVED, MATCH, ENERGY, AFFINITY)
 }
 """Of every operator that has several, by its name; `PROVIDERS["match"].order` is a list, and the first serves first."""
 
@@ -30,10 +31,12 @@ __all__ = [
     "Providers",
     "Split",
     "Tokens",
+    "affinity",
     "attend",
     "attend_and_sharpness",
     "decomposing",
     "down",
+    "energy",
     "group",
     "match",
     "mean",

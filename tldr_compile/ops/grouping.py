@@ -45,15 +45,17 @@ def group(
     *,
     reduction: str = "merge",
     seed: int = 0,
+    depth: float = 0.0,
+    margin: float | None = None,
     place: Tensor | None = None,
 ) -> Grouping:
     """Decide which `r` of `N` tokens go where: steps 5 and 6 of vid-TLDR (arXiv 2403.13347, section 3).
 
     `metric [B, N, C]`, `N >= 2`; `saliency [B, N]`, None for 1 everywhere; `mass`, `size [B, N]`; `0 <= r <= N // 2`.
     All are floats; the fields of the result say their own shapes and dtypes.
-    `reduction` names one of `REDUCTIONS`. A source gives its size to the group that it joins; and its value and mass,
-    weighed by its saliency, if the reduction gives. Groups come in the order of the reduction, or of what `place`
-    (int64 `[B, N]`) says of their representatives.
+    `reduction` names one of `REDUCTIONS`, which read `seed`, `depth` and `margin` as `Tokens` says. A source gives its
+    size to the group that it joins; and its value and mass, weighed by its saliency, if the reduction gives. Groups
+    come in the order of the reduction, or of what `place` (int64 `[B, N]`) says of their representatives.
 
     Raises:
         ValueError: no reduction has that name, or it ranks by saliency and that is None.
@@ -67,7 +69,8 @@ def group(
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, not {reduction!r}")
     chosen = REDUCTIONS[reduction]
     with torch.autocast(metric.device.type, enabled=False):
-        split = chosen.choose(Tokens(metric.detach(), None if saliency is None else saliency.detach(), r, seed))
+        told = None if saliency is None else saliency.detach()
+        split = chosen.choose(Tokens(metric.detach(), told, r, seed, depth, margin))
     kept, source, target = split
     if place is not None:
         order = place.gather(1, kept).argsort(1)

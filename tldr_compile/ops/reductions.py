@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .centrality import affinity, energy
 from .matching import match
 from .registries import put
 
@@ -31,6 +32,10 @@ class Tokens(NamedTuple):
     """How many of the `N` tokens go away; at most `N // 2`. Symbolic in a graph with symbolic sizes."""
     seed: int
     """Another number for every merge of a graph."""
+    depth: float = 0.0
+    """How deep the merge lies: the part of all attention sites that come before it, in [0, 1)."""
+    margin: float | None = None
+    """The option `margin=`, for a reduction that reads it."""
 
 
 class Split(NamedTuple):
@@ -45,6 +50,7 @@ class Split(NamedTuple):
 
 
 Choose: TypeAlias = Callable[[Tokens], Split]
+Pairs: TypeAlias = Callable[[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class Reduction:
     gives: bool = False
     ranks: bool = False
     """Whether it cannot choose without saliency."""
+    margin: bool = False
+    """Whether it reads the option `margin=`."""
+    pairs: Pairs | None = None
+    """How many pairs of tokens it compares, of `N` with `r` that go: what it costs. None: as many as `match`."""
 
     @property
     def salient(self) -> bool:
@@ -65,11 +75,13 @@ class Reduction:
 REDUCTIONS: dict[str, Reduction] = {}
 
 
-def reduction(name: str, *, gives: bool = False, ranks: bool = False) -> Callable[[Choose], Choose]:
-    """Register a function as `reduction=name`."""
+def reduction(
+    name: str, *, gives: bool = False, ranks: bool = False, margin: bool = False, pairs: Pairs | None = None
+) -> Callable[[Choose], Choose]:
+    """Register a function as `reduction=name`; `Reduction` says what the others mean."""
 
     def register(choose: Choose) -> Choose:
-        put(REDUCTIONS, name, Reduction(choose, gives, ranks))
+        put(REDUCTIONS, name, Reduction(choose, gives, ranks, margin, pairs))
         return choose
 
     return register
@@ -84,6 +96,63 @@ def merging(tokens: Tokens) -> Split:
     odd = torch.arange(1, count, 2, device=tokens.metric.device).expand(batch, -1)
     kept = torch.cat((2 * remaining, odd), 1)
     return Split(kept, 2 * merged, destination.gather(1, merged) + remaining.shape[1])
+
+
+@reduction("energy", gives=True, margin=True, pairs=lambda tokens, gone: tokens**2 + (gone + 1) ** 2)
+def merging_by_energy(tokens: Tokens) -> Split:
+    """PiToMe (arXiv 2405.16148, section 3.2, algorithm 1): the `2r` tokens of most energy merge, the others are let be.
+
+    In the order of their energy, of equals the earlier first, every other one is a source, and each joins the most
+    alike of those between, of equals the one of most energy. The margin is `0.9 - 0.9 depth` unless it is chosen.
+    """
+    margin = 0.9 - 0.9 * tokens.depth if tokens.margin is None else tokens.margin
+    order = ordered(energy(tokens.metric, margin))
+    # The first pair once more, so that there is one where none goes: whoever joins it joins the same token.
+    pairs = torch.cat((order[:, : 2 * tokens.r], order[:, :2]), 1)
+    _, destination = match(_rows(tokens.metric, pairs))
+    return joining(pairs[:, ::2][:, : tokens.r], pairs[:, 1::2].gather(1, destination)[:, : tokens.r], order.shape[1])
+
+
+@reduction("affinity", gives=True, pairs=lambda tokens, gone: tokens**2 + -(-tokens // 2) * (tokens // 2))
+def merging_by_affinity(tokens: Tokens) -> Split:
+    """AdaMerge's matching (arXiv 2605.27465, equations 1 to 3): similarity times the salience of the source.
+
+    Tokens of the first half, the `r` best by that, join the best of the second. Salience is scaled to [0, 1], ones
+    where it is all equal. Not its mean (equation 5) and its counts (equation 4): a group is weighed as any other, and
+    the schedule says how many go.
+    """
+    count = tokens.metric.shape[1]
+    half = (count + 1) // 2
+    position = _positions(tokens)
+    halves = position // 2 + position % 2 * half  # the halves in turn: first of one, first of the other, ...
+    similarity, destination = match(_rows(tokens.metric, halves))
+    salience = affinity(tokens.metric)
+    low, high = salience.amin(1, keepdim=True), salience.amax(1, keepdim=True)
+    scaled = torch.where(high > low, (salience - low) / torch.where(high > low, high - low, 1), 1)
+    source, _ = divided(foremost(similarity * scaled[:, :half], tokens.r), tokens.r)
+    return joining(source, destination.gather(1, source) + half, count)
+
+
+@reduction("partition", gives=True)
+def merging_at_random_places(tokens: Tokens) -> Split:
+    """As merge, with sources and destinations drawn from the seed alone: a partition that ToMe compares with its own.
+
+    Of equals the one that was drawn first.
+    """
+    order = scrambled(_positions(tokens), tokens.seed).argsort(1)
+    similarity, destination = match(_rows(tokens.metric, order))
+    best, _ = divided(foremost(similarity, tokens.r), tokens.r)
+    joined = destination.gather(1, best)
+    return joining(order[:, ::2].gather(1, best), order[:, 1::2].gather(1, joined), order.shape[1])
+
+
+@reduction("random merge", gives=True)
+def merging_at_random(tokens: Tokens) -> Split:
+    """The control of every way to merge: random tokens join random kept ones, which follow from the seed alone."""
+    position = _positions(tokens)
+    source, kept = divided(foremost(scrambled(position, tokens.seed), tokens.r), tokens.r)
+    # Other numbers than those that said who goes.
+    return Split(kept, source, scrambled(source + position.shape[1], tokens.seed) % kept.shape[1])
 
 
 @reduction("drop", ranks=True)
@@ -120,6 +189,26 @@ def losing(worth: Tensor, r: int) -> Split:
     return Split(kept, source, torch.where(closer, before, after))
 
 
+def joining(source: Tensor, destination: Tensor, count: int) -> Split:
+    """Of `count` tokens those at `source [B, r]` join those at `destination [B, r]`; the rest stay in order."""
+    position = torch.arange(count, device=source.device).expand(source.shape[0], -1)
+    joined = position.scatter(1, source, destination)  # who joins nobody is its own
+    away = joined != position
+    ascending, kept = divided(away, source.shape[1])
+    return Split(kept, ascending, (away.logical_not().cumsum(1) - 1).gather(1, joined.gather(1, ascending)))
+
+
+def ordered(worth: Tensor) -> Tensor:
+    """int64 `[B, N]`: positions by `worth [B, N]`, most first, of equals the earlier; what is no number comes first.
+
+    As in `foremost`, whoever sorts need not keep the order of equals: they are sorted again, by numbers that differ.
+    """
+    worth = worth.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    values, position = worth.sort(dim=1, descending=True)
+    other = torch.cat((torch.zeros_like(position[:, :1]), (values[:, 1:] != values[:, :-1]).to(torch.int64)), 1)
+    return (other.cumsum(1) * worth.shape[1] + position).sort(dim=1).values % worth.shape[1]
+
+
 def foremost(worth: Tensor, r: int) -> Tensor:
     """bool `[B, N]`: the `r` of most `worth [B, N]`, of equal ones the earlier; what is no number comes first.
 
@@ -145,6 +234,11 @@ def _where(chosen: Tensor, count: int) -> Tensor:
     place = torch.where(chosen, chosen.cumsum(1) - 1, count)
     position = torch.arange(length, device=chosen.device).expand(batch, -1)
     return position.new_zeros(batch, count + 1).scatter(1, place, position)[:, :count]
+
+
+def _rows(metric: Tensor, index: Tensor) -> Tensor:
+    """The tokens of `metric [B, N, C]` at `index [B, M]`."""
+    return metric.gather(1, index.unsqueeze(-1).expand(-1, -1, metric.shape[2]))
 
 
 def _positions(tokens: Tokens) -> Tensor:

@@ -186,3 +186,29 @@ def empty_match(metric: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, _ = metric.shape
     sources = batch, (tokens + 1) // 2
     return metric.new_empty(sources, dtype=wide(metric.dtype)), metric.new_empty(sources, dtype=torch.int64)
+
+
+def near(cosine: Tensor, margin: float) -> Tensor:
+    """PiToMe's `f_m` (arXiv 2405.16148, equation 4) with `alpha = 1`: what lies below the margin counts against."""
+    return torch.where(cosine >= margin, cosine, (cosine - margin).expm1())
+
+
+def energy(metric: Tensor, margin: float) -> Tensor:
+    """`[B, N, C]`, float, to `E_i = 1 / N sum over j != i of f_m(cos(v_i, v_j))`, `[B, N]`, as PiToMe's equation 4."""
+    tokens = unit(metric)
+    own = torch.eye(metric.shape[1], dtype=torch.bool, device=metric.device)
+    return near(tokens @ tokens.mT, margin).masked_fill(own, 0).mean(-1)
+
+
+def affinity(metric: Tensor) -> Tensor:
+    """`[B, N, C]`, float, to `s_i = sum over j of softmax(X X')_ji`, `[B, N]`: AdaMerge (arXiv 2605.27465), equation 2.
+
+    Products are not scaled, as there; in float32 (float64 of float64).
+    """
+    tokens = metric.to(wide(metric.dtype))
+    return (tokens @ tokens.mT).softmax(-1).sum(-2)
+
+
+def empty_centrality(metric: Tensor) -> Tensor:
+    """What `energy` and `affinity` give, not computed."""
+    return metric.new_empty(metric.shape[:2], dtype=wide(metric.dtype))
