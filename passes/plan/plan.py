@@ -159,11 +159,25 @@ class Restored:
 
 
 @dataclass(frozen=True)
+class Solved:
+    """The fraction that a budget became, and the part of the dense operations that its plan costs.
+
+    `sizes` are those that it was found for: of every input that carries the video, by name.
+    """
+
+    budget: float
+    fraction: float
+    part: float
+    sizes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that the rewriter does and that the report prints.
 
     `leaving` are the outputs that do not get their length back; `choices` say how each site groups its tokens;
-    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why.
+    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why; `solved` what
+    a budget became.
     """
 
     typed: TypedGraph
@@ -176,6 +190,7 @@ class Plan:
     choices: Choices = field(default_factory=dict)
     left_out: tuple[Site, ...] = ()
     others: tuple[Refusal, ...] = ()
+    solved: Solved | None = None
 
     def held(self, node: fx.Node) -> tuple[Resolution, ...]:
         """At which resolutions a value is held, merges after it included."""

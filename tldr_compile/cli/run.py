@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 import tldr_compile
 from tldr_compile.cli import measure, models, video
+from tldr_compile.cli.main import options
 from tldr_compile.cli.models import device_of
 from tldr_compile.cli.outputs import check_file, check_png
 from tldr_compile.cli.picture import picture
@@ -26,7 +27,8 @@ TIME_FIRST = ("t", "h", "w")
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints and draws what `tldr run --help` says. Raises TldrError; nothing is compiled before the input is read."""
-    config = tldr_compile.TokenMerging(schedule=arguments.schedule)
+    asked = options(arguments)
+    config = tldr_compile.TokenMerging.from_options(asked)
     device = device_of(arguments.device)
     check_png("--out", arguments.out)
     check_file("--out", arguments.out)
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
             fast = _compiled(
                 bar,
                 "compiling with backend='tldr'",
-                torch.compile(model, backend="tldr", options={"schedule": arguments.schedule}),
+                torch.compile(model, backend="tldr", options=asked),
                 clip,
             )
             calls = {"dense": dense, "tldr": fast}
