@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -37,7 +37,7 @@ from tldr_compile.passes.errors import CaptureError
 from tldr_compile.passes.fx_utils import tensors
 from tldr_compile.passes.operators import Operators
 from tldr_compile.passes.options import Options
-from tldr_compile.passes.plan import Plan
+from tldr_compile.passes.plan import Entry, Plan, Solved, check_sites, meeting
 from tldr_compile.passes.plan import make_plan as _make_plan
 from tldr_compile.passes.refusal import Refusal
 from tldr_compile.passes.sites import AnySite, sites
@@ -105,34 +105,48 @@ def analyse(captured: Captured, options: Options) -> Analysis:
     return Analysis(captured, typed, attentions, misses, found)
 
 
-def make_plan(analysis: Analysis, options: Options) -> Plan:
-    """Decide what happens at every node, without rewriting. Raises as `merge` does."""
-    planned = _make_plan(
-        analysis.typed,
-        analysis.sites,
-        analysis.attentions,
-        analysis.misses,
-        options.entries,
-        default=options.is_default_schedule,
-        grouping=options.grouping,
-        merged_outputs=options.outputs == "merged",
-        asks=options.asks,
-        pairs=options.pairs,
-    )
+def make_plan(analysis: Analysis, options: Options, solved: Solved | None = None) -> Plan:
+    """Decide what happens at every node, without rewriting. Raises as `merge` does.
+
+    `solved`: what the budget became before, for other sizes of the same model.
+    """
+
+    def planned(schedule: Sequence[Entry] | Entry) -> Plan:
+        return _make_plan(
+            analysis.typed,
+            analysis.sites,
+            analysis.attentions,
+            analysis.misses,
+            schedule,
+            default=options.is_default_schedule,
+            grouping=options.grouping,
+            merged_outputs=options.outputs == "merged",
+            asks=options.asks,
+            pairs=options.pairs,
+        )
+
+    if analysis.sites:
+        check_sites(dict(options.made_for), analysis.sites)
+    if options.budget is None:
+        plan = planned(options.entries)
+    elif solved is None:
+        plan = meeting(options.budget, planned)
+    else:
+        plan = replace(planned(solved.fraction), solved=solved)
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("the decisions:\n%s", show.decisions(planned))
-    return planned
+        log.debug("the decisions:\n%s", show.decisions(plan))
+    return plan
 
 
-def merge(analysis: Analysis, options: Options, operators: Operators) -> Merged:
-    """Plan and rewrite. With nothing to merge the captured graph itself is handed on.
+def merge(analysis: Analysis, options: Options, operators: Operators, solved: Solved | None = None) -> Merged:
+    """Plan and rewrite. With nothing to merge the captured graph itself is handed on; `solved` as in `make_plan`.
 
     Raises:
         NothingToMerge: a positive schedule and no site that can merge.
-        ScheduleError: a schedule that cannot be bound to the sites.
+        ScheduleError: a schedule that cannot be bound to the sites, or a budget that they do not allow.
         VerificationError: the rewritten graph is not well formed, or has outputs of other shapes.
     """
-    planned = make_plan(analysis, options)
+    planned = make_plan(analysis, options, solved)
     if not planned.merges:
         return Merged(analysis.captured.graph, planned, {}, options)
     new = rewrite(planned, operators, options)

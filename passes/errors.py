@@ -12,7 +12,7 @@ class OptionError(TldrError):
 
 
 class ScheduleError(TldrError):
-    """A schedule that cannot be bound to the attention sites of the captured graph."""
+    """A schedule that cannot be bound to the attention sites of the captured graph, or a budget out of their reach."""
 
 
 class NothingToMerge(TldrError):
@@ -24,7 +24,7 @@ class CaptureError(TldrError):
 
 
 class GraphBreakError(TldrError):
-    """A sequence schedule met a graph that is only a piece of the model."""
+    """A sequence schedule, or a budget, met a graph that is only a piece of the model."""
 
 
 class ShapeError(TldrError):

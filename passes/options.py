@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from tldr_compile.passes.plan.schedule import Entry
@@ -49,6 +49,10 @@ class Options(Policy, Protocol):
     def entries(self) -> Entry | Sequence[Entry]: ...
     @property
     def is_default_schedule(self) -> bool: ...
+    @property
+    def budget(self) -> float | None: ...
+    @property
+    def made_for(self) -> Sequence[tuple[str, Any]] | Mapping[str, Any]: ...
 
     @property
     def protect(self) -> str | int: ...

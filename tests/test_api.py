@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tldr_compile
 from tests.tiny import TOKENS, WIDTH, Tiny, clip
-from tldr_compile import CaptureError, OptionError, ShapeError, TokenMerging, apply, explain
+from tldr_compile import CaptureError, OptionError, ScheduleError, ShapeError, TokenMerging, apply, explain
 
 
 class Rich(Tiny):
@@ -283,6 +283,35 @@ def test_options_come_one_way() -> None:
         explain(*args, shedule=[5])
     with pytest.raises(OptionError, match="this program is already exported"):
         apply(torch.export.export(*args), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+
+
+def test_options_come_from_a_file_and_a_name(tmp_path: Path) -> None:
+    args = (Tiny(), (clip(),))
+    path = tmp_path / "options.json"
+    TokenMerging(schedule=[5], outputs="merged", made_for={"sites": 2}).save(path)
+    assert apply(*args, config=path).report.to_dict()["schedule"] == [5, 0]
+    assert explain(*args, config=str(path), schedule=0.3).to_dict()["schedule"] == [0.3, 0.3]
+    with pytest.raises(ScheduleError, match="for a model with 12 attention sites .*vid-tldr-umt-b.* this graph has 2"):
+        apply(*args, preset="vid-tldr-umt-b")
+
+
+def test_a_budget_is_kept_and_told() -> None:
+    model, video = Tiny(depth=3), clip()
+    told = explain(model, (video,), budget=0.7)
+    facts = told.to_dict()
+    found = facts["budget"]
+    assert facts["gflops_after"] / facts["gflops_before"] == pytest.approx(found["part"])
+    assert 0.6 < found["part"] <= found["budget"] == 0.7
+    assert facts["schedule"] == [found["fraction"]] * 3
+    assert f"budget 0.7 of the dense operations: one fraction {found['fraction']:g} at every site" in str(told)
+    assert "at video [2, 3, 4, 12, 12]" in str(told)
+    merged = apply(model, (video,), budget=0.7)
+    assert torch.equal(merged(video), apply(model, (video,), schedule=found["fraction"])(video))
+    with pytest.raises(ScheduleError, match="budget=0.1: .* give 0.5"):
+        apply(model, (video,), budget=0.1)
+    flat = explain(nn.Flatten(), (video,), budget=0.7)
+    assert "schedule for a budget of 0.7" in str(flat)
+    assert flat.to_dict()["budget"] is None
 
 
 def test_the_default_schedule_is_named(caplog: pytest.LogCaptureFixture) -> None:

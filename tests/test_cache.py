@@ -25,6 +25,7 @@ from tldr_compile.config import TokenMerging
 BASE: dict[str, Any] = {"schedule": [5]}
 CHANGES: dict[str, Any] = {
     "schedule": [4],
+    "budget": 0.8,
     "saliency": "shift",
     "metric": "keys",
     "reduction": "random",
@@ -37,6 +38,7 @@ CHANGES: dict[str, Any] = {
     "on_nothing": "warn",
     "verify": True,
     "inductor": {"max_fusion_size": 63},
+    "made_for": {"sites": 2},
 }
 
 
@@ -80,10 +82,11 @@ def test_code_is_found_where_the_graph_and_inductors_options_are_the_same(
     assert {*CHANGES, "return_places", "portable"} == {each.name for each in dataclasses.fields(TokenMerging)}
     key, code = looked(Tiny())
     assert key is not None
-    found = {name: looked(Tiny(), **{name: value}) for name, value in CHANGES.items()}
+    instead = {"budget": {"schedule": None}}
+    found = {name: looked(Tiny(), **{**instead.get(name, {}), name: value}) for name, value in CHANGES.items()}
     hits = [name for name, (other, _) in found.items() if other == key]
     assert hits == [name for name, (_, other) in found.items() if other == code and name != "inductor"]
-    assert hits == ["protect", "clip", "grouping", "on_nothing", "verify"]
+    assert hits == ["protect", "clip", "grouping", "on_nothing", "verify", "made_for"]
 
 
 def test_what_decides_the_functions_of_ops_is_a_part_of_the_key(

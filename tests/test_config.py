@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
-from dataclasses import FrozenInstanceError, replace
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tldr_compile import OptionError, ScheduleError, TokenMerging
+from tldr_compile import OptionError, ScheduleError, TokenMerging, __version__
 from tldr_compile.config import DEFAULT_SCHEDULE
+from tldr_compile.presets import PRESETS
 
 
 def test_the_default_is_marked() -> None:
@@ -90,6 +94,19 @@ def test_what_is_no_schedule_is_refused(schedule: Any, text: str) -> None:
         ({"inductor": 3}, "inductor is a mapping"),
         ({"inductor": {"maxautotune": True}}, "Inductor has no option 'maxautotune'; did you mean 'max_autotune'"),
         ({"reduction": "drop", "saliency": "uniform"}, "use saliency='attention', or reduction='random'"),
+        ({"budget": 1.0}, "budget=1.0: budget is the part of the dense operations that is left, between 0 and 1"),
+        ({"budget": 0}, "budget=0"),
+        ({"budget": True}, "budget=True"),
+        ({"budget": float("nan")}, "budget=nan"),
+        ({"budget": "0.5"}, "budget='0.5'"),
+        ({"budget": 0.5, "schedule": ()}, "budget=0.5 is given together with a schedule"),
+        ({"made_for": {"sites": 0}}, "sites is the number of attention sites of a model"),
+        ({"made_for": {"sites": "12"}}, "'sites': '12'"),
+        ({"made_for": 12}, "made_for=12: made_for is a mapping"),
+        ({"made_for": {"model": int}}, "to what JSON takes: .*not JSON serializable"),
+        ({"preset": "vid-tldr-umt"}, "preset is one of .*; did you mean 'vid-tldr-umt-"),
+        ({"preset": "vid-tldr-umt-b", "schedule": 0.1}, "is a schedule, and schedule= is given beside it"),
+        ({"preset": "vid-tldr-umt-b", "budget": 0.5}, "is a schedule, and budget= is given beside it"),
         ({"shedule": 0.1}, "unknown option 'shedule': the options of tldr are schedule, .*; did you mean 'schedule'"),
         ({"max_autotune": True}, r"it is one of Inductor's, write inductor=\{'max_autotune': \.\.\.\}"),
     ],
@@ -126,3 +143,108 @@ def test_a_schedule_of_zeros_is_known(schedule: Any) -> None:
 @pytest.mark.parametrize("schedule", [None, [0, 1], 0.1])
 def test_other_schedules_are_not_zero(schedule: Any) -> None:
     assert not TokenMerging(schedule=schedule).is_zero
+
+
+def test_a_budget_stands_for_a_schedule_that_is_not_known_yet() -> None:
+    config = TokenMerging(budget=np.float64(0.5))
+    assert type(config.budget) is float
+    assert not config.is_default_schedule
+    assert not config.is_zero
+    assert config.is_of_one_graph
+    assert config != TokenMerging(budget=0.6)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_preset_is_a_schedule_for_a_depth_and_other_options_win() -> None:
+    config = TokenMerging.preset("vid-tldr-umt-l", saliency="uniform")
+    assert config == TokenMerging.from_options({"preset": "vid-tldr-umt-l", "saliency": "uniform"})
+    assert (config.entries, config.saliency) == ((550, 400), "uniform")
+    assert dict(config.made_for)["sites"] == 24
+    assert dict(TokenMerging.preset("vid-tldr-umt-b", made_for={}).made_for) == {}
+    assert TokenMerging.preset("vid-tldr-umt-b").entries == (600, 200, 100)
+
+
+def test_every_preset_has_a_source_and_no_more_entries_than_sites() -> None:
+    for name, preset in PRESETS.items():
+        assert "arXiv:" in preset.source
+        assert len(TokenMerging.preset(name).entries) <= preset.sites  # type: ignore[arg-type]
+
+
+OTHERS: dict[str, Any] = {
+    "schedule": [600, 0.5],
+    "saliency": "shift",
+    "metric": "keys",
+    "reduction": "drop",
+    "outputs": "merged",
+    "return_places": True,
+    "pooling": "plain",
+    "proportional": False,
+    "protect": 1,
+    "clip": ["video"],
+    "grouping": "each",
+    "on_nothing": "warn",
+    "verify": True,
+    "portable": True,
+    "inductor": {"max_autotune": False},
+    "made_for": {"sites": 12, "model": ["UMT", "B"]},
+}
+
+
+def test_what_is_saved_is_loaded_and_told_for_people(tmp_path: Path) -> None:
+    path = tmp_path / "options.json"
+    assert {*OTHERS, "budget"} >= {each.name for each in fields(TokenMerging)}
+    for config in (TokenMerging(**OTHERS), TokenMerging(budget=0.5), TokenMerging()):
+        config.save(path)
+        assert TokenMerging.load(path) == config == TokenMerging.from_options({"config": str(path)})
+    TokenMerging(**OTHERS).save(path)
+    text = path.read_text(encoding="utf-8")
+    assert '    "schedule": [600, 0.5],\n' in text
+    written = json.loads(text)
+    assert (written["format"], written["tldr-compile"]) == (1, __version__)
+    assert written["for"] == OTHERS["made_for"]
+
+
+def test_options_beside_a_file_win(tmp_path: Path) -> None:
+    path = tmp_path / "options.json"
+    TokenMerging(budget=0.5, verify=True, made_for={"sites": 12}).save(path)
+    assert TokenMerging.load(path, verify=False) == TokenMerging(budget=0.5, made_for={"sites": 12})
+    assert TokenMerging.load(path, schedule=0.1, made_for={}) == TokenMerging(schedule=0.1, verify=True)
+    preset = TokenMerging.load(path, preset="vid-tldr-umt-l", verify=False)
+    assert preset == TokenMerging.preset("vid-tldr-umt-l")
+
+
+def changed(**entries: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda written: {**written, **entries}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (changed(options={"shedule": 0.1}), "written by tldr-compile 9.8: unknown option 'shedule'.* 'schedule'"),
+        (changed(options={"made_for": {}}), "written by tldr-compile 9.8: unknown option 'made_for'"),
+        (changed(options={"pooling": "max"}), "written by tldr-compile 9.8: pooling='max'"),
+        (changed(options={"schedule": [-1]}), r"written by tldr-compile 9.8: schedule\[0\]=-1"),
+        (changed(options=[]), "written by tldr-compile 9.8: .* have to be objects"),
+        (changed(**{"for": {"sites": "12"}}), "written by tldr-compile 9.8: made_for="),
+        (changed(fro={}), "written by tldr-compile 9.8: unknown entry 'fro'"),
+        (changed(format=2), "written by tldr-compile 9.8 in format 2, and tldr-compile .* reads formats up to 1"),
+        (changed(format=None), "is no file of options"),
+        (lambda written: [written], "is no file of options"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused_in_words(tmp_path: Path, change: Any, text: str) -> None:
+    path = tmp_path / "options.json"
+    TokenMerging().save(path)
+    path.write_text(json.dumps(change({**json.loads(path.read_text()), "tldr-compile": "9.8"})))
+    with pytest.raises((OptionError, ScheduleError), match=f"options.json.*{text}"):
+        TokenMerging.load(path)
+
+
+def test_what_is_no_file_of_options_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"config='.*none.json' cannot be read: No such file"):
+        TokenMerging.load(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"format": 1')
+    with pytest.raises(OptionError, match=r"half.json' is no JSON: .*TokenMerging.save writes such files"):
+        TokenMerging.load(tmp_path / "half.json")
+    with pytest.raises(OptionError, match="inductor=.* has no place in a file of options"):
+        TokenMerging(inductor={"max_autotune": object()}).save(tmp_path / "object.json")

@@ -106,15 +106,23 @@ def test_a_graph_with_all_the_attention_is_the_model(where: str) -> None:
         torch.testing.assert_close(run(video), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("schedule", [[5], [5, 3], None])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"schedule": [5]}, "the schedule [5]"),
+        ({"schedule": [5, 3]}, "the schedule [5, 3]"),
+        ({}, "the default schedule"),
+        ({"budget": 0.9}, "budget=0.9 is a part of what one graph costs"),
+        ({"schedule": 0.2, "made_for": {"sites": 2}}, ""),
+    ],
+)
 @pytest.mark.parametrize("where", ["between", "each"])
-def test_a_sequence_is_refused_where_attention_is_spread(where: str, schedule: Any) -> None:
+def test_a_sequence_is_refused_where_attention_is_spread(where: str, options: dict[str, Any], name: str) -> None:
     model = Video(where)
     for _ in range(2):  # the second time, what could be compiled comes from the cache
-        run = compiled(model, **({} if schedule is None else {"schedule": schedule}))
+        run = compiled(model, **options)
         for _ in range(2):
             text = refusal(lambda: run(clip()), GraphBreakError)  # noqa: B023 - run at once
-            name = "the default schedule" if schedule is None else "the schedule"
             for part in (name, "piece of the model", "fullgraph=True", 'options={"schedule": 0.1}'):
                 assert part in text
             reason = "graph_break()" if where == "between" else "Dynamo did not capture"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import logging
+import os
 import sys
 import sysconfig
 import warnings
@@ -22,6 +23,7 @@ from tldr_compile.config import TokenMerging
 from tldr_compile.errors import CaptureError, NothingToMerge, OptionError
 from tldr_compile.module import UNKNOWN, MergedModule, Origin
 from tldr_compile.passes.capture import from_export
+from tldr_compile.passes.plan import Solved
 from tldr_compile.passes.sources import raised_at
 from tldr_compile.program import filled
 from tldr_compile.report import Report
@@ -35,7 +37,7 @@ def apply(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
-    config: TokenMerging | None = None,
+    config: TokenMerging | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> MergedModule:
     """`model` with its tokens merged, as a module that is called like `model` and shares its parameters.
@@ -45,10 +47,12 @@ def apply(
             transformers that `torch.export` cannot capture, because its sizes come out of tensors, is captured by
             transformers' own exporter; the result is called like the model all the same.
         args, kwargs, dynamic_shapes: as in `torch.export.export`.
-        config: the options as one value; or give them by name: `apply(model, (clip,), schedule=[600, 200, 100])`.
+        config: the options as one value; or give them by name: `apply(model, (clip,), schedule=[600, 200, 100])`. The
+            path of a file that `TokenMerging.save` wrote may have options beside it, which win; `preset=` is the name
+            of a published schedule.
 
     Raises:
-        OptionError, ScheduleError: an option does not exist, or cannot be what it is.
+        OptionError, ScheduleError: an option does not exist, or cannot be what it is, for this model too.
         CaptureError: the model cannot be captured as one graph; the tracer's reason is the cause.
         NothingToMerge: no site can be merged (`on_nothing="warn"`: the module then computes what `model` does).
         VerificationError: `verify=True` and the merged graph is not what its definition says.
@@ -67,7 +71,7 @@ def explain(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
-    config: TokenMerging | None = None,
+    config: TokenMerging | str | os.PathLike[str] | None = None,
     verbose: bool = False,
     **options: Any,
 ) -> Report:
@@ -126,17 +130,19 @@ def _report(
     merged: passes.Merged, config: TokenMerging, nothing: str | None, origin: Origin, *, verbose: bool = False
 ) -> Report:
     default, how = config.is_default_schedule, str(origin.preparation or "")
-    return Report(merged, default=default, nothing=nothing, asked=config.entries, how=how, verbose=verbose)
+    return Report(merged, default=default, nothing=nothing, asked=config.asked, how=how, verbose=verbose)
 
 
-def merge(analysis: passes.Analysis, config: TokenMerging) -> tuple[passes.Merged, str | None]:
-    """Plan and rewrite as `config.on_nothing` says.
+def merge(
+    analysis: passes.Analysis, config: TokenMerging, solved: Solved | None = None
+) -> tuple[passes.Merged, str | None]:
+    """Plan and rewrite as `config.on_nothing` says; `solved` is what the budget became before, for other sizes.
 
     Where there is nothing to merge the merged graph is the captured one itself, and the second value says why.
     """
     if config.is_default_schedule:
         log.info("no schedule is given: the default %s is bound to the first sites that can merge", config.entries)
-    merged, nothing = _attempt(analysis, config)
+    merged, nothing = _attempt(analysis, config, solved)
     if nothing is not None:
         if config.on_nothing == "raise":
             raise NothingToMerge(nothing)
@@ -144,20 +150,22 @@ def merge(analysis: passes.Analysis, config: TokenMerging) -> tuple[passes.Merge
     return merged, nothing
 
 
-def _attempt(analysis: passes.Analysis, config: TokenMerging) -> tuple[passes.Merged, str | None]:
+def _attempt(
+    analysis: passes.Analysis, config: TokenMerging, solved: Solved | None = None
+) -> tuple[passes.Merged, str | None]:
     try:
-        return passes.merge(analysis, config, ops), None
+        return passes.merge(analysis, config, ops, solved), None
     except NothingToMerge as nothing:
-        return passes.merge(analysis, replace(config, schedule=()), ops), str(nothing)
+        return passes.merge(analysis, replace(config, schedule=(), budget=None), ops), str(nothing)
 
 
-def _config(config: TokenMerging | None, options: Mapping[str, Any]) -> TokenMerging:
-    if config is None:
-        return TokenMerging.from_options(options)
+def _config(config: TokenMerging | str | os.PathLike[str] | None, options: Mapping[str, Any]) -> TokenMerging:
+    if config is None or isinstance(config, (str, os.PathLike)):
+        return TokenMerging.from_options({**options, "config": config})
     if options:
         raise OptionError(f"config= is given together with {', '.join(options)}; give one or the other")
     if not isinstance(config, TokenMerging):
-        raise OptionError(f"config={config!r}: config is a TokenMerging")
+        raise OptionError(f"config={config!r}: config is a TokenMerging, or the path of a file that one was saved in")
     return config
 
 

@@ -34,7 +34,7 @@ def tldr(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The backend. `options` are the fields of `TokenMerging`; `mode` is Inductor's.
+    """The backend. `options` are those of `TokenMerging.from_options`; `mode` is Inductor's.
 
     Raises `OptionError`, `ScheduleError`, `CaptureError`, `GraphBreakError`, `NothingToMerge` and `VerificationError`,
     which `torch.compile` hands on as the text of its `BackendCompilerFailed`. What only a whole call of a model in
@@ -83,12 +83,12 @@ def _merged(
     call = pieces.present_call() if broken is not None else None
     analysis = passes.analyse(captured, config)
     if broken is None or call is None:
-        merged, _ = merge(analysis, config)
+        merged = _solved(analysis, config)
         pieces.settle()
         return _emitted(merged, captured, config, gm, example_inputs), None
     found = _merged_piece(analysis, config, call, broken)
     nothing = found if isinstance(found, str) else None
-    bound = isinstance(config.entries, tuple) and nothing is None
+    bound = config.is_of_one_graph and nothing is None
     piece = Piece(config, broken, bound, nothing)
     call.compiles(piece)
     if nothing is not None and broken.ends and not call.merges:
@@ -106,19 +106,33 @@ def _merged_piece(
 ) -> passes.Merged | str:
     """A piece with its tokens merged, or why nothing is merged in it; another piece may hold the attention.
 
-    Raises `GraphBreakError` where a sequence is not this piece's.
+    Raises `GraphBreakError` where a sequence or a budget is not this piece's.
     """
     sites = analysis.sites
     if not sites:
         return "it has no attention over clip tokens"
-    if isinstance(config.entries, tuple):
+    if config.is_of_one_graph:
         call.refuse_second(config, broken)
-        if any(config.entries[len(sites) :]) and not config.is_default_schedule:
-            pieces.refuse_sequence(config, broken)
+        if _has_entries_after(config, len(sites)):
+            pieces.refuse_piece(config, broken)
     try:
-        return merge(analysis, replace(config, on_nothing="raise"))[0]
+        return _solved(analysis, replace(config, on_nothing="raise"))
     except NothingToMerge as nothing:
         return str(nothing)
+
+
+def _has_entries_after(config: TokenMerging, sites: int) -> bool:
+    """Whether somebody wrote down a schedule for more sites than a graph has."""
+    written = config.entries if isinstance(config.entries, tuple) and not config.is_default_schedule else ()
+    return any(written[sites:]) or dict(config.made_for).get("sites", 0) > sites
+
+
+def _solved(analysis: passes.Analysis, config: TokenMerging) -> passes.Merged:
+    """A budget is solved for once: Dynamo compiles the same code anew for other sizes, and the fraction stays."""
+    merged, _ = merge(analysis, config, pieces.solved())
+    if merged.plan.solved is not None:
+        pieces.keep(merged.plan.solved)
+    return merged
 
 
 def _emitted(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Final, Literal
 
+from tldr_compile import config_file
 from tldr_compile.errors import OptionError, ScheduleError
 from tldr_compile.ops import METRICS, REDUCTIONS, SIGNALS, Measure
+from tldr_compile.presets import PRESETS
 
 DEFAULT_SCHEDULE: Final = (0.25, 0.12, 0.06)
 
@@ -23,6 +27,8 @@ _CHOICES: Final[Mapping[str, Collection[str]]] = {
     "on_nothing": ("raise", "warn"),
     "grouping": ("auto", "each", "shared", "blocks"),
 }
+_HOW_MANY: Final = ("schedule", "budget")
+_SOURCES: Final = ("config", "preset")
 _SWITCHES: Final = ("portable", "proportional", "return_places", "verify")
 
 
@@ -34,6 +40,9 @@ class TokenMerging:
         execution order, missing entries are 0: an int is a number of tokens, a float in (0, 1) a fraction of
         the tokens there. One float holds for every site that can merge. `None` is `DEFAULT_SCHEDULE`, bound to
         the first sites that can merge.
+    budget: instead of a schedule, the part of the dense graph's operations in products that the merged graph may cost,
+        merging included, in (0, 1). One fraction at every site that can merge is solved for it at the traced sizes; in
+        `torch.compile` those of the first call, and the fraction then holds for all recompiles of the same code.
     saliency: how much a token weighs when it is merged: by its attention (vid-TLDR); by how far attention moved it
         (Representation Shift), which costs no attention map; all the same (ToMe); or by a signal that was registered
         with `tldr_compile.ops.signal`.
@@ -58,11 +67,14 @@ class TokenMerging:
     portable: whether a merged module's graph is made of torch's own operators alone, for programs that run where this
         package is not (`torch.export.save`, AOTInductor, ONNX).
     inductor: options for Inductor; kept as a tuple of pairs.
+    made_for: what is known of the model that the options were chosen for, as JSON takes it; kept as a tuple of pairs.
+        A graph with another number of attention sites than its "sites" is refused; the rest is for people.
 
     Raises `ScheduleError` for a schedule and `OptionError` for any other option with a value that it does not take.
     """
 
     schedule: float | Sequence[float] | None = None
+    budget: float | None = None
     saliency: str = "attention"
     metric: str = "tokens"
     reduction: str = "merge"
@@ -79,6 +91,7 @@ class TokenMerging:
     portable: bool = False
     # Inductor's values need not be hashable; equality still sees them.
     inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = field(default=(), hash=False)
+    made_for: Mapping[str, Any] | tuple[tuple[str, Any], ...] = field(default=(), hash=False)
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -87,16 +100,22 @@ class TokenMerging:
             _check_switch(name, getattr(self, name))
         normal = {
             "schedule": _schedule(self.schedule),
+            "budget": _budget(self.budget),
             "protect": _protect(self.protect),
             "clip": _clip(self.clip),
             "margin": _margin(self.margin),
             "inductor": _inductor(self.inductor),
+            "made_for": _made_for(self.made_for),
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
         if self.margin is not None and not REDUCTIONS[self.reduction].margin:
             readers = " or ".join(f"reduction={name!r}" for name, each in REDUCTIONS.items() if each.margin)
             raise OptionError(f"margin={self.margin!r}: reduction={self.reduction!r} reads no margin: use {readers}")
+        if self.budget is not None and self.schedule is not None:
+            raise OptionError(
+                f"budget={self.budget!r} is given together with a schedule, and each says how many tokens go: give one"
+            )
         if self.return_places and self.outputs != "merged":
             raise OptionError("return_places=True tells which tokens are left: it needs outputs='merged'")
         if REDUCTIONS[self.reduction].ranks and not SIGNALS[self.saliency].reads:
@@ -107,24 +126,75 @@ class TokenMerging:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> TokenMerging:
-        """The configuration that `torch.compile(..., options=options)` asks for. Raises `OptionError`."""
-        names = [entry.name for entry in fields(cls)]
-        for name in options:
-            if name not in names:
-                raise OptionError(_unknown_option(name, names))
-        return cls(**options)
+        """The configuration that `torch.compile(..., options=options)` asks for.
+
+        Beside the fields there are "config", a file that `save` wrote, and "preset", the name of a published schedule.
+        What is given beside a file wins over what it says.
+
+        Raises `OptionError`, and `ScheduleError` for a schedule.
+        """
+        given = dict(options)
+        path, preset = (given.pop(name, None) for name in _SOURCES)
+        _check_names(given, [*(entry.name for entry in fields(cls)), *_SOURCES])
+        if preset is not None:
+            given = {**_of_preset(preset, given), **given}
+        base = cls() if path is None else _of_file(path)
+        if any(given.get(name) is not None for name in _HOW_MANY):
+            base = replace(base, schedule=None, budget=None)
+        return replace(base, **given)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> TokenMerging:
+        """A published schedule by its name; see `tldr_compile.presets`. Raises `OptionError`, as `from_options`.
+
+        It is bound to models with as many attention sites as it was published for.
+        """
+        return cls.from_options({**options, "preset": name})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **options: Any) -> TokenMerging:
+        """What `save` wrote; `options` win over it.
+
+        Raises `OptionError` for what is no such file, or was written by a version that knows more than this one; it and
+        `ScheduleError` for values, as ever.
+        """
+        return cls.from_options({**options, "config": path})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all options, and what they were `made_for`, as JSON for people and for `load`.
+
+        Raises `OptionError` where a value of `inductor` has no place in JSON, and `OSError`.
+        """
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values["inductor"] = dict(self.inductor)
+        config_file.write(path, values, dict(values.pop("made_for")))
 
     @property
     def is_default_schedule(self) -> bool:
         """Whether the user gave no schedule: the default is bound to the first sites that can merge."""
-        return self.schedule is None
+        return self.schedule is None and self.budget is None
 
     @property
     def entries(self) -> float | tuple[int | float, ...]:
-        """The schedule in effect: one fraction for every site that can merge, or one entry per site."""
+        """The schedule in effect: one fraction for every site that can merge, or one entry per site.
+
+        Empty where there is a budget: what it becomes depends on the graph.
+        """
         if self.schedule is None:
-            return DEFAULT_SCHEDULE
+            return () if self.budget is not None else DEFAULT_SCHEDULE
         return self.schedule if isinstance(self.schedule, float) else tuple(self.schedule)
+
+    @property
+    def is_of_one_graph(self) -> bool:
+        """Whether what is asked is told in terms of one graph: an entry for each of its sites, a part of its cost."""
+        return self.budget is not None or isinstance(self.entries, tuple)
+
+    @property
+    def asked(self) -> str:
+        """The schedule or the budget, in words."""
+        if self.budget is not None:
+            return f"for a budget of {self.budget:g}"
+        return str(list(self.entries) if isinstance(self.entries, tuple) else self.entries)
 
     @property
     def signal(self) -> Measure:
@@ -150,8 +220,16 @@ class TokenMerging:
     @property
     def is_zero(self) -> bool:
         """Whether the schedule asks for nothing at all."""
+        if self.budget is not None:
+            return False
         entries = self.entries
         return not any(entries) if isinstance(entries, tuple) else not entries
+
+
+def _check_names(given: Iterable[str], names: Sequence[str]) -> None:
+    for name in given:
+        if name not in names:
+            raise OptionError(_unknown_option(name, names))
 
 
 def _check_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -217,6 +295,13 @@ def _fraction(value: float, name: str) -> float:
     return value
 
 
+def _budget(value: object) -> float | None:
+    number = _number(value)
+    if value is None or (isinstance(number, float) and 0 < number < 1):
+        return number
+    raise OptionError(f"budget={value!r}: budget is the part of the dense operations that is left, between 0 and 1")
+
+
 def _protect(value: object) -> str | int:
     if value == "auto":
         return "auto"
@@ -254,6 +339,39 @@ def _inductor(value: object) -> tuple[tuple[str, Any], ...]:
         if _inductor_name(name) not in known:
             raise OptionError(f"inductor={{{name!r}: ...}}: Inductor has no option {name!r}{_nearest(name, known)}")
     return tuple((_inductor_name(name), entry) for name, entry in value.items())
+
+
+def _made_for(value: object) -> tuple[tuple[str, Any], ...]:
+    pairs = dict(value) if isinstance(value, tuple) else value  # what `dataclasses.replace` hands back
+    if not isinstance(pairs, Mapping) or not all(isinstance(name, str) for name in pairs):
+        raise OptionError(f"made_for={value!r}: made_for is a mapping of names to what JSON takes")
+    sites = pairs.get("sites", 1)
+    if not isinstance(_number(sites), int) or sites < 1:
+        raise OptionError(f"made_for={{'sites': {sites!r}}}: sites is the number of attention sites of a model")
+    try:
+        return tuple(json.loads(json.dumps({**pairs}, allow_nan=False)).items())
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"made_for={value!r}: made_for is a mapping of names to what JSON takes: {error}") from error
+
+
+def _of_preset(name: object, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a preset stands for."""
+    _check_choice("preset", name, PRESETS)
+    for other in _HOW_MANY:
+        if given.get(other) is not None:
+            raise OptionError(f"preset={name!r} is a schedule, and {other}= is given beside it: give one of them")
+    found = PRESETS[str(name)]
+    return {"schedule": found.schedule, "made_for": {"sites": found.sites, "preset": name, "source": found.source}}
+
+
+def _of_file(path: str | os.PathLike[str]) -> TokenMerging:
+    """Raises `OptionError` and `ScheduleError`, with the file and the version that wrote it."""
+    read = config_file.read(path)
+    try:
+        _check_names(read.options, [entry.name for entry in fields(TokenMerging) if entry.name != "made_for"])
+        return TokenMerging(**read.options, made_for=read.made_for)
+    except (OptionError, ScheduleError) as error:
+        raise type(error)(f"{os.fspath(path)}, written by tldr-compile {read.version}: {error}") from error
 
 
 def _inductor_name(name: object) -> str:

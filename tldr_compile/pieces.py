@@ -15,20 +15,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import fx
 from torch._dynamo import convert_frame, eval_frame
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch.nn.modules import module
 
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import GraphBreakError, NothingToMerge
+from tldr_compile.passes.plan import Solved
 
 # The compiled models (the contexts that `torch.compile` makes, one per model) that have merged tokens once, or have
 # said that they do not: a call of theirs that merges nothing, such as one that skips the encoder, is no news.
 _SETTLED: WeakSet[Any] = WeakSet()
-
+# What the budget of a compiled model became, for each code of it that Dynamo compiles, by Dynamo's number.
+_SOLVED: WeakKeyDictionary[Any, dict[int | None, Solved]] = WeakKeyDictionary()
 
 # Of many places one wants to see a few.
 _SHOWN = 3
@@ -74,7 +76,7 @@ class Piece:
     config: TokenMerging
     broken: Break
     bound: bool
-    """Whether a sequence is bound to the sites of this graph, so that no other graph can have it."""
+    """Whether a sequence or a budget is bound to this graph, so that no other graph can have it."""
     nothing: str | None
     """Why nothing is merged in it."""
 
@@ -111,7 +113,7 @@ class Call:
         return self._merging > 0
 
     def run(self, piece: Piece) -> None:
-        """Raises `GraphBreakError` where a sequence is bound already, to another graph or to this one."""
+        """Raises `GraphBreakError` where a sequence or a budget is bound already, to another graph or to this one."""
         if piece.bound:
             self.refuse_second(piece.config, piece.broken)
         self._merging += piece.nothing is None
@@ -133,10 +135,10 @@ class Call:
         )
 
     def refuse_second(self, config: TokenMerging, broken: Break) -> None:
-        """Raises `GraphBreakError` where a sequence is bound already in this call."""
+        """Raises `GraphBreakError` where a sequence or a budget is bound already in this call."""
         first = next((piece for piece in self._ran if piece.bound), None) or self._just_compiled()
         if first is not None:
-            refuse_sequence(config, first.broken if first.broken.ends else broken)
+            refuse_piece(config, first.broken if first.broken.ends else broken)
 
     def _just_compiled(self) -> Piece | None:
         """What was bound in the same run of Dynamo: DDP takes one graph of Dynamo's apart, before any of it runs."""
@@ -204,6 +206,25 @@ def settle() -> None:
         _SETTLED.add(frame.f_locals["self"])
 
 
+def solved() -> Solved | None:
+    """What the budget became when the code that is being compiled was compiled before, for other sizes."""
+    frame = _wrapper()
+    return _SOLVED.get(frame.f_locals["self"], {}).get(_code()) if frame is not None else None
+
+
+def keep(found: Solved) -> None:
+    """Remember it for when the same code is compiled again."""
+    frame = _wrapper()
+    if frame is not None:
+        _SOLVED.setdefault(frame.f_locals["self"], {})[_code()] = found
+
+
+def _code() -> int | None:
+    """Dynamo's number of the code that it compiles now: the same each time that it compiles it."""
+    compiling = CompileContext.current_compile_id()
+    return compiling.frame_id if compiling is not None else None
+
+
 def why_piece(gm: fx.GraphModule) -> Break | None:
     """Why `gm`, which Dynamo hands to the backend now, may be a piece of the model; None for the whole of it."""
     reason = getattr(gm, "compile_subgraph_reason", None)
@@ -220,13 +241,15 @@ def why_piece(gm: fx.GraphModule) -> Break | None:
     return Break("TORCH_LOGS=graph_breaks says why", place, ends=False)
 
 
-def refuse_sequence(config: TokenMerging, broken: Break) -> None:
-    """Raises `GraphBreakError`: a sequence has no meaning for a piece of the attention."""
+def refuse_piece(config: TokenMerging, broken: Break) -> None:
+    """Raises `GraphBreakError`: a sequence, or a budget, has no meaning for a piece of the attention."""
     given = "the default schedule" if config.is_default_schedule else "the schedule"
-    entries = list(config.entries) if isinstance(config.entries, tuple) else config.entries
+    meaning = f"{given} {config.asked} has one entry per attention site of one graph"
+    if config.budget is not None:
+        meaning = f"budget={config.budget:g} is a part of what one graph costs"
     raise GraphBreakError(
-        f"{given} {entries} has one entry per attention site of one graph, and here the attention is "
-        f"spread over several: this graph is only a piece of the model: {broken.why}\n"
+        f"{meaning}, and here the attention is spread over several: this graph is only a piece of the model: "
+        f"{broken.why}\n"
         "Compile the model as one graph (fullgraph=True names every break); or compile only the part that holds the "
         "attention, inside of what wraps it, as in DDP(torch.compile(model)); where DDPOptimizer is the reason, set "
         "torch._dynamo.config.optimize_ddp = False; or give one fraction for all sites, such as "

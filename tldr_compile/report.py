@@ -39,14 +39,14 @@ class Report:
         *,
         default: bool = False,
         nothing: str | None = None,
-        asked: Entry | Sequence[Entry] | None = None,
+        asked: str = "",
         how: str = "",
         verbose: bool = False,
     ) -> None:
         self._merged, self._default, self.nothing, self._verbose = merged, default, nothing, verbose
         self.how = how
         """How the model was captured, where it was not by torch's own tracer."""
-        self._asked = asked if nothing else None
+        self._asked = asked if nothing else ""
 
     @property
     def plan(self) -> Plan:
@@ -98,9 +98,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         before, after = self.gflops
+        solved = self.plan.solved
         return {
             "schedule": list(self.plan.schedule),
             "default_schedule": self._default,
+            "budget": None if solved is None else {**vars(solved), "sizes": {**solved.sizes}},
             "sites": self.sites,
             "groupings": self.groupings,
             "restorations": self.restorations,
@@ -172,9 +174,8 @@ class Report:
         saved = f"GFLOPs in matrix products: {before:.4g} -> {after:.4g}{part}"
         if isnan(before):
             saved = "GFLOPs in matrix products: not known, for sizes depend on the data"
-        schedule = self.plan.schedule if self._asked is None else self._asked
-        shown = list(schedule) if isinstance(schedule, tuple) else schedule
-        lines = [f"tldr-compile: schedule {shown}{default}", *([self.how] if self.how else []), saved]
+        schedule = self._asked or str(list(self.plan.schedule))
+        lines = [f"tldr-compile: schedule {schedule}{default}", *filter(None, (self._budget, self.how)), saved]
         if self.nothing:
             lines.append(f"nothing is merged: {self.nothing}")
         columns = ("index", "node", "tokens", "batch", "layout", "grouping", "tokens_in", "tokens_out", "protected")
@@ -208,6 +209,18 @@ class Report:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    @property
+    def _budget(self) -> str:
+        """What a budget became."""
+        found = self.plan.solved
+        if found is None:
+            return ""
+        sizes = ", ".join(f"{name} {list(shape)}" for name, shape in found.sizes.items())
+        return (
+            f"budget {found.budget:g} of the dense operations: one fraction {found.fraction:g} at every site that can "
+            f"merge costs {found.part:.2%} of them at {sizes}"
+        )
 
     def _around(self, node: fx.Node) -> Iterator[str]:
         """The typed graph around a node, if that is asked for."""

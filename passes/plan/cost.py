@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch import fx
 
-from tldr_compile.passes.axes import Axes, Axis, TypedGraph
+from tldr_compile.passes.axes import Axes, Axis, TypedGraph, subaxis
 from tldr_compile.passes.fx_utils import named, operator_name, tensors
 from tldr_compile.passes.plan.plan import Conversion, Merge, Plan, Step
 from tldr_compile.passes.plan.resolution import at
@@ -71,7 +71,7 @@ class _Sizes:
     def __call__(self, size: Size) -> int:
         return size if isinstance(size, int) else max(0, int(size.subs(self.known)))
 
-    def count(self, axes: Axes) -> int:
+    def count(self, axes: Sequence[Axis]) -> int:
         return prod(self(each.size) for each in axes)
 
 
@@ -125,7 +125,7 @@ FORMULAS: dict[str, Callable[[fx.Node, Sequence[Axes], Axes, _Sizes], int]] = {
 
 def _matching(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
     """The pairs that are compared, over the channels of the stream."""
-    axes = plan.typed.value(merge.node).axes
+    axes = [_of_run(axis, merge.target.run) for axis in plan.typed.value(merge.node).axes]
     tokens = sizes(merge.target.groups.size + merge.count)
     rest = sizes.count(axes) // max(1, sizes(merge.target.run.size) * sizes(merge.target.batch.size))
     pairs = -(-tokens // 2) * (tokens // 2) if plan.pairs is None else plan.pairs(tokens, sizes(merge.count))
@@ -140,6 +140,12 @@ def _received(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
     typed, held = plan.typed.calls[attention.node], plan.steps[attention.node].held
     (query, key, *_), (output, *_) = (tuple(at(axes, held) for axes in each) for each in (typed.reads, typed.outputs))
     return 2.0 * sizes.count(output[:-1]) * sizes(key[-2].size) * sizes(query[-1].size)
+
+
+def _of_run(axis: Axis, run: Axis) -> Axis:
+    """An axis without what stands beside the run, such as a class token, which is matched with nothing."""
+    segments = [segment for segment in axis.segments if Axis((segment,)).atoms & run.atoms]
+    return subaxis(segments) if segments else axis
 
 
 def _moved(axes: Axes, conversion: Conversion, value: fx.Node, sizes: _Sizes) -> float:

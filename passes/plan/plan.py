@@ -164,12 +164,26 @@ class Restored:
 
 
 @dataclass(frozen=True)
+class Solved:
+    """The fraction that a budget became, and the part of the dense operations that its plan costs.
+
+    `sizes` are those that it was found for: of every input that carries the video, by name.
+    """
+
+    budget: float
+    fraction: float
+    part: float
+    sizes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that the rewriter does and that the report prints.
 
     `leaving` are the outputs that do not get their length back; `choices` say how each site groups its tokens;
-    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why. `pairs` says
-    how many pairs of tokens a merge compares, of how many there are and go; None: every other with every other one.
+    `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why; `solved` what
+    a budget became. `pairs` says how many pairs of tokens a merge compares, of how many there are and go; None: every
+    other with every other one.
     """
 
     typed: TypedGraph
@@ -183,6 +197,7 @@ class Plan:
     left_out: tuple[Site, ...] = ()
     others: tuple[Refusal, ...] = ()
     pairs: Pairs | None = None
+    solved: Solved | None = None
 
     def held(self, node: fx.Node) -> tuple[Resolution, ...]:
         """At which resolutions a value is held, merges after it included."""

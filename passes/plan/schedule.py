@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv
@@ -45,6 +45,18 @@ def bind_schedule(
                 f"{site.refusal.reason_at}. Give it 0; sites that can: {[each.index for each in able]}."
             )
     return (*schedule, *[0] * len(sites))[: len(sites)]
+
+
+def check_sites(made_for: Mapping[str, Any], sites: Sequence[AnySite]) -> None:
+    """Raises `ScheduleError` where options were made for a model with another number of attention sites."""
+    number = made_for.get("sites", len(sites))
+    if number != len(sites):
+        known = ", ".join(f"{name} {value}" for name, value in made_for.items() if name != "sites")
+        raise ScheduleError(
+            f"these options are for a model with {number} attention sites over clip tokens"
+            f"{f' ({known})' if known else ''}, and this graph has {len(sites)}. Give a schedule of this model's own, "
+            "or made_for={} beside them to take them all the same"
+        )
 
 
 def in_blocks(entry: Entry, block: Size, site: Site) -> Entry:

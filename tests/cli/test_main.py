@@ -66,6 +66,13 @@ def test_schedules_as_typed(text: str, expected: object) -> None:
     assert type(read) is type(expected)
 
 
+def test_what_was_said_of_merging_is_handed_on() -> None:
+    typed = ["run", "--budget", "0.6", "--preset", "vid-tldr-umt-b", "--config", "options.json"]
+    expected = {"budget": 0.6, "preset": "vid-tldr-umt-b", "config": Path("options.json")}
+    assert cli.options(cli.parser().parse_args(typed)) == expected
+    assert cli.options(cli.parser().parse_args(["run"])) == {}
+
+
 @pytest.mark.parametrize("text", ["", "a lot", "1,,2", "1;2"])
 def test_no_schedule(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a schedule"):
@@ -85,6 +92,7 @@ def test_no_schedule(text: str) -> None:
         (["run", "--video", ""], "argument --video: '' names no file"),
         (["run", "--out", "https://host/a.png"], "argument --out: 'https://host/a.png' is an address: give the path"),
         (["run", "--out", "-"], "argument --out: '-' names no file"),
+        (["run", "--budget", "half"], "argument --budget: 'half' is no budget: write a part of the dense operations"),
     ],
 )
 def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +107,10 @@ def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture
         (["--schedule", "1.5"], "ScheduleError"),
         (["--schedule=-3"], "ScheduleError"),
         (["--schedule", "nan"], "ScheduleError"),
+        (["--budget", "1.5"], "OptionError: budget=1.5: budget is the part of the dense operations"),
+        (["--budget", "0.5", "--schedule", "0.1"], "OptionError: budget=0.5 is given together with a schedule"),
+        (["--preset", "umt"], "OptionError: preset='umt': preset is one of"),
+        (["--config", "gone.json"], "OptionError: config='gone.json' cannot be read"),
         (["--device", "quantum"], "OptionError: --device quantum"),
         (["--out", "gone/tldr.png"], "OptionError: --out gone/tldr.png: there is no folder gone"),
         (["--out", "tldr.jpg"], "OptionError: --out tldr.jpg: pictures are PNG files"),
@@ -187,15 +199,17 @@ def test_a_model_is_written_and_read_without_this_package(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = tmp_path / "model.pt2"
-    arguments = ["export", "--model", str(folder), "--schedule", "0.2", "--most-clips", "4", "--format", "pt2"]
+    arguments = ["export", "--model", str(folder), "--budget", "0.8", "--most-clips", "4", "--format", "pt2"]
     assert cli.main([*arguments, "--out", str(written)]) == 0
     out = capsys.readouterr().out
     assert "1 to 4 clips [B, 4, 3, 32, 32] in, logits out" in out
-    assert "saliency, matching, merge to n1" in (tmp_path / "model.txt").read_text(encoding="utf-8")
+    told = (tmp_path / "model.txt").read_text(encoding="utf-8")
+    assert "saliency, matching, merge to n1" in told
+    fraction = float(re.findall(r"budget 0\.8 of the dense operations: one fraction ([\d.]+)", told)[0])
     clips = torch.randn(3, 4, 3, 32, 32)
     model = VideoMAEForVideoClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        merged = run.tldr_compile.apply(model, (clips,), schedule=0.2)
+        merged = run.tldr_compile.apply(model, (clips,), schedule=fraction)
         torch.testing.assert_close(torch.export.load(written).module()(clips), merged(clips).logits)
 
 

@@ -12,19 +12,19 @@ from tldr_compile.tuning.calls import calls_of, digest
 def test_the_last_call_is_filled_up() -> None:
     clips = torch.arange(10.0).reshape(5, 2)
     calls = calls_of(clips, 2)
-    assert [call.count for call in calls] == [2, 2, 1]
+    assert [call.clips for call in calls] == [2, 2, 1]
     assert calls[-1].args[0].tolist() == [[8, 9], [8, 9]]
-    assert torch.cat([call.args[0][: call.count] for call in calls]).equal(clips)
+    assert torch.cat([call.args[0][: call.clips] for call in calls]).equal(clips)
 
 
 def test_few_clips_are_two_calls() -> None:
-    assert [call.count for call in calls_of(torch.zeros(3, 2), 16)] == [1, 1, 1]
+    assert [call.clips for call in calls_of(torch.zeros(3, 2), 16)] == [1, 1, 1]
 
 
 def test_entries_of_a_sequence_are_calls() -> None:
     calls = calls_of([(torch.zeros(2, 3), None), (torch.ones(2, 3), None)], 16)
     assert [len(call.args) for call in calls] == [2, 2]
-    assert [call.count for call in calls] == [2, 2]
+    assert [call.clips for call in calls] == [2, 2]
 
 
 @pytest.mark.parametrize(

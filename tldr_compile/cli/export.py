@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import tldr_compile
 from tldr_compile import writing
+from tldr_compile.cli.main import options
 from tldr_compile.media import models
 from tldr_compile.records.outputs import check_file
 
@@ -32,13 +33,13 @@ def run(arguments: argparse.Namespace) -> None:
     writing.check(arguments.format, path)
     for each in (path, beside):
         check_file("--out", each)
+    config = tldr_compile.TokenMerging.from_options({**options(arguments), "portable": True})
     device = models.device_of(arguments.device)
     subject = models.load(arguments.model, attention=arguments.attn, seed=arguments.seed)
     height, width = subject.preprocessing.crop
     most = arguments.most_clips
     clip = torch.zeros(min(2, most), subject.frames, 3, height, width, device=device)
     shapes = {"clip": {0: torch.export.Dim("clips", min=1, max=most)}} if most > 1 else None
-    config = tldr_compile.TokenMerging(schedule=arguments.schedule, portable=True)
     model = Logits(subject.model.to(device)).eval()
     with torch.no_grad():
         merged = tldr_compile.apply(model, (clip,), dynamic_shapes=shapes, config=config)

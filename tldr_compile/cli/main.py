@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any, Final
 
 from tldr_compile import __version__
 from tldr_compile.errors import OptionError, TldrError
@@ -17,6 +18,7 @@ from tldr_compile.writing import FORMATS
 EXTRAS = {"run": "demo", "export": "demo", "quality": "quality", "tune": "quality"}
 """What a command needs beside the package itself."""
 
+_MERGING: Final = ("schedule", "budget", "preset", "config")
 INTERRUPTED = 130
 """The exit status that shells give to a program that Ctrl-C ended."""
 
@@ -32,6 +34,11 @@ def schedule(text: str) -> tuple[int | float, ...] | float:
     return entries[0] if len(entries) == 1 and isinstance(entries[0], float) else entries
 
 
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What was said of merging, as `TokenMerging.from_options` and `torch.compile` take it."""
+    return {name: value for name in _MERGING if (value := getattr(arguments, name)) is not None}
+
+
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
@@ -39,13 +46,13 @@ def positive(text: str) -> int:
 
 
 def part(text: str) -> float:
-    """A part of the dense GFLOPs."""
+    """A part of the dense operations."""
     try:
         share = float(text)
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no budget: write a part of the dense GFLOPs, such as 0.6")
+        raise argparse.ArgumentTypeError(f"{text!r} is no budget: write a part of the dense operations, such as 0.6")
     return share
 
 
@@ -152,6 +159,16 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         type=schedule,
         metavar="LIST",
         help="tokens to remove at each attention, as counts or fractions (default: about the paper's, 0.25,0.12,0.06)",
+    )
+    command.add_argument(
+        "--budget",
+        type=part,
+        metavar="PART",
+        help="instead: the part of the dense operations to keep, such as 0.6, by one fraction at every site",
+    )
+    command.add_argument("--preset", metavar="NAME", help="instead: a published schedule, such as vid-tldr-umt-b")
+    command.add_argument(
+        "--config", type=file, metavar="JSON", help="options that TokenMerging.save wrote; others given beside win"
     )
     command.add_argument("--attn", choices=("sdpa", "eager"), help="how it spells attention (default: its own way)")
     command.add_argument("--device", default="cpu", help="where to run: cpu (default), cuda, ...")

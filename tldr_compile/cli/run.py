@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import tldr_compile
+from tldr_compile.cli.main import options
 from tldr_compile.errors import TldrError
 from tldr_compile.inspection import Decision
 from tldr_compile.media import models, video
@@ -27,7 +28,8 @@ TIME_FIRST = ("t", "h", "w")
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints and draws what `tldr run --help` says. Raises TldrError; nothing is compiled before the input is read."""
-    config = tldr_compile.TokenMerging(schedule=arguments.schedule)
+    asked = options(arguments)
+    config = tldr_compile.TokenMerging.from_options(asked)
     device = device_of(arguments.device)
     check_png("--out", arguments.out)
     check_file("--out", arguments.out)
@@ -53,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
             fast = _compiled(
                 bar,
                 "compiling with backend='tldr'",
-                torch.compile(model, backend="tldr", options={"schedule": arguments.schedule}),
+                torch.compile(model, backend="tldr", options=asked),
                 clip,
             )
             calls = {"dense": dense, "tldr": fast}

@@ -68,10 +68,10 @@ def on_less(subject: Subject, less: Less) -> OnLess:
     depend on the size of the clip and are no table over its grid of patches.
     """
     config = copy.deepcopy(subject.model.config)
-    for names, value in ((FRAMES, less.frames), (SIDES, less.side)):
+    for names, number in ((FRAMES, less.frames), (SIDES, less.side)):
         for name in names:
             if hasattr(config, name):
-                setattr(config, name, value)
+                setattr(config, name, number)
     try:
         model = type(subject.model)(config).eval()
     except (ValueError, TypeError, RuntimeError) as error:

@@ -18,7 +18,7 @@ class Call(NamedTuple):
     """The arguments of one call, and how many of its clips count: the last call may be filled up."""
 
     args: tuple[Any, ...]
-    count: int
+    clips: int
 
 
 def calls_of(clips: Clips, batch: int) -> list[Call]:

@@ -17,6 +17,7 @@ from tldr_compile.errors import NothingToMerge
 from tldr_compile.module import MergedModule
 from tldr_compile.passes.plan import cost, meeting
 from tldr_compile.passes.plan.budget import NEAR
+from tldr_compile.passes.sites import Site
 from tldr_compile.tuning.answers import OBJECTIVES, Far, answer
 from tldr_compile.tuning.calls import Call
 from tldr_compile.tuning.store import Store
@@ -59,7 +60,7 @@ class Judge:
         self.analysis = passes.analyse(passes.from_export(self.program), base)
         plan = passes.make_plan(self.analysis, replace(base, schedule=()))
         self.dense = cost.dense(plan)
-        self.able = tuple(isinstance(site, passes.Site) for site in self.analysis.sites)
+        self.able = tuple(isinstance(site, Site) for site in self.analysis.sites)
         if not any(self.able):
             raise NothingToMerge(f"no attention of {type(model).__name__} can merge tokens: explain() says why")
         self._fractions: dict[tuple[tuple[float, ...], float], float] = {}
@@ -101,4 +102,4 @@ class Judge:
     def _measured(self, module: MergedModule, index: int) -> Far:
         call = self.calls[index]
         told = OBJECTIVES[self.objective](self._answers[index], answer(module(*call.args)))
-        return Far(*(values[: call.count].cpu() for values in told))
+        return Far(*(values[: call.clips].cpu() for values in told))

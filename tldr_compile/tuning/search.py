@@ -97,4 +97,4 @@ class Search:
 
     def _calls(self, clips: int) -> int:
         """How many calls hold so many clips."""
-        return min(len(self.some), max(1, -(-clips // self.judge.calls[0].count)))
+        return min(len(self.some), max(1, -(-clips // self.judge.calls[0].clips)))

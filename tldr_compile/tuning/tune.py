@@ -115,8 +115,8 @@ def tune(
         made_for = {"model": type(model).__name__, "sites": len(judge.able)}
     finally:
         store.close()
-    counts = [sum(calls[index].count for index in some) for some in (choosing, reporting)]
-    return Tuned(replace(best.config, made_for=made_for), budget, objective, rows, *counts, search.refused)
+    chose, told = (sum(calls[index].clips for index in some) for some in (choosing, reporting))
+    return Tuned(replace(best.config, made_for=made_for), budget, objective, rows, chose, told, search.refused)
 
 
 def _check(model: nn.Module, base: TokenMerging, budget: float) -> None:
