@@ -156,10 +156,16 @@ def test_a_budget_that_no_shape_meets(named: Path, tmp_path: Path, capsys: pytes
     assert "is the closest" in told
 
 
-@pytest.mark.parametrize("budget", ["0", "1", "1.5", "-0.1", "much", "nan"])
-def test_no_budget(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("budget", ["0", "1", "1.5", "-0.1", "nan"])
+def test_no_budget(budget: str, named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = kinetics(tmp_path / "data", CLASS_NAMES, 1)
+    told = error(("--model", str(named), "--data", str(folder), f"--budgets={budget}"), capsys)
+    assert "budget is the part of the dense operations that is left, between 0 and 1" in told
+
+
+def test_a_budget_that_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parser().parse_args(["quality", "--model", "m", "--data", "d", "--budgets", budget])
+        parser().parse_args(["quality", "--model", "m", "--data", "d", "--budgets", "much"])
     assert "write a part of the dense operations" in capsys.readouterr().err
 
 

@@ -46,14 +46,13 @@ def positive(text: str) -> int:
 
 
 def part(text: str) -> float:
-    """A part of the dense operations."""
+    """The part of the operations that is left; `TokenMerging` says which numbers that may be."""
     try:
-        share = float(text)
+        return float(text)
     except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no budget: write a part of the dense operations, such as 0.6")
-    return share
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no budget: write a part of the dense operations, such as 0.6"
+        ) from None
 
 
 def file(text: str) -> Path:

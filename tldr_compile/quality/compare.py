@@ -59,6 +59,8 @@ class Study:
 
 def record(study: Study, device: torch.device) -> dict[str, Any]:
     """Measure everything. Raises TldrError."""
+    for budget in study.budgets:
+        TokenMerging(budget=budget)  # says what is no budget
     methods.register()
     dense: dict[str, nn.Module] = {DENSE: study.subject.model, **study.others}
     for each in dense.values():

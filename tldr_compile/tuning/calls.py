@@ -27,7 +27,7 @@ def calls_of(clips: Clips, batch: int) -> list[Call]:
     Raises OptionError for less than two calls, or clips of several shapes: half of them choose, the others report.
     """
     if isinstance(clips, Tensor):
-        calls = _batched(clips, min(batch, max(1, len(clips) // 2)))
+        calls = _batched(clips, min(batch, max(1, len(clips) // 2))) if len(clips) else []
     else:
         calls = [_call(each) for each in clips]
     shapes = {tuple(_shape(each) for each in call.args) for call in calls}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tldr_compile.config import TokenMerging
-from tldr_compile.errors import OptionError, ScheduleError
+from tldr_compile.errors import OptionError
 from tldr_compile.tuning.answers import Far, answer, check_answer, objective_of
 from tldr_compile.tuning.calls import Call, Clips, calls_of, digest
 from tldr_compile.tuning.judge import Judge, Met
@@ -121,8 +121,7 @@ def tune(
 
 def _check(model: nn.Module, base: TokenMerging, budget: float) -> None:
     """Raises OptionError, ScheduleError."""
-    if not isinstance(budget, float) or not 0 < budget < 1:
-        raise ScheduleError(f"budget={budget!r}: a budget is a part of the dense operations, a float in (0, 1)")
+    TokenMerging(budget=budget)  # says what is no budget
     if not base.is_default_schedule or base.budget is not None:
         raise OptionError("config= says a schedule or a budget: tuning finds the schedule, and budget= is its own")
     if base.outputs != "restore":
