@@ -19,6 +19,7 @@ from tests.laws.frames import folded, joint, spatial, temporal
 from tests.laws.spellings import Encoder
 from tests.laws.streams import Streams
 from tldr_compile.errors import NothingToMerge
+from tldr_compile.passes.plan import cost
 
 
 class Mixing(nn.Module):
@@ -111,6 +112,15 @@ def test_the_report_is_what_the_graph_does(name: str) -> None:
 @every_model
 def test_operations_are_those_that_run(name: str) -> None:
     assert miscounted(program(name).module(), written(name), MODELS[name][1]) == []
+
+
+def test_what_a_reduction_compares_is_counted_and_weighed() -> None:
+    model = program("pooled")
+    merged = tldr_compile.apply(model, schedule=[5, 3], reduction="energy")
+    assert miscounted(model.module(), merged, MODELS["pooled"][1]) == []
+    plain = tldr_compile.apply(model, schedule=[5, 3])
+    more = cost.operations(merged.report.plan) - cost.operations(plain.report.plan)
+    assert more / 1e9 == pytest.approx(merged.report.gflops[1] - plain.report.gflops[1], rel=1e-9, abs=1e-12)
 
 
 @every_model
