@@ -79,7 +79,7 @@ def key(looked: Callable[..., tuple[str | None, str]]) -> Callable[..., str | No
 def test_code_is_found_where_the_graph_and_inductors_options_are_the_same(
     looked: Callable[..., tuple[str | None, str]],
 ) -> None:
-    assert {*CHANGES, "return_places", "portable"} == {each.name for each in dataclasses.fields(TokenMerging)}
+    assert {*CHANGES, "return_places", "portable", "margin"} == {each.name for each in dataclasses.fields(TokenMerging)}
     key, code = looked(Tiny())
     assert key is not None
     instead = {"budget": {"schedule": None}}
@@ -87,6 +87,9 @@ def test_code_is_found_where_the_graph_and_inductors_options_are_the_same(
     hits = [name for name, (other, _) in found.items() if other == key]
     assert hits == [name for name, (_, other) in found.items() if other == code and name != "inductor"]
     assert hits == ["protect", "clip", "grouping", "on_nothing", "verify", "made_for"]
+    margins = [looked(Tiny(), reduction="energy", margin=margin)[0] for margin in (None, 0.2, 0.3)]
+    assert None not in margins
+    assert len(set(margins)) == 3
 
 
 def test_what_decides_the_functions_of_ops_is_a_part_of_the_key(

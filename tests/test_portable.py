@@ -28,6 +28,8 @@ WAYS = [
     {"reduction": "drop"},
     {"reduction": "random"},
     {"reduction": "slice"},
+    {"reduction": "energy", "margin": 0.2},
+    {"reduction": "affinity"},
 ]
 
 

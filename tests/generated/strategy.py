@@ -41,7 +41,10 @@ OPTIONS: Choices = {
     "schedule": [[1], [3], [2, 1], [3, 0.25], [1, 0, 2], [0.4, 0.1], 0.25, [2, 5, 1]],
     "saliency": ["attention", *ops.SIGNALS],
     "metric": ["tokens", "tokens", "keys"],
-    "reduction": ["merge", "merge", "merge", "drop", "random", "slice"],
+    "reduction": [
+        *("merge", "merge", "merge", "drop", "random", "slice"),
+        *("energy", "affinity", "partition", "random merge"),
+    ],
     "grouping": ["auto", "auto", "auto", "each", "shared", "blocks"],
     "outputs": ["restore", "restore", "merged"],
     "pooling": ["mass", "plain"],

@@ -21,6 +21,7 @@ from tests.laws.frames import folded, joint, spatial, temporal
 from tests.laws.spellings import Encoder
 from tests.laws.streams import Streams
 from tldr_compile.errors import NothingToMerge
+from tldr_compile.passes.plan import cost
 
 
 class Mixing(nn.Module):
@@ -131,6 +132,15 @@ def test_probabilities_at_hand_are_read_for_nothing() -> None:
     found = [tldr_compile.apply(model, inputs, schedule=[4], saliency=name) for name in ("received", "attention")]
     assert found[0].report.gflops == found[1].report.gflops
     assert miscounted(model, found[0], inputs) == []
+
+
+def test_what_a_reduction_compares_is_counted_and_weighed() -> None:
+    model = program("pooled")
+    merged = tldr_compile.apply(model, schedule=[5, 3], reduction="energy")
+    assert miscounted(model.module(), merged, MODELS["pooled"][1]) == []
+    plain = tldr_compile.apply(model, schedule=[5, 3])
+    more = cost.operations(merged.report.plan) - cost.operations(plain.report.plan)
+    assert more / 1e9 == pytest.approx(merged.report.gflops[1] - plain.report.gflops[1], rel=1e-9, abs=1e-12)
 
 
 @every_model

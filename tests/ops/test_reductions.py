@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import Tiny, clip
 from tldr_compile import apply, ops
@@ -152,6 +153,15 @@ def test_affinity_is_equations_1_to_3_by_hand() -> None:
     assert joined(chosen("affinity", metric, 1)) == {1: 3}
     assert joined(chosen("affinity", metric, 2)) == {0: 3, 1: 3}
     assert joined(chosen("affinity", torch.ones(1, 7, 2), 2)) == {0: 4, 1: 4}
+
+
+@pytest.mark.parametrize("tokens", [10, 11])
+def test_affinity_says_how_many_pairs_it_compares(tokens: int) -> None:
+    pairs = ops.REDUCTIONS["affinity"].pairs
+    assert pairs is not None
+    with FlopCounterMode(display=False) as counter:
+        chosen("affinity", drawn(tokens, 0), 3)
+    assert counter.get_total_flops() == 2 * 4 * pairs(tokens, 3)
 
 
 @settings(max_examples=30)
