@@ -242,7 +242,7 @@ def why_piece(gm: fx.GraphModule) -> Break | None:
 
 
 def refuse_piece(config: TokenMerging, broken: Break) -> None:
-    """Raises `GraphBreakError`: a sequence, a budget, or a number of sites has no meaning for a piece of the attention."""
+    """Raises `GraphBreakError`: a sequence, a budget or a depth has no meaning for a piece of the attention."""
     given = "the default schedule" if config.is_default_schedule else "the schedule"
     meaning = f"{given} {config.asked} has one entry per attention site of one graph"
     if config.budget is not None:
