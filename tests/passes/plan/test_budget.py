@@ -109,12 +109,12 @@ def analysis() -> passes.Analysis:
 
 def test_what_a_plan_costs_is_what_the_report_counts() -> None:
     """Matching included, in which tokens that no pixel made take no part."""
-    merged = passes.merge(analysis(), TokenMerging(budget=0.6), ops)
+    merged = passes.merge(analysis(), TokenMerging(budget=0.7), ops)
     found = merged.plan.solved
     assert found is not None
     before, after = Report(merged).gflops
     assert found.part == pytest.approx(after / before, rel=1e-9)
-    assert 0.54 < found.part <= 0.6
+    assert 0.63 < found.part <= 0.7
     assert found.sizes == {"video": (2, 3, 4, 12, 12)}
     assert merged.plan.schedule == (found.fraction,) * 3
 
