@@ -291,26 +291,24 @@ def test_options_come_from_a_file_and_a_name(tmp_path: Path) -> None:
     TokenMerging(schedule=[5], outputs="merged", made_for={"sites": 2}).save(path)
     assert apply(*args, config=path).report.to_dict()["schedule"] == [5, 0]
     assert explain(*args, config=str(path), schedule=0.3).to_dict()["schedule"] == [0.3, 0.3]
-    with pytest.raises(ScheduleError, match="for a model with 12 attention sites .*vid-tldr-umt-b.* this graph has 2"):
+    with pytest.raises(ScheduleError, match=r"for a model with 12 attention sites .*vid-tldr-umt-b.* this graph has 2"):
         apply(*args, preset="vid-tldr-umt-b")
 
 
 def test_a_budget_is_kept_and_told() -> None:
-    model, video = Tiny(depth=3), clip()
-    told = explain(model, (video,), budget=0.7)
+    program = torch.export.export(Tiny(), (clip(),))
+    told = explain(program, budget=0.8)
     facts = told.to_dict()
     found = facts["budget"]
     assert facts["gflops_after"] / facts["gflops_before"] == pytest.approx(found["part"])
-    assert 0.6 < found["part"] <= found["budget"] == 0.7
-    assert facts["schedule"] == [found["fraction"]] * 3
-    assert f"budget 0.7 of the dense operations: one fraction {found['fraction']:g} at every site" in str(told)
+    assert 0.7 < found["part"] <= found["budget"] == 0.8
+    assert facts["schedule"] == [found["fraction"]] * 2
+    assert f"budget 0.8 of the dense operations: one fraction {found['fraction']:g} at every site" in str(told)
     assert "at video [2, 3, 4, 12, 12]" in str(told)
-    merged = apply(model, (video,), budget=0.7)
-    assert torch.equal(merged(video), apply(model, (video,), schedule=found["fraction"])(video))
-    with pytest.raises(ScheduleError, match="budget=0.1: .* give 0.5"):
-        apply(model, (video,), budget=0.1)
-    flat = explain(nn.Flatten(), (video,), budget=0.7)
-    assert "schedule for a budget of 0.7" in str(flat)
+    with pytest.raises(ScheduleError, match=r"budget=0\.1: .* give 0\.\d+ or more"):
+        apply(program, budget=0.1)
+    flat = explain(nn.Flatten(), (clip(),), budget=0.8)
+    assert "schedule for a budget of 0.8" in str(flat)
     assert flat.to_dict()["budget"] is None
 
 

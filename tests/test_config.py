@@ -246,5 +246,5 @@ def test_what_is_no_file_of_options_is_refused(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"format": 1')
     with pytest.raises(OptionError, match=r"half.json' is no JSON: .*TokenMerging.save writes such files"):
         TokenMerging.load(tmp_path / "half.json")
-    with pytest.raises(OptionError, match="inductor=.* has no place in a file of options"):
+    with pytest.raises(OptionError, match=r"inductor=.* has no place in a file of options"):
         TokenMerging(inductor={"max_autotune": object()}).save(tmp_path / "object.json")

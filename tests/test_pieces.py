@@ -113,7 +113,7 @@ def test_a_graph_with_all_the_attention_is_the_model(where: str) -> None:
         ({"schedule": [5, 3]}, "the schedule [5, 3]"),
         ({}, "the default schedule"),
         ({"budget": 0.9}, "budget=0.9 is a part of what one graph costs"),
-        ({"schedule": 0.2, "made_for": {"sites": 2}}, ""),
+        ({"schedule": 0.2, "made_for": {"sites": 2}}, "made_for says 2 attention sites, of one graph"),
     ],
 )
 @pytest.mark.parametrize("where", ["between", "each"])

@@ -113,16 +113,16 @@ def _merged_piece(
         return "it has no attention over clip tokens"
     if config.is_of_one_graph:
         call.refuse_second(config, broken)
-        if _has_entries_after(config, len(sites)):
-            pieces.refuse_piece(config, broken)
+    if _is_for_more(config, len(sites)):
+        pieces.refuse_piece(config, broken)
     try:
         return _solved(analysis, replace(config, on_nothing="raise"))
     except NothingToMerge as nothing:
         return str(nothing)
 
 
-def _has_entries_after(config: TokenMerging, sites: int) -> bool:
-    """Whether somebody wrote down a schedule for more sites than a graph has."""
+def _is_for_more(config: TokenMerging, sites: int) -> bool:
+    """Whether somebody wrote down a schedule, or a depth, of more sites than a graph has."""
     written = config.entries if isinstance(config.entries, tuple) and not config.is_default_schedule else ()
     return any(written[sites:]) or dict(config.made_for).get("sites", 0) > sites
 

@@ -51,7 +51,7 @@ def read(path: str | os.PathLike[str]) -> Read:
         raise OptionError(f"config={name!r} is no JSON: {error}. TokenMerging.save writes such files") from error
     written = found.get("format") if isinstance(found, dict) else None
     if type(written) is not int or written < 1:
-        raise OptionError(f"config={name!r} is no file of options: its \"format\" is missing or no number")
+        raise OptionError(f'config={name!r} is no file of options: its "format" is missing or no number')
     version = str(found.get("tldr-compile", "of no known version"))
     if written > FORMAT:
         raise OptionError(

@@ -242,11 +242,13 @@ def why_piece(gm: fx.GraphModule) -> Break | None:
 
 
 def refuse_piece(config: TokenMerging, broken: Break) -> None:
-    """Raises `GraphBreakError`: a sequence, or a budget, has no meaning for a piece of the attention."""
+    """Raises `GraphBreakError`: a sequence, a budget or a depth has no meaning for a piece of the attention."""
     given = "the default schedule" if config.is_default_schedule else "the schedule"
     meaning = f"{given} {config.asked} has one entry per attention site of one graph"
     if config.budget is not None:
         meaning = f"budget={config.budget:g} is a part of what one graph costs"
+    elif isinstance(config.entries, float):
+        meaning = f"made_for says {dict(config.made_for)['sites']} attention sites, of one graph"
     raise GraphBreakError(
         f"{meaning}, and here the attention is spread over several: this graph is only a piece of the model: "
         f"{broken.why}\n"

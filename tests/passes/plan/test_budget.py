@@ -91,10 +91,10 @@ def test_below_what_the_sites_allow_the_least_is_told() -> None:
         solved(0.3, mock.Mock(side_effect=NothingToMerge("no merge pays")))
 
 
-class ClassToken(Tiny):
+class Registers(Tiny):
     def __init__(self) -> None:
         super().__init__(depth=3)
-        self.first = torch.nn.Parameter(torch.randn(1, 1, 16))
+        self.first = torch.nn.Parameter(torch.randn(1, 4, 16))
 
     def embed(self, video: torch.Tensor) -> torch.Tensor:
         x = super().embed(video)
@@ -103,18 +103,18 @@ class ClassToken(Tiny):
 
 @cache
 def analysis() -> passes.Analysis:
-    program = torch.export.export(ClassToken().eval(), (clip(),))
+    program = torch.export.export(Registers().eval(), (clip(),))
     return passes.analyse(passes.from_export(program), TokenMerging())
 
 
 def test_what_a_plan_costs_is_what_the_report_counts() -> None:
-    """Matching included, in which a class token takes no part."""
-    merged = passes.merge(analysis(), TokenMerging(budget=0.6), ops)
+    """Matching included, in which tokens that no pixel made take no part."""
+    merged = passes.merge(analysis(), TokenMerging(budget=0.7), ops)
     found = merged.plan.solved
     assert found is not None
     before, after = Report(merged).gflops
     assert found.part == pytest.approx(after / before, rel=1e-9)
-    assert 0.54 < found.part <= 0.6
+    assert 0.63 < found.part <= 0.7
     assert found.sizes == {"video": (2, 3, 4, 12, 12)}
     assert merged.plan.schedule == (found.fraction,) * 3
 
