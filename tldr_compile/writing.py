@@ -53,7 +53,8 @@ def onnx(program: ExportedProgram, path: Path) -> None:
         written = torch.onnx.export(program, dynamo=True, verbose=False)
     except OnnxExporterError as reason:
         raise WriteError(f"torch.onnx.export cannot write this program: {_innermost(reason)}") from reason
-    assert written is not None and written.exported_program is not None
+    assert written is not None
+    assert written.exported_program is not None
     changed = written.exported_program.graph_signature.buffers_to_mutate.values()
     if changed:
         raise WriteError(
