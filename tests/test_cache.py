@@ -170,6 +170,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         reports.append(json.loads((tmp_path / f"{step}.json").read_text()))
     first, second = reports
+    assert all(each <= 1e-5 for each in second.pop("far").values())
     hits = {"autograd_cache_hit": 2, "fxgraph_cache_hit": 3}  # inference; training, forwards and backwards
     assert first["counts"] == {"autograd_cache_miss": 2, "autograd_cache_saved": 2, "fxgraph_cache_miss": 3}
     assert second == {"counts": hits, "built": [], "counts from artifacts": hits}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import tldr_compile
 from tests.test_api import Rich, rich
 from tests.tiny import Tiny, clip
-from tldr_compile import CaptureError, MergedModule, ShapeError, apply
+from tldr_compile import CaptureError, MergedModule, OptionError, ShapeError, apply, ops
 
 
 def merged_tiny(model: nn.Module | None = None, **options: Any) -> MergedModule:
@@ -55,6 +55,27 @@ def test_a_dtype_that_its_graph_cannot_follow_is_refused_by_the_move_itself() ->
     assert merged(clip()).dtype == torch.float32
 
 
+class Table(Tiny):
+    """A table in float32 goes with float64, and not with anything narrower."""
+
+    def embed(self, video: Tensor) -> Tensor:
+        return super().embed(video) + torch.arange(18.0).view(1, 18, 1)
+
+
+def test_a_move_is_judged_by_where_the_move_before_it_led() -> None:
+    merged = merged_tiny(Table().eval()).double()
+    with pytest.raises(CaptureError, match=r"does not run when they go from torch.float64 to torch.float16"):
+        merged.half()
+    assert merged(clip().double()).dtype == torch.float64
+
+
+def test_a_portable_graph_stays_in_its_dtypes() -> None:
+    moved = merged_tiny().bfloat16()
+    with pytest.raises(CaptureError, match=r"from torch.float32 to torch.bfloat16: .*apply tldr_compile to that"):
+        tldr_compile.portable(moved)
+    assert moved(clip().bfloat16()).dtype == torch.bfloat16
+
+
 # --- copies ---
 
 
@@ -83,6 +104,16 @@ def test_a_moved_one_and_a_trained_one_are_pickled_as_they_are() -> None:
     assert torch.equal(again(clip().double()), merged(clip().double()))
     assert again.training
     assert again.get_parameter("head.weight") is again._facts.origin.model.head.weight
+
+
+def test_a_signal_that_nobody_registered_here_is_named_when_it_is_loaded() -> None:
+    ops.signal("elsewhere", reads="tokens")(lambda tokens: ops.saliency(tokens.float().norm(dim=-1)))
+    try:
+        written = pickle.dumps(merged_tiny(saliency="elsewhere"))
+    finally:
+        del ops.SIGNALS["elsewhere"]
+    with pytest.raises(OptionError, match="saliency='elsewhere': saliency is one of 'attention', "):
+        pickle.loads(written)
 
 
 SPAWNED = """

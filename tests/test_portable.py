@@ -11,12 +11,14 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
-from torch.utils.cpp_extension import include_paths, library_paths
 
 import tldr_compile
+from tests.readers import build
 from tests.tiny import Tiny, clip
 from tldr_compile import MergedModule, OptionError, WriteError, apply, ops, writing
+from tldr_compile.module import Kept
 
 SHAPES = {"video": {0: Dim("clips", min=1, max=16)}}
 WAYS = [
@@ -118,6 +120,22 @@ def test_torch_compile_has_no_use_for_it() -> None:
         torch.compile(Tiny().eval(), backend="tldr", options={"portable": True})(clip())
 
 
+class Tokens(Tiny):
+    def forward(self, video: Tensor) -> Tensor:
+        tokens: Tensor = super().forward(video, tokens=True)["tokens"]
+        return tokens
+
+
+@torch.no_grad()
+def test_what_is_exported_needs_no_class_of_this_package() -> None:
+    options = {"outputs": "merged", "return_places": True}
+    merged, portable = both(Tokens(1).eval(), clip(), **options)
+    found, wanted = torch.export.export(portable, (clip(),)).module()(clip()), merged(clip())
+    assert type(found[1]) is tuple
+    assert type(portable(clip())[1]) is type(wanted[1]) is Kept
+    torch.testing.assert_close((found[0], *found[1]), (wanted[0], *wanted[1]), rtol=1e-5, atol=1e-5)
+
+
 # --- the formats, each read where this package is not ---
 
 PT2 = """
@@ -158,11 +176,7 @@ def test_aot_inductor_in_python_and_in_cpp(tiny: tuple[MergedModule, ExportedPro
     assert_printed(loaded(AOTI, package, tmp_path / "clip.pt"), merged(clip(5)))
 
     pixels.write_bytes(clip(2).numpy().tobytes())
-    (libraries,) = library_paths()
-    source = Path(__file__).parent / "readers" / "reader.cpp"
-    flags = ["-std=c++20", *(f"-I{each}" for each in include_paths()), f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
-    linked = ["-ltorch", "-ltorch_cpu", "-lc10"]
-    subprocess.run(["g++", str(source), *flags, *linked, "-o", tmp_path / "reader"], check=True, timeout=300)
+    build(tmp_path / "reader")
     command = [tmp_path / "reader", package, pixels]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert_printed([float(line) for line in run.stdout.split()], merged(clip(2)))
@@ -188,9 +202,44 @@ def test_what_cannot_be_written_is_said(
         writing.write(program, "tflite", tmp_path / "tiny.tflite")
     with pytest.raises(OptionError, match=r"tiny.pt: a file in the format pt2 has to end in .pt2"):
         writing.write(program, "pt2", tmp_path / "tiny.pt")
+    for form, (suffix, _) in writing.FORMATS.items():
+        with pytest.raises(WriteError, match=f"cannot be written in the format {form}: .*No such file or directory"):
+            writing.write(program, form, tmp_path / "missing" / f"tiny{suffix}")
     own = torch.export.export(apply(Tiny(1).eval(), (clip(),), schedule=[5]), (clip(),))
     with pytest.raises(WriteError, match=r"torch.onnx.export cannot write this program: .*tldr.attend_and_sharpness"):
         writing.write(own, "onnx", tmp_path / "tiny.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(WriteError, match=r"needs the package 'onnxscript': pip install 'tldr-compile\[onnx\]'"):
         writing.write(program, "onnx", tmp_path / "tiny.onnx")
+
+
+class Counting(Tiny):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def embed(self, video: Tensor) -> Tensor:
+        return super().embed(video) + self.calls.add_(1)
+
+
+@torch.no_grad()
+def test_buffers_that_change_stay_out_of_onnx(tmp_path: Path) -> None:
+    _, portable = both(Counting().eval(), clip())
+    program = torch.export.export(portable, (clip(),))
+    with pytest.raises(WriteError, match="a call changes the buffers calls, which an ONNX file cannot hold"):
+        writing.write(program, "onnx", tmp_path / "counting.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_a_compiler_that_does_not_work(
+    tiny: tuple[MergedModule, ExportedProgram], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
+        raise InductorError(InvalidCxxCompiler("/bin/false"), None)  # as torch wraps it
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", no_compiler)
+    with pytest.raises(WriteError, match=r"AOTInductor needs a C\+\+ compiler that works: .* variable CXX. The reason"):
+        writing.write(tiny[1], "aoti", tmp_path / "tiny.pt2")

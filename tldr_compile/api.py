@@ -99,6 +99,7 @@ def assemble(
 def _remade(
     saved: bytes, tensors: Mapping[str, torch.Tensor], config: TokenMerging, origin: Origin
 ) -> MergedModule:
+    config = replace(config)  # looks its names up: what was registered there may not be here
     return _again(torch.export.load(io.BytesIO(saved)), tensors, config, origin)
 
 

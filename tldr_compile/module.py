@@ -19,7 +19,7 @@ from tldr_compile.config import TokenMerging
 from tldr_compile.errors import CaptureError
 from tldr_compile.exporters import Preparation
 from tldr_compile.hollow import held, hold
-from tldr_compile.moving import casts, check, move
+from tldr_compile.moving import Casts, casts, check, move, retype
 from tldr_compile.passes.capture import Assertions, Captured, inherit, with_writes
 from tldr_compile.passes.plan import rows_of
 from tldr_compile.passes.sizes import Size
@@ -137,6 +137,7 @@ class MergedModule(nn.Module):
         """`forward`: the model's outputs, in the model's structure. Raises `ShapeError` before anything runs.
 
         With `return_places=True` a pair: the outputs, and the tokens that are left, as `Kept`; None if nothing merges.
+        What is exported of a portable module gives `(places, weights)`, a tuple.
         """
         inputs = self._inputs(rest, given)
         if self._facts.assertions is not None:
@@ -145,7 +146,9 @@ class MergedModule(nn.Module):
         if not self._facts.config.return_places:
             return tree_unflatten(results, self._out_spec)
         own, kept = results[: self._out_spec.num_leaves], results[self._out_spec.num_leaves :]
-        return tree_unflatten(own, self._out_spec), Kept(*kept) if kept else None
+        if kept and not (self._facts.config.portable and torch.compiler.is_exporting()):
+            return tree_unflatten(own, self._out_spec), Kept(*kept)
+        return tree_unflatten(own, self._out_spec), tuple(kept) or None  # a file that needs no class of ours
 
     def verify(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> None:
         """Compare the merged graph with its definition on these inputs, on the device of the capture.
@@ -183,14 +186,19 @@ class MergedModule(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MergedModule:
         before, dtypes = _device(self), casts(fn, (*self.parameters(), *self.buffers()))
-        if dtypes:
-            check(self.graph_module, dtypes)
-            self._signature = self._signature.cast(dtypes)
+        self._cast(dtypes)
         super()._apply(fn, recurse)
         after = _device(self)
         if before is not None and after is not None and before != after:
             move(self.graph_module, before, after)
         return self
+
+    def _cast(self, dtypes: Casts) -> None:
+        """Expect these dtypes from now on. Raises `CaptureError` where the graph cannot follow."""
+        if dtypes:
+            check(self.graph_module, dtypes)
+            retype(self.graph_module, dtypes)
+            self._signature = self._signature.cast(dtypes)
 
     def tensors(self) -> dict[str, Tensor]:
         """What it holds now, by the names that the program has for it."""
@@ -204,7 +212,7 @@ class MergedModule(nn.Module):
         own = captured(self._facts.program)
         read = {name: each for name, each in others.items() if name in own and each.is_floating_point()}
         pairs = [(own[name].dtype, each.dtype) for name, each in read.items()]
-        self._signature = self._signature.cast({old: new for old, new in pairs if old != new})
+        self._cast({old: new for old, new in pairs if old != new})
         self._hold(others)
         before, after = next((each.device for each in own.values()), None), _device(self)
         if before is not None and after is not None and before != after:

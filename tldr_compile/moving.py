@@ -67,6 +67,14 @@ def _cast(value: Any, dtypes: Casts) -> Any:
     return torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=value.device)
 
 
+def retype(graph: fx.GraphModule, dtypes: Casts) -> None:
+    """Note what inputs and parameters are now: the next `check` begins there."""
+    for node in graph.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        if isinstance(value, Tensor) and value.dtype in dtypes:
+            node.meta["val"] = value.to(dtypes[value.dtype])
+
+
 class _Trial(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, dtypes: Casts) -> None:
         super().__init__(graph)

@@ -25,15 +25,18 @@ def aoti(program: ExportedProgram, path: Path) -> None:
     """AOTInductor: machine code for this device, with the weights."""
     # Importing Inductor takes seconds.
     from torch._inductor import aoti_compile_and_package  # noqa: PLC0415
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler  # noqa: PLC0415
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler  # noqa: PLC0415
 
     try:
         aoti_compile_and_package(program, package_path=str(path))
-    except (CppCompileError, InvalidCxxCompiler) as reason:
-        raise WriteError(
-            "AOTInductor needs a C++ compiler that works: install one, or name one in the environment variable CXX. "
-            f"The reason: {reason}"
-        ) from reason
+    except InductorError as wrapped:
+        reason = wrapped.inner_exception
+        if isinstance(reason, (CppCompileError, InvalidCxxCompiler)):
+            raise WriteError(
+                "AOTInductor needs a C++ compiler that works: install one, or name one in the environment variable "
+                f"CXX. The reason: {reason}"
+            ) from reason
+        raise WriteError(f"AOTInductor cannot compile this program: {wrapped}") from wrapped
 
 
 def onnx(program: ExportedProgram, path: Path) -> None:
@@ -51,6 +54,13 @@ def onnx(program: ExportedProgram, path: Path) -> None:
     except OnnxExporterError as reason:
         raise WriteError(f"torch.onnx.export cannot write this program: {_innermost(reason)}") from reason
     assert written is not None
+    assert written.exported_program is not None
+    changed = written.exported_program.graph_signature.buffers_to_mutate.values()
+    if changed:
+        raise WriteError(
+            f"a call changes the buffers {', '.join(changed)}, which an ONNX file cannot hold: write it in the format "
+            "pt2 or aoti, or a model that leaves them as they are"
+        )
     written.save(str(path))
 
 
@@ -73,11 +83,15 @@ def write(program: ExportedProgram, form: str, path: Path) -> None:
     """Write a program of a portable module to a file.
 
     Raises `OptionError` for a format that there is not, or a file name that it does not take, and `WriteError` where
-    what writes the format is missing or refuses the program.
+    the file cannot be written, or what writes the format is missing or refuses the program.
     """
     check(form, path)
     _, writer = FORMATS[form]
+    new = not path.exists()
     try:
+        path.open("ab").close()  # torch's archives tell of a missing folder in a RuntimeError, after all the work
+        if new:
+            path.unlink()
         writer(program, path)
     except OSError as reason:
         raise WriteError(f"{path} cannot be written in the format {form}: {reason}") from reason

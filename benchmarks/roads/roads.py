@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ import torch
 import tldr_compile
 from benchmarks.roads import libraries
 from benchmarks.roads.subjects import SCHEDULE, Encoder, clips
+from tests.readers import build
+from tests.tiny import Tiny, clip
 from tldr_compile import writing
 
 ROOT = Path(__file__).parents[2]
@@ -86,10 +89,37 @@ def _distributed() -> dict[str, float]:
     return far
 
 
-PORTABLE = "tests/test_portable.py"
+def _in_cpp() -> float:
+    """A package for the reader of the tests, which is compiled here and links to torch alone."""
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        package, pixels, reader = (Path(folder) / name for name in ("tiny.pt2", "clip.bin", "reader"))
+        merged = tldr_compile.apply(Tiny().eval(), (clip(),), schedule=SCHEDULE)
+        writing.write(torch.export.export(tldr_compile.portable(merged), (clip(),)), "aoti", package)
+        pixels.write_bytes(clip().numpy().tobytes())
+        build(reader)
+        run = subprocess.run([reader, package, pixels], check=True, capture_output=True, text=True, timeout=300)
+        return float((torch.tensor([*map(float, run.stdout.split())]) - merged(clip()).flatten()).abs().max())
+
+
+CACHED = ("warm cache", "aot_compile")
+
+
+def _twice() -> dict[str, float]:
+    """What a second process finds on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
+        for step in ("first", "second"):
+            command = [sys.executable, "-m", "tests.twice", folder, step]
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
+        far: dict[str, float] = json.loads((Path(folder) / "second.json").read_text())["far"]
+        return far
+
+
+PORTABLE, CACHE = "tests/test_portable.py", "tests/test_cache.py"
 ROADS = (
     _road("torch.export.save", "`tldr export --format pt2`", lambda: _written("pt2"), test=PORTABLE),
     _road("AOTInductor, Python", "`tldr export --format aoti`", lambda: _written("aoti"), test=PORTABLE),
+    _road("AOTInductor, C++", "`AOTIModelPackageLoader`", _in_cpp, test=PORTABLE),
     _road("ONNX, onnxruntime", "`tldr export --format onnx`", lambda: _written("onnx"), test=PORTABLE),
     _road("exported again", "`torch.export.export(merged, ..., dynamic_shapes=...)`", libraries.reexport),
     _road("deepcopy", "`copy.deepcopy(merged)`", libraries.deepcopy),
@@ -101,5 +131,6 @@ ROADS = (
     _road("torchao int8", "`quantize_(merged, config)`", libraries.torchao),
     _road("PT2E int8", "`prepare_pt2e(torch.export.export(portable, ...).module(), ...)`", libraries.pt2e, bound=5e-2),
     _road("diffusers", '`pipe.transformer.compile(backend="tldr")`', libraries.diffusers),
+    Road("a second process", "`torch.compile`; `forward.aot_compile(...)`", _twice, test=CACHE, ends=CACHED),
     Road("two processes", "`torchrun`, one step on gloo", _distributed, ends=DISTRIBUTED),
 )

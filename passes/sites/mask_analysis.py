@@ -88,8 +88,10 @@ def _hides(typed: TypedGraph, mask: fx.Node) -> str | None:
         unknown = any(_is_boolean(each) and not _is_uniform(each, values) for each in above)
         return "is not known here, and may hide some of its tokens from others" if unknown else None
     computed = _computed(above, values)
-    if any(map(_is_symbolic, above)):
-        if all(_keeps_uniform(node) and _alike(computed[node]) for node in above):
+    sized = [node for node in above if any(map(_is_symbolic, _ancestors(node)))]
+    if sized:
+        read = {each for node in sized for each in (node, *node.all_input_nodes) if each in computed}
+        if all(map(_keeps_uniform, sized)) and all(_alike(computed[each]) for each in read):
             return None
         return "is computed from sizes that may change: what it hides at one size says nothing of another"
     if _divides(computed[mask]):

@@ -168,6 +168,25 @@ def near(h: Tensor) -> Tensor:
     return (place[:, None] - place[None]).abs() < 20
 
 
+def from_places(h: Tensor) -> Tensor:
+    """Hides nothing, made of places whose number is fixed; only how many samples there are may change."""
+    return (torch.arange(h.shape[1])[:, None] >= torch.zeros(h.shape[1])).expand(h.shape[0], 1, -1, -1)
+
+
+def part(h: Tensor) -> Tensor:
+    """Hides nothing for 2 samples, and something for 4."""
+    return (torch.arange(TOKENS) < 3)[: h.shape[0]].all().expand(h.shape[1], h.shape[1])
+
+
+def test_a_mask_of_fixed_places_may_be_repeated_for_any_number_of_samples() -> None:
+    h, shapes = torch.randn(2, TOKENS, WIDTH), ({0: torch.export.Dim("samples", min=1, max=8)},)
+    model, other = Masked(from_places), torch.randn(5, TOKENS, WIDTH)
+    merged = tldr_compile.apply(model, (h,), schedule=[4], dynamic_shapes=shapes)
+    merged.verify((other,))
+    with pytest.raises(NothingToMerge, match="is computed from sizes that may change"):
+        tldr_compile.apply(Masked(part), (h,), schedule=[4], dynamic_shapes=shapes)
+
+
 def test_a_mask_of_sizes_that_may_change_is_not_judged_at_the_traced_ones() -> None:
     h, shapes = torch.randn(2, TOKENS, WIDTH), ({1: torch.export.Dim("tokens", min=4, max=64)},)
     tldr_compile.apply(Masked(near), (h,), schedule=[4])
