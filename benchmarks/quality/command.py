@@ -23,11 +23,12 @@ def status(name: str, work: Callable[[], None]) -> int:
     return 0
 
 
-def placed(chosen: argparse.Namespace, what: str, picture: Path) -> argparse.Namespace:
+def placed(chosen: argparse.Namespace, what: str, picture: Path | None = None) -> argparse.Namespace:
     """The options with a folder and a picture: what is kept here is of the model that ships, not replaced by others."""
     own = Path(f"{what}-{Path(chosen.model).name}") if chosen.model else timing.RESULTS
     chosen.out = chosen.out or own
-    chosen.picture = chosen.picture or (chosen.out / f"{what}.png" if chosen.model else picture)
+    if picture is not None:
+        chosen.picture = chosen.picture or (chosen.out / f"{what}.png" if chosen.model else picture)
     return chosen
 
 

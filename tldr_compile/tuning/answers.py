@@ -59,8 +59,7 @@ def answer(output: Any) -> Tensor:
 
     Raises OptionError where there is none.
     """
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
+    if (logits := _logits_of(output)) is not None:
         return logits
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() >= 2:
@@ -68,13 +67,17 @@ def answer(output: Any) -> Tensor:
     raise OptionError(f"the model returns {type(output).__name__} without a tensor of floats [B, ...] to judge")
 
 
+def _logits_of(output: Any) -> Tensor | None:
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
+
+
 def objective_of(output: Any) -> str:
     """What the answer is taken for: logits where they have that name, or are a plain tensor `[B, K]`."""
     told = answer(output)
     if told.dim() > 2:
         return "tokens"
-    named = isinstance(getattr(output, "logits", None), Tensor)
-    return "logits" if named or isinstance(output, Tensor) else "embedding"
+    return "logits" if isinstance(output, Tensor) or _logits_of(output) is not None else "embedding"
 
 
 def check_answer(objective: str, told: Tensor) -> None:

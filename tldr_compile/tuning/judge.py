@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from tldr_compile.passes.sites import Site
 from tldr_compile.tuning.answers import OBJECTIVES, Far, answer
 from tldr_compile.tuning.calls import Call
 from tldr_compile.tuning.store import Store
+
+MODULES: Final = 64
+"""Merged modules that are kept for the next question; they share the model's weights."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Judge:
         self.able = tuple(isinstance(site, Site) for site in self.analysis.sites)
         if not any(self.able):
             raise NothingToMerge(f"no attention of {type(model).__name__} can merge tokens: explain() says why")
+        self.merged = lru_cache(MODULES)(self._merged)
         self._fractions: dict[tuple[tuple[float, ...], float], float] = {}
         with torch.inference_mode():
             self._answers = [answer(model(*call.args)) for call in calls]
@@ -81,7 +86,7 @@ class Judge:
         self._fractions[way.weights, budget] = solved.fraction
         return Met(way, way.at(solved.fraction), solved.part)
 
-    def merged(self, config: TokenMerging) -> MergedModule:
+    def _merged(self, config: TokenMerging) -> MergedModule:
         """What `apply` makes of the model, without its warnings: many are made, few are chosen."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

@@ -14,6 +14,9 @@ from tldr_compile.tuning.judge import Way
 MARGINS: Final = (0.6, 0.75, 0.9)
 """Of `reduction="energy"`, beside the paper's own."""
 
+CONTROLS: Final = ("partition", "random merge")
+"""Ways to merge that are there to compare others with."""
+
 BUILT_IN: Final[Mapping[str, Mapping[str, object]]] = {
     "vid-TLDR": {},
     "uniform merging, tokens": {"saliency": "uniform"},
@@ -43,8 +46,8 @@ def built_in(base: TokenMerging, able: Sequence[bool]) -> list[Way]:
 
 
 def all_ways(base: TokenMerging, able: Sequence[bool]) -> list[Way]:
-    """Every signal, metric and reduction that is registered, with one fraction at every site."""
-    merging = [name for name, each in ops.REDUCTIONS.items() if each.gives]
+    """Every signal, metric and reduction that is registered, but the controls, with one fraction at every site."""
+    merging = [name for name, each in ops.REDUCTIONS.items() if each.gives and name not in CONTROLS]
     dropping = [name for name, each in ops.REDUCTIONS.items() if not each.gives and each.ranks]
     found = [
         replace(base, saliency=saliency, metric=metric, reduction=reduction, margin=margin)

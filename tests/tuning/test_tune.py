@@ -1,0 +1,119 @@
+"""Tuning as a whole, on a model of the smallest size."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tldr_compile
+from tests.tiny import Tiny, clip
+from tldr_compile import NothingToMerge, OptionError, ScheduleError, TldrError, TokenMerging, ops
+from tldr_compile.records.charts import draw
+from tldr_compile.tuning import Tuned, page, search, tune, ways
+from tldr_compile.tuning.store import FILE, _key
+from tldr_compile.tuning.tune import TUNED
+
+BUDGET, CLIPS = 0.8, 12
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few ways and shapes to choose from, and one round of steps."""
+    monkeypatch.setattr(ways, "SHAPES", {name: ways.SHAPES[name] for name in ("every site", "less and less")})
+    monkeypatch.setattr(ways, "MARGINS", (0.5,))
+    for name in set(ops.SIGNALS) - {"attention", "uniform"}:
+        monkeypatch.delitem(ops.SIGNALS, name)
+    monkeypatch.setattr(search, "ROUNDS", 1)
+    monkeypatch.setattr(search, "FIRST_CLIPS", 2)
+
+
+def tuned(folder: Path | None = None, **options: Any) -> Tuned:
+    torch.manual_seed(0)
+    return tune(Tiny(2).eval(), clip(CLIPS), **{"budget": BUDGET, "batch": 2, "folder": folder, **options})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tuned")
+
+
+def test_it_is_the_best_of_all_that_saw_the_choosing_clips_and_meets_the_budget(folder: Path) -> None:
+    found = tuned(folder)
+    assert found.rows[0].name == TUNED
+    assert 0.9 * BUDGET < found.rows[0].part <= BUDGET
+    calls = CLIPS // 2
+    choosing = random.Random(0).sample(range(calls), calls)[: calls // 2]
+    distances: dict[str, dict[int, float]] = defaultdict(dict)
+    for line in map(json.loads, (folder / FILE).read_text().splitlines()[1:]):
+        distances[line["config"]][line["call"]] = sum(line["distance"])
+    means = {key: sum(by[call] for call in choosing) for key, by in distances.items() if {*choosing} <= {*by}}
+    ours = means[_key(replace(found.config, made_for={}))]
+    assert len(means) >= len(ways.BUILT_IN)
+    assert ours == min(means.values()) < max(means.values())
+    assert (found.choosing, found.reporting) == (CLIPS // 2, CLIPS // 2)
+
+
+def test_an_interrupted_run_goes_on_and_finds_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (folder / FILE).read_text().splitlines()
+    (folder / FILE).write_text("".join(f"{line}\n" for line in before[: 4 * len(before) // 5]))
+    again = tuned(folder)
+    assert {*(folder / FILE).read_text().splitlines()} == {*before}
+    assert again == tuned(folder)
+
+
+def test_apply_takes_the_file_for_models_with_as_many_sites(folder: Path, tmp_path: Path) -> None:
+    found = tuned(folder)
+    found.config.save(tmp_path / "config.json")
+    assert TokenMerging.load(tmp_path / "config.json") == found.config
+    torch.manual_seed(0)
+    model, video = Tiny(2).eval(), clip()
+    merged = tldr_compile.apply(model, (video,), config=tmp_path / "config.json")
+    assert merged.report.gflops[1] / merged.report.gflops[0] == pytest.approx(found.rows[0].part, rel=1e-6)
+    with pytest.raises(TldrError, match="for a model with 2 attention sites"):
+        tldr_compile.apply(Tiny(3).eval(), (video,), config=tmp_path / "config.json")
+
+
+def test_table_and_picture(folder: Path, tmp_path: Path) -> None:
+    found = tuned(folder)
+    text = page.table(found)
+    assert f"| {TUNED} | " in text
+    assert all(f"| {name} | " in text for name in ways.BUILT_IN)
+    assert "6 clips; the table is of 6 others" in text
+    assert draw([page.chart(found)], tmp_path / "tune.png").stat().st_size > 1000
+    assert json.loads(json.dumps(page.record(found)))["budget"] == BUDGET
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"budget": 0.05}, ScheduleError, r"budget=0.05: .* still costs 0\.\d+ .* give 0"),
+        ({"budget": 1.5}, OptionError, "between 0 and 1"),
+        ({"config": TokenMerging(schedule=0.2)}, OptionError, "says a schedule or a budget"),
+        ({"config": TokenMerging(outputs="merged")}, OptionError, "compared at full length"),
+        ({"objective": "accuracy"}, OptionError, "objective is 'auto', 'logits'"),
+    ],
+)
+def test_what_cannot_be_tuned(options: dict[str, Any], error: type[TldrError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tuned(**options)
+
+
+def test_models_that_cannot_be_tuned() -> None:
+    with pytest.raises(OptionError, match=r"training mode.*model\.eval\(\)"):
+        tune(Tiny(1).train(), clip(4), budget=0.8)
+    with pytest.raises(NothingToMerge, match="no attention of Sequential can merge tokens"):
+        tune(nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 12 * 12, 3)).eval(), clip(4), budget=0.8, batch=2)
+
+
+def test_other_weights_are_another_run(folder: Path) -> None:
+    torch.manual_seed(5)
+    with pytest.raises(OptionError, match="was made with weights"):
+        tune(Tiny(2).eval(), clip(CLIPS), budget=BUDGET, batch=2, folder=folder)
