@@ -25,6 +25,7 @@ from tldr_compile.errors import (
 from tldr_compile.inspection import Decision, inspect
 from tldr_compile.module import Kept, MergedModule
 from tldr_compile.report import Report
+from tldr_compile.tuning import Tuned, tune
 
 __all__ = [
     "CaptureError",
@@ -40,12 +41,14 @@ __all__ = [
     "ShapeError",
     "TldrError",
     "TokenMerging",
+    "Tuned",
     "VerificationError",
     "WriteError",
     "apply",
     "explain",
     "inspect",
     "portable",
+    "tune",
 ]
 
 try:

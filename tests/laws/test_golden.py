@@ -39,6 +39,10 @@ def interpreted(golden: GoldenEncoder, **options: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
+ROADS = [(name, attn, applied) for name, attn in EVERY_ENCODER] + [(name, "sdpa", interpreted) for name in ENCODERS]
+every_road = pytest.mark.parametrize(("name", "attn", "road"), ROADS)
+
+
 @torch.no_grad()
 def assert_merged(golden: GoldenEncoder, road: Road) -> None:
     """Every token has its group's value, after every block; and one of each group leaves."""
@@ -67,8 +71,7 @@ def assert_dense(golden: GoldenEncoder, road: Road) -> None:
         assert_golden(actual, expected)
 
 
-@pytest.mark.parametrize("road", [applied, interpreted])
-@pytest.mark.parametrize(("name", "attn"), EVERY_ENCODER)
+@every_road
 def test_merged_encoders_are_golden(name: str, attn: Attn, road: Road) -> None:
     assert_merged(golden_encoder(name, attn), road)
 
@@ -81,8 +84,7 @@ def test_merged_encoders_are_golden_without_a_compiler_too(name: str, monkeypatc
     assert_merged(golden_encoder(name, "sdpa"), applied)
 
 
-@pytest.mark.parametrize("road", [applied, interpreted])
-@pytest.mark.parametrize(("name", "attn"), EVERY_ENCODER)
+@every_road
 def test_dense_encoders_are_golden(name: str, attn: Attn, road: Road) -> None:
     assert_dense(golden_encoder(name, attn), road)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import tldr_compile
-from tests.laws.support import assert_same, compiled, every_case, every_family, graphs_for_inductor, program, tensors
-from tests.zoo import Case, case
+from tests.laws.support import assert_same, compiled, every_case, graphs_for_inductor, program, tensors
+from tests.zoo import FAMILIES, Case, case
 from tldr_compile import (
     CaptureError,
     NothingToMerge,
@@ -210,15 +210,19 @@ def test_apply_refuses_other_shapes(case: Case) -> None:
         merged(clip, clip)
 
 
-@every_family
+@pytest.mark.parametrize("name", ["umt", "vivit", "timesformer", "vjepa2"])
 @torch.no_grad()
-def test_the_backend_serves_every_batch(case: Case) -> None:
-    """At the second batch the graph is captured anew with a symbolic one, which then serves every other."""
-    (videos,) = case.inputs(6)
-    merged = tldr_compile.apply(program(case, 2), schedule=case.schedule)
+def test_the_backend_serves_every_batch(name: str) -> None:
+    """At the second batch the graph is captured anew with a symbolic one, which then serves every other.
+
+    Joint attention, with class tokens, divided, and over positions that are made in the graph.
+    """
+    model = case(name, FAMILIES[name].attns[0])
+    (videos,) = model.inputs(6)
+    merged = tldr_compile.apply(program(model, 2), schedule=model.schedule)
     pairs = [merged(pair) for pair in videos.split(2)]
     with graphs_for_inductor() as graphs:
-        run = compiled(case.build(), schedule=case.schedule)
+        run = compiled(model.build(), schedule=model.schedule)
         for batch in (2, 4, 6):
             outputs, expected = run(videos[:batch]), pairs[: batch // 2]
             for actual, *parts in zip(tensors(outputs), *map(tensors, expected), strict=True):

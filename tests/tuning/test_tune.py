@@ -19,7 +19,7 @@ from tldr_compile import NothingToMerge, OptionError, ScheduleError, TldrError, 
 from tldr_compile.records.charts import draw
 from tldr_compile.tuning import Tuned, page, search, tune, ways
 from tldr_compile.tuning.store import FILE, _key
-from tldr_compile.tuning.tune import TUNED
+from tldr_compile.tuning.tuner import TUNED
 
 BUDGET, CLIPS = 0.8, 12
 

@@ -21,7 +21,7 @@ CONFIG, PICTURE = "config.json", "tune.png"
 
 def run(arguments: argparse.Namespace) -> None:
     """Tune, print, keep, draw. Raises TldrError; the folder is looked at before the work."""
-    out = arguments.out or Path(f"tune-{Path(arguments.model).name}-{arguments.budget:g}")
+    out = arguments.out or Path(f"tune-{Path(arguments.model).name}-{arguments.budget or arguments.latency:g}")
     check_folder("--out", out)
     device = device_of(arguments.device)
     subject = load(arguments.model)
@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
             subject.model.to(device),
             clips.to(device),
             budget=arguments.budget,
+            latency=arguments.latency,
             batch=arguments.batch,
             seed=arguments.seed,
             folder=out,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.progress import Progress
 from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
@@ -76,6 +75,8 @@ def in_turn(
     calls: Mapping[Any, Call], device: torch.device, rounds: int, title: str, *, first: int = 1
 ) -> dict[Any, list[float]]:
     """Seconds of every call in each of `rounds`, all in alternation; `first` calls of each, to compile, go before."""
+    from rich.progress import Progress  # noqa: PLC0415 - the rest of this module needs torch alone
+
     with Progress(transient=True) as progress:
         task = progress.add_task(title, total=len(calls) * (first + rounds))
         for call in calls.values():

@@ -4,6 +4,6 @@ clips -> judge (what a configuration costs, and how far its answers are from the
 judge, ways -> search -> Tuned: the configuration, and what it and the built-in ways do on clips that chose nothing
 """
 
-from tldr_compile.tuning.tune import Tuned, tune
+from tldr_compile.tuning.tuner import Tuned, tune
 
 __all__ = ["Tuned", "tune"]

@@ -9,7 +9,7 @@ from typing import Any
 from tldr_compile.records.charts import Chart, Line
 from tldr_compile.records.tables import grid
 from tldr_compile.tuning.answers import SAME
-from tldr_compile.tuning.tune import TUNED, Row, Tuned
+from tldr_compile.tuning.tuner import TUNED, Row, Tuned
 
 
 def table(tuned: Tuned) -> str:
@@ -21,6 +21,7 @@ def table(tuned: Tuned) -> str:
 
 def about(tuned: Tuned) -> str:
     """What was chosen, and by what."""
+    took = "" if tuned.latency is None else f" It takes {tuned.latency:.2f} of the dense model's time, compiled."
     refused = f" {len(tuned.refused)} ways could not be tried." if tuned.refused else ""
     config = tuned.config
     schedule = ", ".join(f"{entry:.3f}" for entry in config.entries) if isinstance(config.entries, tuple) else ""
@@ -28,7 +29,7 @@ def about(tuned: Tuned) -> str:
     return (
         f"Chosen by {tuned.choosing} clips; the table is of {tuned.reporting} others, which chose nothing, with 95 % "
         f"intervals. Tuned: reduction {config.reduction}{margin}, saliency {config.saliency}, metric {config.metric}, "
-        f"fractions by site {schedule}.{refused}"
+        f"fractions by site {schedule}.{took}{refused}"
     )
 
 

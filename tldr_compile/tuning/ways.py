@@ -17,9 +17,10 @@ MARGINS: Final = (0.6, 0.75, 0.9)
 CONTROLS: Final = ("partition", "random merge")
 """Ways to merge that are there to compare others with."""
 
+PLAIN: Final = "uniform merging, tokens"
 BUILT_IN: Final[Mapping[str, Mapping[str, object]]] = {
     "vid-TLDR": {},
-    "uniform merging, tokens": {"saliency": "uniform"},
+    PLAIN: {"saliency": "uniform"},
     "uniform merging, keys (ToMe)": {"saliency": "uniform", "metric": "keys"},
     "energy, keys (PiToMe)": {"saliency": "uniform", "metric": "keys", "reduction": "energy"},
 }

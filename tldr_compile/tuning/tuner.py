@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import OptionError
+from tldr_compile.tuning import ways
 from tldr_compile.tuning.answers import Far, answer, check_answer, objective_of
 from tldr_compile.tuning.calls import Call, Clips, calls_of, digest
 from tldr_compile.tuning.judge import Judge, Met
+from tldr_compile.tuning.latency import part_with, ratio
 from tldr_compile.tuning.search import Search
 from tldr_compile.tuning.store import Store
 
@@ -50,6 +52,8 @@ class Tuned:
     config: TokenMerging
     """Give it to `apply(config=)`, or save it and give the path."""
     budget: float
+    latency: float | None
+    """Of the dense model's time, measured; None where operations were asked for."""
     objective: str
     rows: tuple[Row, ...]
     """The first is the tuned configuration."""
@@ -64,7 +68,8 @@ def tune(
     model: nn.Module,
     clips: Clips,
     *,
-    budget: float,
+    budget: float | None = None,
+    latency: float | None = None,
     objective: str = "auto",
     config: TokenMerging | None = None,
     batch: int = BATCH,
@@ -83,6 +88,8 @@ def tune(
         clips: a tensor `[K, ...]` of K clips for a model that takes one tensor; or a sequence of calls, each a tensor
             `[B, ...]` or a tuple of arguments, all of the same shapes. They need no labels.
         budget: the part of the dense operations that the merged graph may cost, in (0, 1).
+        latency: instead, the part of the dense model's time that the merged one may take, both compiled by Inductor
+            and called with `batch` clips, in (0, 1). It is measured, so nothing else should run meanwhile.
         objective: what is kept: "logits" (KL divergence; told as agreement), "embedding" (cosine) or "tokens" (mean
             cosine over tokens). "auto" reads it off the output: what is called logits, or a plain `[B, K]`, is logits.
         config: options that stay as they are: all but schedule, saliency, metric, reduction and margin.
@@ -97,7 +104,7 @@ def tune(
         CaptureError, NothingToMerge: as `apply`.
     """
     base = config or TokenMerging()
-    _check(model, base, budget)
+    _check(model, base, budget, latency)
     calls = calls_of(clips, batch)
     with torch.inference_mode():
         first = model(*calls[0].args)
@@ -108,19 +115,28 @@ def tune(
         judge = Judge(model, calls, base, objective, store)
         order = random.Random(seed).sample(range(len(calls)), len(calls))
         choosing, reporting = order[: len(order) // 2], order[len(order) // 2 :]
+        if latency is not None:
+            (uniform,) = (way for way in ways.built_in(base, judge.able) if way.name == ways.PLAIN)
+            budget = part_with(judge, model, uniform, latency, tick)
+        assert budget is not None
         search = Search(judge, budget, choosing, seed, tick)
         published = search.published(base)
         best = search.best(base, published)
         rows = _rows(judge, search, best, published, sorted(reporting), budget)
         made_for = {"model": type(model).__name__, "sites": len(judge.able)}
+        took = None if latency is None else ratio(judge, model, best.config)
     finally:
         store.close()
     chose, told = (sum(calls[index].clips for index in some) for some in (choosing, reporting))
-    return Tuned(replace(best.config, made_for=made_for), budget, objective, rows, chose, told, search.refused)
+    return Tuned(replace(best.config, made_for=made_for), budget, took, objective, rows, chose, told, search.refused)
 
 
-def _check(model: nn.Module, base: TokenMerging, budget: float) -> None:
-    """Raises OptionError, ScheduleError."""
+def _check(model: nn.Module, base: TokenMerging, budget: float | None, latency: float | None) -> None:
+    """Raises OptionError."""
+    if (budget is None) == (latency is None):
+        raise OptionError("tune takes budget=, a part of the dense operations, or latency=, of its time: give one")
+    if latency is not None and not 0 < latency < 1:
+        raise OptionError(f"latency={latency!r}: latency is a part of the dense model's time, between 0 and 1")
     TokenMerging(budget=budget)  # says what is no budget
     if not base.is_default_schedule or base.budget is not None:
         raise OptionError("config= says a schedule or a budget: tuning finds the schedule, and budget= is its own")
