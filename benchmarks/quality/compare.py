@@ -18,6 +18,8 @@ from benchmarks.pages import PICTURES, add_write, write
 from benchmarks.quality.command import check_writable, placed, status
 from benchmarks.quality.made import check_made, checkpoint, made
 from benchmarks.quality.train import CHECKPOINTS, HERE
+from benchmarks.quality.tuned import CONFIGS
+from tldr_compile import TokenMerging
 from tldr_compile.cli.main import add_comparison
 from tldr_compile.cli.quality import check_outputs, keep
 from tldr_compile.media.models import device_of
@@ -63,6 +65,7 @@ def run(chosen: argparse.Namespace) -> None:
         chosen.budgets,
         chosen.methods,
         others=half(chosen),
+        tuned=() if chosen.model else [TokenMerging.load(path) for path in sorted(CONFIGS.glob("*.json"))],
         batch=chosen.batch,
         rounds=chosen.rounds,
     )

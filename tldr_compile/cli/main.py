@@ -105,6 +105,9 @@ def parser() -> argparse.ArgumentParser:
         help="laid out as Kinetics (FOLDER/class name/clip.mp4) or Something-Something (FOLDER/videos/id.webm, "
         "FOLDER/validation.json, FOLDER/labels.json)",
     )
+    quality.add_argument(
+        "--config", type=file, nargs="+", default=(), metavar="FILE", help="what `tldr tune` found, to be compared too"
+    )
     add_comparison(quality)
     tune = commands.add_parser(
         "tune",

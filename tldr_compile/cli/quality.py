@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tldr_compile.config import TokenMerging
 from tldr_compile.media.models import device_of
 from tldr_compile.quality import tell
 from tldr_compile.quality.compare import Study, record
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
         testing,
         arguments.budgets,
         arguments.methods,
+        tuned=[TokenMerging.load(path) for path in arguments.config],
         batch=arguments.batch,
         rounds=arguments.rounds,
     )
