@@ -109,7 +109,6 @@ def test_a_graph_with_all_the_attention_is_the_model(where: str) -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"schedule": [5]}, "the schedule [5]"),
         ({"schedule": [5, 3]}, "the schedule [5, 3]"),
         ({}, "the default schedule"),
         ({"budget": 0.9}, "budget=0.9 is a part of what one graph costs"),

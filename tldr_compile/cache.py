@@ -32,7 +32,7 @@ def marks(graph: fx.GraphModule) -> dict[str, str]:
     constants = list(_constants(graph))
     if not ours or not known or not all(map(_is_readable, constants)):
         return {}
-    order = [provider.name for provider in _providers()]
+    order = [(name, [provider.name for provider in each.order]) for name, each in ops.PROVIDERS.items()]
     state = _sources(), order, _attention_backends(), list(map(_content, constants))
     return dict.fromkeys(sorted(map(_name, ours)), hashlib.sha256(repr(state).encode()).hexdigest())
 

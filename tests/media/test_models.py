@@ -60,7 +60,7 @@ def test_random_weights_are_said_plainly(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("config", [VideoMAEConfig(), VivitConfig(), TimesformerConfig(), VJEPA2Config()])
 def test_frames_and_sides_of_configurations(config: object) -> None:
     expected = {"VideoMAEConfig": (16, 224), "VivitConfig": (32, 224), "TimesformerConfig": (8, 224)}
-    said = models._said(config, models.FRAMES), models._said(config, models.SIDES)
+    said = models.said(config, models.FRAMES), models.said(config, models.SIDES)
     assert said == expected.get(type(config).__name__, (64, 256))
 
 
@@ -83,7 +83,7 @@ def test_weights_that_are_cut(folder: Path) -> None:
 
 def test_a_model_of_no_clip() -> None:
     with pytest.raises(ModelError, match="SimpleNamespace has none of num_frames, frames_per_clip"):
-        models._said(SimpleNamespace(image_size=224), models.FRAMES)
+        models.said(SimpleNamespace(image_size=224), models.FRAMES)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,10 @@ def test_the_kept_model_on_real_files(tmp_path: Path, places: tuple[str, ...]) -
     assert main(("quality", *folders, "--budgets", "0.5", "--batch", "2", "--methods", OURS, *places)) == 0
     dense, *merged = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert dense["accuracy"][0] == dense["agreement"] == 1
-    assert all(row["gflops"] == pytest.approx(0.5 * dense["gflops"], rel=0.02) for row in merged)
+    ours, *on_less = merged
+    assert ours["gflops"] == pytest.approx(0.5 * dense["gflops"], rel=0.02)
+    assert {row["method"] for row in on_less} <= {compare.FEWER_FRAMES, compare.LOWER_RESOLUTION}
+    assert all(row["gflops"] >= 0.5 * dense["gflops"] for row in on_less)
 
 
 def test_something_of_a_folder_is_wrong(tmp_path: Path, named: Path, capsys: pytest.CaptureFixture[str]) -> None:
