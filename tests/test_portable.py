@@ -15,7 +15,7 @@ from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
 import tldr_compile
-from tests.readers import build
+from benchmarks.roads.readers import build
 from tests.tiny import Tiny, clip
 from tldr_compile import MergedModule, OptionError, WriteError, apply, ops, writing
 from tldr_compile.module import Kept
@@ -177,7 +177,7 @@ def test_aot_inductor_in_python_and_in_cpp(tiny: tuple[MergedModule, ExportedPro
 
     pixels.write_bytes(clip(2).numpy().tobytes())
     build(tmp_path / "reader")
-    command = [tmp_path / "reader", package, pixels]
+    command = [tmp_path / "reader", package, pixels, *map(str, clip().shape)]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert_printed([float(line) for line in run.stdout.split()], merged(clip(2)))
 

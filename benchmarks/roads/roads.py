@@ -15,9 +15,8 @@ import torch
 
 import tldr_compile
 from benchmarks.roads import libraries
+from benchmarks.roads.readers import build
 from benchmarks.roads.subjects import SCHEDULE, Encoder, clips
-from tests.readers import build
-from tests.tiny import Tiny, clip
 from tldr_compile import writing
 
 ROOT = Path(__file__).parents[2]
@@ -90,15 +89,16 @@ def _distributed() -> dict[str, float]:
 
 
 def _in_cpp() -> float:
-    """A package for the reader of the tests, which is compiled here and links to torch alone."""
+    """A package for a reader that is compiled here and links to torch alone."""
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         package, pixels, reader = (Path(folder) / name for name in ("tiny.pt2", "clip.bin", "reader"))
-        merged = tldr_compile.apply(Tiny().eval(), (clip(),), schedule=SCHEDULE)
-        writing.write(torch.export.export(tldr_compile.portable(merged), (clip(),)), "aoti", package)
-        pixels.write_bytes(clip().numpy().tobytes())
+        merged = tldr_compile.apply(Encoder().eval(), (clips(),), schedule=SCHEDULE)
+        writing.write(torch.export.export(tldr_compile.portable(merged), (clips(),)), "aoti", package)
+        pixels.write_bytes(clips().numpy().tobytes())
         build(reader)
-        run = subprocess.run([reader, package, pixels], check=True, capture_output=True, text=True, timeout=300)
-        return float((torch.tensor([*map(float, run.stdout.split())]) - merged(clip()).flatten()).abs().max())
+        sizes = map(str, clips().shape)
+        run = subprocess.run([reader, package, pixels, *sizes], check=True, capture_output=True, text=True, timeout=300)
+        return float((torch.tensor([*map(float, run.stdout.split())]) - merged(clips()).flatten()).abs().max())
 
 
 CACHED = ("warm cache", "aot_compile")
@@ -109,7 +109,7 @@ def _twice() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
         for step in ("first", "second"):
-            command = [sys.executable, "-m", "tests.twice", folder, step]
+            command = [sys.executable, "-m", "benchmarks.roads.twice", folder, step]
             subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
         far: dict[str, float] = json.loads((Path(folder) / "second.json").read_text())["far"]
         return far

@@ -34,13 +34,13 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`[B, 3, 4, 32, 32] -> [B, 5]`, 32 tokens, two blocks; the same weights in every process."""
+    """`[B, 3, 4, 32, 32] -> [B, 5]`, 32 tokens; the same weights in every process."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.patches = nn.Conv3d(3, 32, (2, 8, 8), (2, 8, 8))
-        self.blocks = nn.ModuleList(Block(32) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(32) for _ in range(depth))
         self.head = nn.Linear(32, 5)
 
     def forward(self, clip: Tensor) -> Tensor:

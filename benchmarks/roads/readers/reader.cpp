@@ -1,14 +1,18 @@
-// reader PACKAGE CLIP: runs a package of AOTInductor on a clip of raw floats, [2, 3, 4, 12, 12], and prints
-// what comes out.
+// reader PACKAGE CLIP SIZE...: runs a package of AOTInductor on a clip of raw floats of these sizes, and prints what
+// comes out.
 #include <ATen/ATen.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <fstream>
 #include <iostream>
+#include <string>
+#include <vector>
 
-int main(int, char** arguments) {
+int main(int count, char** arguments) {
   c10::InferenceMode inference;
-  auto clip = at::empty({2, 3, 4, 12, 12});
+  std::vector<int64_t> sizes;
+  for (int k = 3; k < count; ++k) sizes.push_back(std::stoll(arguments[k]));
+  auto clip = at::empty(sizes);
   std::ifstream(arguments[2], std::ios::binary).read(static_cast<char*>(clip.data_ptr()), clip.nbytes());
   torch::inductor::AOTIModelPackageLoader loader(arguments[1]);
   auto out = loader.run({clip})[0].contiguous();
