@@ -32,7 +32,7 @@ from tldr_compile.tuning import Tuned, page, tune
 
 MARKER: Final = "<!-- tuned -->"
 CONFIGS: Final = HERE / "tuned"
-CLIPS, BATCH = 800, 20
+CLIPS, BATCH = 1600, 20
 
 
 def tuned(budget: float, clips: int, folder: Path) -> tuple[Tuned, float]:

@@ -138,7 +138,7 @@ COSTS: dict[str, Callable[..., int]] = {
     "attend_and_sharpness": lambda out, q, k, v, *_: _attention(q, k, v),
     "received": lambda out, q, k, *_: _attention(q, k, k[..., :0]),
     "best": lambda out, sources, destinations: _product(sources, destinations.mT),
-    "energy": lambda out, metric, margin: _product(metric, metric.mT),
+    "energy": lambda out, metric, margin: _product(metric, metric.mT[..., 1:]) // 2,  # every pair once
     "affinity": lambda out, metric: _product(metric, metric.mT),
 }
 

@@ -113,9 +113,15 @@ for _each in ("energy", "affinity"):
     torch.library.register_vmap(f"tldr::{_each}", folded(getattr(torch.ops.tldr, _each)))
 
 
-@register_flop_formula([torch.ops.tldr.energy, torch.ops.tldr.affinity])
-def _flop(metric: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """Of the specification: the provider that takes every pair once does half of it."""
+@register_flop_formula(torch.ops.tldr.energy)
+def _energy_flop(metric: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Every pair once."""
+    batch, tokens, channels = metric
+    return batch * tokens * (tokens - 1) * channels
+
+
+@register_flop_formula(torch.ops.tldr.affinity)
+def _affinity_flop(metric: Sequence[int], *args: Any, **kwargs: Any) -> int:
     batch, tokens, channels = metric
     return 2 * batch * tokens * tokens * channels
 

@@ -98,7 +98,7 @@ def merging(tokens: Tokens) -> Split:
     return Split(kept, 2 * merged, destination.gather(1, merged) + remaining.shape[1])
 
 
-@reduction("energy", gives=True, margin=True, pairs=lambda tokens, gone: tokens**2 + (gone + 1) ** 2)
+@reduction("energy", gives=True, margin=True, pairs=lambda tokens, gone: tokens * (tokens - 1) // 2 + (gone + 1) ** 2)
 def merging_by_energy(tokens: Tokens) -> Split:
     """PiToMe (arXiv 2405.16148, section 3.2, algorithm 1): the `2r` tokens of most energy merge, the others are let be.
 
