@@ -16,6 +16,7 @@ from torch import nn
 import tldr_compile
 from tests.tiny import Tiny, clip
 from tldr_compile import NothingToMerge, OptionError, ScheduleError, TldrError, TokenMerging, ops
+from tldr_compile.presets import Preset
 from tldr_compile.records.charts import draw
 from tldr_compile.tuning import Tuned, page, search, tune, ways
 from tldr_compile.tuning.store import FILE, _key
@@ -117,3 +118,12 @@ def test_other_weights_are_another_run(folder: Path) -> None:
     torch.manual_seed(5)
     with pytest.raises(OptionError, match="was made with weights"):
         tune(Tiny(2).eval(), clip(CLIPS), budget=BUDGET, batch=2, folder=folder)
+
+
+def test_a_published_schedule_for_as_many_sites_is_one_of_those_to_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "PRESETS", {"ours": Preset((9, 4), 2, "here"), "deeper": Preset((4,), 3, "here")})
+    found = tuned(objective="embedding")
+    (ours,) = (row for row in found.rows if row.name == "ours")
+    assert ours.config.schedule == (9, 4)
+    assert ours.part <= BUDGET
+    assert "deeper" not in {row.name for row in found.rows}

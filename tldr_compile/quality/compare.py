@@ -24,12 +24,12 @@ from tldr_compile.quality import latency, methods
 from tldr_compile.quality.accuracy import Said, alone, hits, rows, said, verdict
 from tldr_compile.quality.budget import MET, Cell, Merger
 from tldr_compile.quality.data import Part
-from tldr_compile.quality.methods import CANDIDATES, METHODS, TIMED
+from tldr_compile.quality.methods import CANDIDATES, METHODS, TIMED, TUNED
 from tldr_compile.quality.smaller import Less, fewer_frames, lower_resolution, on_less
 from tldr_compile.records import kept
 
 DENSE: Final = "dense"
-FEWER_FRAMES, LOWER_RESOLUTION, TUNED = "fewer frames", "lower resolution", "tuned"
+FEWER_FRAMES, LOWER_RESOLUTION = "fewer frames", "lower resolution"
 
 
 @dataclass(frozen=True)

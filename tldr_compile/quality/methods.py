@@ -33,7 +33,13 @@ METHODS: Final[Mapping[str, Method]] = {
     OURS: Method({}),
     "uniform merging, tokens": Method({"saliency": "uniform"}),
     "uniform merging, keys (ToMe)": Method({"saliency": "uniform", "metric": "keys"}),
+    "energy, keys (PiToMe)": Method({"saliency": "uniform", "metric": "keys", "reduction": "energy"}),
+    "energy, tokens, margin 0.75": Method({"saliency": "uniform", "reduction": "energy", "margin": 0.75}),
+    "affinity, keys (AdaMerge)": Method({"saliency": "uniform", "metric": "keys", "reduction": "affinity"}),
     "merging by shift": Method({"saliency": "shift"}),
+    "merging by attention received": Method({"saliency": "received"}),
+    "merging by change": Method({"saliency": "change"}),
+    "random merging": Method({"saliency": "uniform", "reduction": "random merge"}),
     "drop the least salient": Method({"reduction": "drop"}),
     RANDOM: Method({}, reductions=SEEDS),
     "drop the last": Method({"reduction": "slice"}),
@@ -42,7 +48,8 @@ METHODS: Final[Mapping[str, Method]] = {
     "vid-TLDR, plain pooling": Method({"pooling": "plain"}),
     "vid-TLDR, not proportional": Method({"proportional": False}),
 }
-TIMED: Final = (OURS, "uniform merging, keys (ToMe)", "merging by shift", RANDOM, "drop the last")
+TUNED: Final = "tuned"
+TIMED: Final = (OURS, "uniform merging, keys (ToMe)", "energy, keys (PiToMe)", TUNED, RANDOM, "drop the last")
 
 SHAPES: Final[Mapping[str, Callable[[int], range]]] = {
     "first site": lambda sites: range(1),

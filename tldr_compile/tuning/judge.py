@@ -31,7 +31,8 @@ MODULES: Final = 64
 class Way:
     """Everything of a configuration but how much is merged: options, and how that is shared among the sites.
 
-    A site with weight 1 loses the most; sites that cannot merge have weight 0.
+    A site with weight 1 loses the most; sites that cannot merge have weight 0. A published schedule has no weights: it
+    is what it is.
     """
 
     options: TokenMerging

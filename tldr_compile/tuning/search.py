@@ -35,8 +35,17 @@ class Search:
         self.refused: dict[str, str] = {}
 
     def published(self, base: TokenMerging) -> list[Met]:
-        """What others published, at the budget."""
-        return self.met(ways.built_in(base, self.judge.able))
+        """What others published: ways at the budget, and presets for as many sites that cost no more."""
+        found = self.met(ways.built_in(base, self.judge.able))
+        for name, config in ways.presets(base, len(self.judge.able)).items():
+            try:
+                part = self.judge.part(config)
+            except ScheduleError as error:
+                self.refused[name] = str(error)
+                continue
+            if part <= self.budget:
+                found.append(Met(Way(config, (), name), config, part))
+        return found
 
     def best(self, base: TokenMerging, published: Sequence[Met]) -> Met:
         """The best that was found, judged by all choosing clips; no worse than those that are published.
@@ -46,9 +55,11 @@ class Search:
         found = self.halved([*published, *self.met(ways.all_ways(base, self.judge.able))], "ways")
         if not found:
             raise ScheduleError(next(iter(self.refused.values())))
-        shapes = [shape for each in found[:2] for shape in ways.shaped(each.way, self.judge.able)]
+        best = [each for each in found if each.way.weights][:2]
+        shapes = [shape for each in best for shape in ways.shaped(each.way, self.judge.able)]
         found = self.ranked([*self.halved(self.met(shapes), "shapes"), *found])
-        return self.ranked([self.stepped(found[0]), *found, *published])[0]
+        first = next((each for each in found if each.way.weights), None)
+        return self.ranked([*([self.stepped(first)] if first else []), *found, *published])[0]
 
     def met(self, some: Iterable[Way]) -> list[Met]:
         """Those ways that meet the budget, at it."""

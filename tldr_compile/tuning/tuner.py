@@ -166,11 +166,12 @@ def _rows(
     """The tuned configuration and the published ones on clips that chose nothing; both around the budget, too."""
     tuned = replace(best, way=replace(best.way, name=TUNED))
     at_budget = [tuned, *published]
+    scalable = [each.way for each in at_budget if each.way.weights]
     near = [
         met
         for part in AROUND
         if budget * part < 1
-        for met in Search(judge, budget * part, some, 0, search.tick).met(each.way for each in at_budget)
+        for met in Search(judge, budget * part, some, 0, search.tick).met(scalable)
     ]
     chosen = judge.far(best.config, some)
     return tuple(

@@ -9,6 +9,7 @@ from typing import Final
 
 from tldr_compile import ops
 from tldr_compile.config import TokenMerging
+from tldr_compile.presets import PRESETS
 from tldr_compile.tuning.judge import Way
 
 MARGINS: Final = (0.6, 0.75, 0.9)
@@ -44,6 +45,11 @@ def built_in(base: TokenMerging, able: Sequence[bool]) -> list[Way]:
         Way(replace(base, **options), shared("every site", able), name)  # type: ignore[arg-type]
         for name, options in BUILT_IN.items()
     ]
+
+
+def presets(base: TokenMerging, sites: int) -> dict[str, TokenMerging]:
+    """Published schedules for models with so many sites."""
+    return {name: replace(base, schedule=each.schedule) for name, each in PRESETS.items() if each.sites == sites}
 
 
 def all_ways(base: TokenMerging, able: Sequence[bool]) -> list[Way]:
