@@ -54,13 +54,16 @@ def test_every_method_has_its_row(tmp_path: Path, places: tuple[str, ...], capsy
     arguments = ("--model", str(folder), "--clips", "80", "--budgets", "0.8", *places, "--write", str(page))
     assert bench.main(arguments) == 0
     facts = json.loads((tmp_path / "quality.json").read_text())
-    assert [row["method"] for row in facts["rows"]] == [compare.DENSE, *METHODS]
+    named = [name for name in METHODS if name not in facts["left_out"]]
+    assert [row["method"] for row in facts["rows"]] == [compare.DENSE, *named]
+    # In so small a model what they compute on the way is much of all.
+    assert set(facts["left_out"]) <= {"affinity, keys (AdaMerge)", "merging by attention received"}
     assert facts["clips"] == 80
-    assert facts["shapes"]["chosen"] == {name: "every site" for name, each in METHODS.items() if each.shape is None}
+    assert facts["shapes"]["chosen"] == {name: "every site" for name in named if METHODS[name].shape is None}
     rows = {row["method"]: row for row in facts["rows"]}
     for name, row in rows.items():
         assert 0 <= row["accuracy"][0] <= 1
-        assert (row["over_dense"] is not None) == (name in (compare.DENSE, *TIMED))
+        assert (row["over_dense"] is not None) == (name in (compare.DENSE, *TIMED) and not row["missed"])
         assert (row["over_random"] is None) == (name in (compare.DENSE, RANDOM) or bool(row["missed"]))
         if row["budget"] and not row["missed"]:
             assert row["gflops"] == pytest.approx(0.8 * rows[compare.DENSE]["gflops"], rel=0.02)
@@ -71,7 +74,8 @@ def test_every_method_has_its_row(tmp_path: Path, places: tuple[str, ...], capsy
     assert told.endswith(f"{tell.MARKER}\nafter")
     assert "Than random dropping, vid-TLDR is " in told
     out = capsys.readouterr().out
-    assert all(f"| {name} | 0.8" in out for name in METHODS)
+    assert all(f"| {name} | 0.8" in out for name in named)
+    assert all(f"Left out: {name}: no shape" in out for name in facts["left_out"])
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 

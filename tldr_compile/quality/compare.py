@@ -72,7 +72,7 @@ def record(study: Study, device: torch.device) -> dict[str, Any]:
     shapes = choose(merger, study.methods, study.budgets, study.choosing)
     cells = [
         cell
-        for name in track(study.methods, "meeting budgets", transient=True)
+        for name in track([name for name in study.methods if name not in shapes["left_out"]], "meeting budgets")
         for cell in merger.cells(name, METHODS[name], shapes["chosen"].get(name, METHODS[name].shape), study.budgets)
     ]
     tuned = [_tuned(merger, config, study.budgets) for config in study.tuned]
@@ -89,7 +89,7 @@ def record(study: Study, device: torch.device) -> dict[str, Any]:
         "data": study.data,
         "clips": len(heard.labels),
         "skipped": study.testing.skipped,
-        "left_out": left_out,
+        "left_out": {**shapes["left_out"], **left_out},
         "budgets": list(study.budgets),
         "shapes": shapes,
         "latency": {"batch": study.batch, "rounds": study.rounds, "dense": "torch.compile, Inductor"},
@@ -148,7 +148,7 @@ def _tuned(merger: Merger, config: TokenMerging, budgets: Sequence[float]) -> Ce
 def choose(merger: Merger, names: Sequence[str], budgets: Sequence[float], part: Part) -> dict[str, Any]:
     """For every method the shape that is best for it over every second budget. Raises OptionError."""
     some = budgets[1::2] or budgets
-    cells = candidates(merger, names, some, budgets)
+    cells, left_out = candidates(merger, names, some, budgets)
     heard = listen(merger, [cell for each in cells.values() for cell in each], {}, part, "choosing")
     accuracy: dict[str, dict[str, float]] = {}
     for (name, shape), each in cells.items():
@@ -161,17 +161,19 @@ def choose(merger: Merger, names: Sequence[str], budgets: Sequence[float], part:
         "clips": len(heard.labels),
         "accuracy": accuracy,
         "skipped": part.skipped,
+        "left_out": left_out,
     }
 
 
 def candidates(
     merger: Merger, names: Sequence[str], budgets: Sequence[float], all_budgets: Sequence[float]
-) -> dict[tuple[str, str], list[Cell]]:
+) -> tuple[dict[tuple[str, str], list[Cell]], dict[str, str]]:
     """Of every method whose shape is open, and every shape that meets all budgets: the cells at some of them.
 
-    Raises OptionError for a method of which no shape does.
+    And the methods of which no shape does, with the reason. Raises OptionError where that is all of them.
     """
     found: dict[tuple[str, str], list[Cell]] = {}
+    left_out: dict[str, str] = {}
     tried = product((name for name in names if METHODS[name].shape is None), CANDIDATES)
     for name, shape in track(list(tried), "shapes of the schedules", transient=True):
         *some, least = merger.cells(name, METHODS[name], shape, [*budgets, min(all_budgets)])
@@ -179,8 +181,11 @@ def candidates(
         if not missed:
             found[name, shape] = some
         elif shape == CANDIDATES[-1] and not any(known == name for known, _ in found):
-            raise OptionError(f"--budgets: no shape of schedule meets them all for {name}; {shape}: {missed}")
-    return found
+            left_out[name] = f"no shape of schedule meets all budgets; {shape}: {missed}"
+    if left_out and not found:
+        name, why = next(iter(left_out.items()))
+        raise OptionError(f"--budgets: {name}: {why}")
+    return found, left_out
 
 
 def listen(merger: Merger, cells: Sequence[Cell], dense: Mapping[Any, nn.Module], part: Part, title: str) -> Said:
