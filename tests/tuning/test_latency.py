@@ -1,0 +1,68 @@
+"""From latency to operations, with a clock that is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import Tiny, clip
+from tldr_compile import OptionError, ScheduleError, TokenMerging
+from tldr_compile.tuning import latency, tune, ways
+from tldr_compile.tuning.calls import calls_of
+from tldr_compile.tuning.judge import Judge, Way
+from tldr_compile.tuning.store import Store
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(Tiny(2).eval(), calls_of(clip(4), 2), TokenMerging(), "logits", Store(None, {}))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[float], float]], list[float]]:
+    def times(taken: Callable[[float], float]) -> list[float]:
+        asked: list[float] = []
+
+        def ratio(judge: Judge, model: nn.Module, config: TokenMerging) -> float:
+            asked.append(judge.part(config))
+            return taken(asked[-1])
+
+        monkeypatch.setattr(latency, "ratio", ratio)
+        return asked
+
+    return times
+
+
+def plain(judge: Judge) -> Way:
+    return next(way for way in ways.built_in(TokenMerging(), judge.able) if way.name == ways.PLAIN)
+
+
+def test_a_part_with_the_latency_is_found(judge: Judge, clock: Any) -> None:
+    asked = clock(lambda part: 0.3 + 0.7 * part)
+    part = latency.part_with(judge, nn.Identity(), plain(judge), 0.85, lambda what: None)
+    assert 0.3 + 0.7 * part == pytest.approx(0.85, abs=0.03)
+    assert len(asked) <= latency.TRIES
+
+
+def test_a_latency_out_of_reach_is_refused(judge: Judge, clock: Any) -> None:
+    clock(lambda part: 0.9 + 0.1 * part)
+    with pytest.raises(ScheduleError, match=r"latency=0.5: the fastest graph that was measured takes 0\.9\d"):
+        latency.part_with(judge, nn.Identity(), plain(judge), 0.5, lambda what: None)
+
+
+def test_compiled_models_are_timed_in_turn(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    assert 0.05 < latency.ratio(judge, Tiny(2).eval(), TokenMerging(schedule=[9, 4])) < 20
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [({}, "give one"), ({"budget": 0.5, "latency": 0.5}, "give one"), ({"latency": 1.5}, "between 0 and 1")],
+)
+def test_limits_of_no_use(limits: dict[str, float], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        tune(Tiny(1).eval(), clip(4), **limits)  # type: ignore[arg-type]
