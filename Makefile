@@ -18,7 +18,8 @@ RUN  := $(VENV)/bin/python
 # A trained model on a test clip, at about half its GFLOPs.
 TRAINED := --model benchmarks/quality/checkpoint --video benchmarks/quality/digit-5-to-NE.mkv --schedule 0.22
 
-# One process per core and one thread per process: the models of the tests are small.
+# One process per core and one thread per process: the models of the tests are small. Tests that follow one another share
+# what they captured, so each process begins with a stretch of them.
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 
 # Prints the folder from which PYTHON imports a torch that is new enough, or nothing.
@@ -44,7 +45,7 @@ else
 endif
 
 test: $(VENV)/.test
-	$(TEST_ENV) $(RUN) -m pytest -n auto $(or $(ARGS),tests)
+	$(TEST_ENV) $(RUN) -m pytest -n auto --dist worksteal $(or $(ARGS),tests)
 
 quality: $(VENV)/.quality
 	$(RUN) -m benchmarks.quality.compare $(ARGS)
