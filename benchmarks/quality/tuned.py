@@ -40,9 +40,7 @@ def tuned(budget: float, clips: int, folder: Path) -> Tuned:
     with Progress(transient=True) as bar:
         task = bar.add_task("capturing", total=None)
         model, tick = load(checkpoint()).model, partial(bar.update, task)
-        return tune(
-            model, pixels, budget=budget, batch=BATCH, folder=folder, tick=lambda what: tick(description=what)
-        )
+        return tune(model, pixels, budget=budget, batch=BATCH, folder=folder, tick=lambda what: tick(description=what))
 
 
 def chart(found: Sequence[Tuned]) -> Chart:
