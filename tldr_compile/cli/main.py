@@ -136,9 +136,9 @@ def add_comparison(command: argparse.ArgumentParser) -> None:
         "--budgets",
         type=part,
         nargs="+",
-        default=(0.75, 0.6, 0.5, 0.4, 0.3),
+        default=(0.6, 0.5, 0.4, 0.3),
         metavar="PART",
-        help="parts of the dense GFLOPs (default: 0.75 0.6 0.5 0.4 0.3)",
+        help="parts of the dense GFLOPs (default: 0.6 0.5 0.4 0.3)",
     )
     command.add_argument(
         "--methods",

@@ -49,7 +49,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "vid-TLDR, not proportional": Method({"proportional": False}),
 }
 TUNED: Final = "tuned"
-TIMED: Final = (OURS, "uniform merging, keys (ToMe)", "energy, keys (PiToMe)", TUNED, RANDOM, "drop the last")
+TIMED: Final = (OURS, "uniform merging, keys (ToMe)", TUNED, "drop the last")
 
 SHAPES: Final[Mapping[str, Callable[[int], range]]] = {
     "first site": lambda sites: range(1),
