@@ -43,4 +43,5 @@ def test_clips_of_no_use(clips: object, message: str) -> None:
 
 def test_other_clips_have_another_digest() -> None:
     clips = torch.randn(4, 2)
-    assert digest(calls_of(clips, 2)) == digest(calls_of(clips.clone(), 2)) != digest(calls_of(clips + 1, 2))
+    assert digest([clips]) == digest([clips.clone()]) != digest([clips.flip(0)])
+    assert len({digest([value]) for value in (torch.tensor(1), torch.tensor(2), torch.tensor(1.0), 1, "1")}) == 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,9 +11,9 @@ from torch import nn
 
 from tests.tiny import Tiny, clip
 from tldr_compile import OptionError, ScheduleError, TokenMerging
-from tldr_compile.tuning import latency, tune, ways
+from tldr_compile.tuning import latency, search, tune, tuner, ways
 from tldr_compile.tuning.calls import calls_of
-from tldr_compile.tuning.judge import Judge, Way
+from tldr_compile.tuning.judge import Judge, Met, Way
 from tldr_compile.tuning.store import Store
 
 
@@ -52,6 +52,29 @@ def test_a_latency_out_of_reach_is_refused(judge: Judge, clock: Any) -> None:
     clock(lambda part: 0.9 + 0.1 * part)
     with pytest.raises(ScheduleError, match=r"latency=0.5: the fastest graph that was measured takes 0\.9\d"):
         latency.part_with(judge, nn.Identity(), plain(judge), 0.5, lambda what: None)
+
+
+def test_what_is_found_takes_no_longer_than_was_asked(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where energy keeps more, and is slower than its operations say."""
+    monkeypatch.setattr(ways, "SHAPES", {"every site": ways.SHAPES["every site"]})
+    monkeypatch.setattr(ways, "all_ways", lambda base, able: [])
+    monkeypatch.setattr(search, "ROUNDS", 0)
+
+    def ranked(self: search.Search, some: Sequence[Met], *how: object, **told: object) -> list[Met]:
+        return sorted(dict.fromkeys(some), key=lambda met: met.config.reduction != "energy")
+
+    monkeypatch.setattr(search.Search, "ranked", ranked)
+
+    def ratio(judge: Judge, model: nn.Module, config: TokenMerging) -> float:
+        return judge.part(config) * (1.1 if config.reduction == "energy" else 1.0)
+
+    for module in (latency, tuner):
+        monkeypatch.setattr(module, "ratio", ratio)
+    torch.manual_seed(0)
+    found = tune(Tiny(2).eval(), clip(4), latency=0.85, batch=2)
+    assert found.config.reduction == "energy"
+    assert found.latency is not None
+    assert found.latency <= 0.85 * (1 + latency.NEAR)
 
 
 def test_compiled_models_are_timed_in_turn(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,8 +50,6 @@ class Study:
     """Other dense models for the same clips, by name."""
     tuned: Sequence[TokenMerging] = ()
     """Configurations that were found on other clips."""
-    less: bool = True
-    """Whether the model on fewer frames, and at lower resolution, takes part."""
     batch: int = 8
     rounds: int = 15
     """Clips of a timed call, and measurements of each latency."""
@@ -76,7 +74,7 @@ def record(study: Study, device: torch.device) -> dict[str, Any]:
         for cell in merger.cells(name, METHODS[name], shapes["chosen"].get(name, METHODS[name].shape), study.budgets)
     ]
     tuned = [_tuned(merger, config, study.budgets) for config in study.tuned]
-    less, left_out = on_less_video(study, example, merger.dense) if study.less else (Lesser({}, []), {})
+    less, left_out = on_less_video(study, example, merger.dense)
     cells += [*tuned, *less.cells]
     heard = listen(merger, cells, {**dense, **less.models}, study.testing, "testing")
     told = [alone(name, mergers[name].dense, heard, DENSE, tuned) for name in dense]

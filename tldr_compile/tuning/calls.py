@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -42,13 +42,15 @@ def calls_of(clips: Clips, batch: int) -> list[Call]:
     return calls
 
 
-def digest(calls: Sequence[Call]) -> str:
-    """Of all clips: other clips give another."""
+def digest(values: Iterable[Any]) -> str:
+    """Of tensors by their bytes, of anything else by how it is written: other values give another."""
     found = hashlib.sha256()
-    for call in calls:
-        for each in call.args:
-            if isinstance(each, Tensor):
-                found.update(each.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for each in values:
+        if isinstance(each, Tensor):
+            found.update(f"{each.dtype} {list(each.shape)}".encode())
+            found.update(each.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(each).encode())
     return found.hexdigest()[:16]
 
 

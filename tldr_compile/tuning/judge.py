@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import nn
@@ -93,14 +93,13 @@ class Judge:
             warnings.simplefilter("ignore", UserWarning)
             return assemble(self.program, self.analysis, config, self.origin)
 
-    def far(self, config: TokenMerging, some: Sequence[int], tick: Callable[[], Any] = lambda: None) -> Far:
+    def far(self, config: TokenMerging, some: Sequence[int]) -> Far:
         """How far the configuration's answers are, over the clips of these calls, one behind the other."""
         missing = [index for index in some if not self.store.has(config, index)]
         if missing:
             module = self.merged(config)
             for index in missing:
                 self.store.put(config, index, self._measured(module, index))
-                tick()
         parts = [self.store.get(config, index) for index in some]
         return Far(*(torch.cat(values) for values in zip(*parts, strict=True)))
 

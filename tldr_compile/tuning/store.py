@@ -28,7 +28,6 @@ class Store:
         """
         self._known: dict[tuple[str, int], Far] = {}
         self._file = None
-        self.resumed = 0
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,8 +37,12 @@ class Store:
         except Timeout:
             raise OptionError(f"{folder} is in use by another run: wait for it, or give another folder") from None
         path = folder / FILE
-        if path.exists():
-            self._read(path, about)
+        try:
+            if path.exists():
+                self._read(path, about)
+        except OptionError:
+            self._lock.release()
+            raise
         self._file = path.open("a", encoding="utf-8")
         if path.stat().st_size == 0:
             self._write(dict(about))
@@ -81,7 +84,6 @@ class Store:
             else:
                 far = Far(torch.tensor(line["distance"]), torch.tensor(line["same"]))
                 self._known[line["config"], line["call"]] = far
-                self.resumed += 1
 
 
 def _check_about(path: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:

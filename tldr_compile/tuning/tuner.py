@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from tldr_compile.config import TokenMerging
-from tldr_compile.errors import OptionError
+from tldr_compile.errors import OptionError, ScheduleError
 from tldr_compile.tuning import ways
 from tldr_compile.tuning.answers import Far, answer, check_answer, objective_of
 from tldr_compile.tuning.calls import Call, Clips, calls_of, digest
-from tldr_compile.tuning.judge import Judge, Met
+from tldr_compile.tuning.judge import Judge, Met, Way
 from tldr_compile.tuning.latency import part_with, ratio
 from tldr_compile.tuning.search import Search
 from tldr_compile.tuning.store import Store
@@ -89,7 +88,8 @@ def tune(
             `[B, ...]` or a tuple of arguments, all of the same shapes. They need no labels.
         budget: the part of the dense operations that the merged graph may cost, in (0, 1).
         latency: instead, the part of the dense model's time that the merged one may take, both compiled by Inductor
-            and called with `batch` clips, in (0, 1). It is measured, so nothing else should run meanwhile.
+            and called with `batch` clips, in (0, 1). It is measured, so nothing else should run meanwhile; the best
+            way is compared with plain merging once more where both take as long.
         objective: what is kept: "logits" (KL divergence; told as agreement), "embedding" (cosine) or "tokens" (mean
             cosine over tokens). "auto" reads it off the output: what is called logits, or a plain `[B, K]`, is logits.
         config: options that stay as they are: all but schedule, saliency, metric, reduction and margin.
@@ -110,18 +110,20 @@ def tune(
         first = model(*calls[0].args)
     objective = objective_of(first) if objective == "auto" else objective
     check_answer(objective, answer(first))
-    store = Store(Path(folder) if folder is not None else None, _about(model, calls, objective, seed))
+    store = Store(Path(folder) if folder is not None else None, _about(model, calls, objective))
     try:
         judge = Judge(model, calls, base, objective, store)
         order = random.Random(seed).sample(range(len(calls)), len(calls))
         choosing, reporting = order[: len(order) // 2], order[len(order) // 2 :]
+        plain = ways.plain(base, judge.able)
         if latency is not None:
-            (uniform,) = (way for way in ways.built_in(base, judge.able) if way.name == ways.PLAIN)
-            budget = part_with(judge, model, uniform, latency, tick)
+            budget = part_with(judge, model, plain, latency, tick)
         assert budget is not None
         search = Search(judge, budget, choosing, seed, tick)
         published = search.published(base)
         best = search.best(base, published)
+        if latency is not None:  # ways of equal operations differ in time
+            best = search.ranked(_in_time(search, model, [best.way, plain], latency))[0]
         rows = _rows(judge, search, best, published, sorted(reporting), budget)
         made_for = {"model": type(model).__name__, "sites": len(judge.able)}
         took = None if latency is None else ratio(judge, model, best.config)
@@ -146,18 +148,26 @@ def _check(model: nn.Module, base: TokenMerging, budget: float | None, latency: 
         raise OptionError(f"{type(model).__name__} is in training mode, where answers vary: call model.eval() first")
 
 
-def _about(model: nn.Module, calls: Sequence[Call], objective: str, seed: int) -> dict[str, Any]:
+def _about(model: nn.Module, calls: Sequence[Call], objective: str) -> dict[str, Any]:
     """What measurements in a folder are of."""
-    weights = sha256()
-    for name, value in model.state_dict().items():
-        weights.update(f"{name} {list(value.shape)} {float(value.double().sum()):.9e}".encode())
     return {
         "model": type(model).__name__,
-        "weights": weights.hexdigest()[:16],
-        "clips": digest(calls),
+        "weights": digest(each for entry in model.state_dict().items() for each in entry),
+        "clips": digest(each for call in calls for each in call.args),
         "calls": len(calls),
         "objective": objective,
     }
+
+
+def _in_time(search: Search, model: nn.Module, some: Sequence[Way], latency: float) -> list[Met]:
+    """Those ways that can have the latency, each with as many operations as have it."""
+    found, judge = [], search.judge
+    for way in dict.fromkeys(each for each in some if each.weights):
+        try:
+            found.append(judge.meets(way, part_with(judge, model, way, latency, search.tick)))
+        except ScheduleError as error:  # not of the plain way, which had it before there was a search
+            search.refused[way.name] = str(error)
+    return found
 
 
 def _rows(

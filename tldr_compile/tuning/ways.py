@@ -47,6 +47,11 @@ def built_in(base: TokenMerging, able: Sequence[bool]) -> list[Way]:
     ]
 
 
+def plain(base: TokenMerging, able: Sequence[bool]) -> Way:
+    """The published way that computes least beside merging itself."""
+    return next(way for way in built_in(base, able) if way.name == PLAIN)
+
+
 def presets(base: TokenMerging, sites: int) -> dict[str, TokenMerging]:
     """Published schedules for models with so many sites."""
     return {name: replace(base, schedule=each.schedule) for name, each in PRESETS.items() if each.sites == sites}
@@ -94,6 +99,6 @@ def normal(weights: Sequence[float]) -> tuple[float, ...]:
 
 
 def told(options: TokenMerging) -> str:
-    """A way in words: what it differs in from one that says nothing."""
+    """A way in words: how tokens are chosen, weighed and compared."""
     margin = "" if options.margin is None else f" ({options.margin:g})"
     return f"{options.reduction}{margin}, {options.saliency}, {options.metric}"
