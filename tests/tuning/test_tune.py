@@ -63,6 +63,7 @@ def test_it_is_the_best_of_all_that_saw_the_choosing_clips_and_meets_the_budget(
 
 
 def test_an_interrupted_run_goes_on_and_finds_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned(folder)
     before = (folder / FILE).read_text().splitlines()
     (folder / FILE).write_text("".join(f"{line}\n" for line in before[: 4 * len(before) // 5]))
     again = tuned(folder)
@@ -115,6 +116,7 @@ def test_models_that_cannot_be_tuned() -> None:
 
 
 def test_other_weights_are_another_run(folder: Path) -> None:
+    tuned(folder)
     torch.manual_seed(5)
     with pytest.raises(OptionError, match="was made with weights"):
         tune(Tiny(2).eval(), clip(CLIPS), budget=BUDGET, batch=2, folder=folder)
