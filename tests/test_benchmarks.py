@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import sites, speed, sweep, timing
+from benchmarks import sites, speed, sweep, timing, ways
 from benchmarks.gpu import page as gpu_page
 from benchmarks.models import MODELS
 from benchmarks.pages import replaced, write
@@ -24,6 +24,7 @@ from benchmarks.towers import answer
 from benchmarks.towers import page as towers_page
 from benchmarks.towers.sizes import TINY
 from benchmarks.umt import UMT, UMTConfig
+from tldr_compile import TokenMerging, ops
 from tldr_compile.quality import tell
 from tldr_compile.records.tables import grid
 
@@ -118,6 +119,15 @@ def test_only_what_stands_between_the_markers_is_replaced(tmp_path: Path) -> Non
     assert page.read_text() == "a\n<!-- x -->\nnew\n<!-- x -->\nb"
     with pytest.raises(ValueError, match="two lines <!-- x -->, found 1"):
         replaced("a\n<!-- x -->\nb", "new", "<!-- x -->")
+
+
+def test_every_way_to_merge_is_a_row() -> None:
+    told = [TokenMerging.from_options({"schedule": [1], **options}) for _, options in ways.ways()]
+    assert {each.reduction for each in told} == set(ops.REDUCTIONS)
+    assert {each.saliency for each in told} == set(ops.SIGNALS)
+    assert len(set(told)) == len(told)
+    table = ways.markdown({"dense": [4.0, 4.0], "merge": [1.0, 2.0], "energy": [2.0, 3.0]})
+    assert table.splitlines()[-1] == "| energy | 2000 / 2500 / 3000 | 1.50 / 1.75 / 2.00 | 0.50 / 0.62 / 0.75 |"
 
 
 @pytest.mark.parametrize("which", sweep.SWEEPS)
