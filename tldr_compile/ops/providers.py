@@ -128,7 +128,7 @@ class Providers(Generic[P, R]):
 
 @contextmanager
 def decomposing(stay: Mapping[str, Callable[..., Any]] | None = None) -> Iterator[None]:
-    """Graphs that are made within hold torch's own operators alone, and what is in `stay` in place of ours of that name."""
+    """Graphs made within hold torch's own operators alone, and what is in `stay` in place of ours of that name."""
     token = _DECOMPOSING.set(stay or {})
     try:
         yield
