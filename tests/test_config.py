@@ -85,6 +85,8 @@ def test_what_is_no_schedule_is_refused(schedule: Any, text: str) -> None:
         ({"pooling": 1}, "pooling is one of 'mass', 'plain'"),
         ({"on_nothing": "ignore"}, "on_nothing is one of 'raise', 'warn'"),
         ({"proportional": 1}, "proportional is True or False"),
+        ({"portable": "onnx"}, "portable is True, False or 'native'"),
+        ({"portable": 1}, "portable is True, False or 'native'"),
         ({"verify": "yes"}, "verify is True or False"),
         ({"protect": -1}, "protect is 'auto' or the number of leading tokens"),
         ({"protect": True}, "protect=True"),

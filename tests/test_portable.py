@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,11 +12,12 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
 import tldr_compile
-from benchmarks.roads.readers import build
+from benchmarks.roads import readers
 from tests.tiny import Tiny, clip
 from tldr_compile import MergedModule, OptionError, WriteError, apply, ops, writing
 from tldr_compile.module import Kept
@@ -146,8 +148,10 @@ print(*out.flatten().tolist())
 
 AOTI = """
 import torch
-out = torch._inductor.aoti_load_package(sys.argv[1])(torch.load(sys.argv[2]))
-print(*out.flatten().tolist())
+clip, portable, library, native = sys.argv[1:]
+print(*torch._inductor.aoti_load_package(portable)(torch.load(clip)).flatten().tolist())
+torch.ops.load_library(library)
+print(*torch._inductor.aoti_load_package(native)(torch.load(clip)).flatten().tolist())
 """
 
 
@@ -170,16 +174,65 @@ def test_torch_export(tiny: tuple[MergedModule, ExportedProgram], tmp_path: Path
 @torch.no_grad()
 def test_aot_inductor_in_python_and_in_cpp(tiny: tuple[MergedModule, ExportedProgram], tmp_path: Path) -> None:
     merged, program = tiny
-    package, pixels = tmp_path / "tiny.pt2", tmp_path / "clip.bin"
-    writing.write(program, "aoti", package)
+    module = tldr_compile.portable(merged, native=True)
+    torch.testing.assert_close(module(clip(5)), merged(clip(5)), rtol=1e-5, atol=1e-5)
+    native = torch.export.export(module, (clip(),), dynamic_shapes=SHAPES)
+    assert namespaces(native) == {"aten", "tldr_native"}
+    packages = tmp_path / "tiny.pt2", tmp_path / "native.pt2"
+    library = tldr_compile.write_library(tmp_path)
+    assert library.name == "libtldr_native.so"
+    with inductor.patch({"cpp.simdlen": 1}):  # C++ without vectors compiles in a fraction of the time
+        for each, package in zip((program, native), packages, strict=True):
+            writing.write(each, "aoti", package)
     torch.save(clip(5), tmp_path / "clip.pt")
-    assert_printed(loaded(AOTI, package, tmp_path / "clip.pt"), merged(clip(5)))
+    printed = loaded(AOTI, tmp_path / "clip.pt", packages[0], library, packages[1])
+    assert_printed(printed, torch.stack([merged(clip(5))] * 2))
 
-    pixels.write_bytes(clip(2).numpy().tobytes())
-    build(tmp_path / "reader")
-    command = [tmp_path / "reader", package, pixels, *map(str, clip().shape)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert_printed([float(line) for line in run.stdout.split()], merged(clip(2)))
+    readers.build(tmp_path / "reader")
+    for package, needed in zip(packages, (None, library), strict=True):
+        found = readers.run(tmp_path / "reader", package, clip(2), needed)
+        torch.testing.assert_close(found, merged(clip(2)).flatten(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(subprocess.CalledProcessError) as without:
+        readers.run(tmp_path / "reader", packages[1], clip(2))
+    assert "tldr_native::attend" in without.value.stderr
+
+    torch.ops.load_library(str(library))  # in this process they are registered already
+    torch.testing.assert_close(module(clip(5)), merged(clip(5)), rtol=1e-5, atol=1e-5)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="derivative for tldr_native::attend_and_sharpness is"):
+        module(clip()).sum().backward()
+    q, k, v = torch.randn(3, 2, 2, 5, 4).double()
+    with pytest.raises(RuntimeError, match="tldr_native computes in float32, and the queries are Double: write the"):
+        torch.ops.tldr_native.attend_and_sharpness(q, k, v, 0.5, None, None)
+    q, k, v = torch.randn(3, 2, 2, 5, 4)
+    for mask, log_mass in itertools.product((torch.randn(5, 5), torch.rand(5, 5) < 0.8), torch.rand(2, 1, 1, 5)):
+        arguments = q, k, v, 0.5, mask, log_mass
+        found = torch.ops.tldr_native.attend(*arguments), *torch.ops.tldr_native.attend_and_sharpness(*arguments)
+        out, sharpness = ops.reference.attention_with_sharpness(q, k, v, scale=0.5, mask=mask, log_mass=log_mass)
+        torch.testing.assert_close(found, (out, out, sharpness), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match=r"tldr_native takes masses that only differ by key, not \[5, 5\]"):
+        torch.ops.tldr_native.attend(q, k, v, 0.5, None, torch.rand(5, 5))
+
+
+def test_what_native_operators_cannot_compute_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    like = {"attend_and_sharpness": torch.ops.tldr.attend_and_sharpness.default}
+    monkeypatch.setattr(ops.native, "operators", lambda: like)
+    with pytest.raises(OptionError, match=r"native': the operator in C\+\+ cannot compute .*: it computes in float32"):
+        apply(Tiny(1).eval().double(), (clip().double(),), schedule=[5], portable="native")
+
+    monkeypatch.setattr(ops.native, "operators_library", lambda: Path(__file__))
+    with pytest.raises(WriteError, match=r"missing/libtldr_native.so cannot be written: .*No such file"):
+        tldr_compile.write_library(tmp_path / "missing")
+
+    def no_compiler() -> None:
+        raise InvalidCxxCompiler("/bin/false")
+
+    monkeypatch.setattr(ops.native, "operators", no_compiler)
+    for call in (
+        lambda: apply(Tiny(1).eval(), (clip(),), schedule=[5], portable="native"),
+        lambda: tldr_compile.write_library(tmp_path),
+    ):
+        with pytest.raises(WriteError, match=r"portable='native' needs a C\+\+ compiler that works: .* variable CXX"):
+            call()
 
 
 @pytest.mark.parametrize("options", [WAYS[1]], ids=str)

@@ -26,6 +26,7 @@ from tldr_compile.inspection import Decision, inspect
 from tldr_compile.module import Kept, MergedModule
 from tldr_compile.report import Report
 from tldr_compile.tuning import Tuned, tune
+from tldr_compile.writing import write_library
 
 __all__ = [
     "CaptureError",
@@ -49,6 +50,7 @@ __all__ = [
     "inspect",
     "portable",
     "tune",
+    "write_library",
 ]
 
 try:

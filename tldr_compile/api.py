@@ -103,16 +103,21 @@ def _remade(
     return _again(torch.export.load(io.BytesIO(saved)), tensors, config, origin)
 
 
-def portable(merged: MergedModule) -> MergedModule:
+def portable(merged: MergedModule, *, native: bool = False) -> MergedModule:
     """A merged module that computes the same in torch's own operators alone, and shares its parameters.
 
     What `torch.export.save`, AOTInductor and `torch.onnx.export` make of it runs where this package is not. It is
-    slower than `merged` on devices for which this package has operators of its own.
+    slower than `merged` on devices for which this package has operators of its own. With `native` attention stays as
+    fast on CPUs: it is left to two operators in C++, without gradients. A program of `torch.export.save` or AOTInductor
+    then runs where the library that `write_library` writes was loaded first.
 
-    Raises `OptionError` where a function that was registered with `tldr_compile.ops` calls another operator.
+    Raises:
+        OptionError: a function that was registered with `tldr_compile.ops` calls another operator; or attention is not
+            what the operators in C++ compute: on a CPU, not in float64, masses that only differ by key.
+        WriteError: with `native`, no C++ compiler works.
     """
     facts = merged._facts
-    config = replace(facts.config, portable=True)
+    config = replace(facts.config, portable="native" if native else True)
     return _again(facts.program, merged.tensors(), config, facts.origin)
 
 

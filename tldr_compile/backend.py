@@ -46,7 +46,9 @@ def tldr(
 
     config = TokenMerging.from_options(options or {})
     if config.portable:
-        raise OptionError("portable=True: a compiled model stays in this process; use tldr_compile.apply")
+        raise OptionError(
+            f"portable={config.portable!r}: a compiled model stays in this process; use tldr_compile.apply"
+        )
     if config.return_places:
         raise OptionError("return_places=True: a compiled model returns what it did; use tldr_compile.apply")
     patches = list_mode_options(mode) if mode else dict(config.inductor)

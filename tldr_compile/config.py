@@ -29,7 +29,7 @@ _CHOICES: Final[Mapping[str, Collection[str]]] = {
 }
 _HOW_MANY: Final = ("schedule", "budget")
 _SOURCES: Final = ("config", "preset")
-_SWITCHES: Final = ("portable", "proportional", "return_places", "verify")
+_SWITCHES: Final = ("proportional", "return_places", "verify")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class TokenMerging:
     on_nothing: what happens when there is no site to merge at.
     verify: check the rewritten graph against its definition on the example inputs.
     portable: whether a merged module's graph is made of torch's own operators alone, for programs that run where this
-        package is not (`torch.export.save`, AOTInductor, ONNX).
+        package is not (`torch.export.save`, AOTInductor, ONNX). "native": but for attention, which is then computed
+        on CPUs by operators in C++, without gradients; `tldr_compile.write_library` writes the library that such
+        programs need.
     inductor: options for Inductor; kept as a tuple of pairs.
     made_for: what is known of the model that the options were chosen for, as JSON takes it; kept as a tuple of pairs.
         A graph with another number of attention sites than its "sites" is refused; the rest is for people.
@@ -88,7 +90,7 @@ class TokenMerging:
     grouping: Literal["auto", "each", "shared", "blocks"] = "auto"
     on_nothing: Literal["raise", "warn"] = "raise"
     verify: bool = False
-    portable: bool = False
+    portable: bool | Literal["native"] = False
     # Inductor's values need not be hashable; equality still sees them.
     inductor: Mapping[str, Any] | tuple[tuple[str, Any], ...] = field(default=(), hash=False)
     made_for: Mapping[str, Any] | tuple[tuple[str, Any], ...] = field(default=(), hash=False)
@@ -98,6 +100,8 @@ class TokenMerging:
             _check_choice(name, getattr(self, name), choices)
         for name in _SWITCHES:
             _check_switch(name, getattr(self, name))
+        if self.portable != "native" and not isinstance(self.portable, bool):
+            raise OptionError(f"portable={self.portable!r}: portable is True, False or 'native'")
         normal = {
             "schedule": _schedule(self.schedule),
             "budget": _budget(self.budget),

@@ -95,7 +95,7 @@ class MergedModule(nn.Module):
         self._sources = [_source(spec.kind, spec.target) for spec in program.graph_signature.input_specs]
         graph = with_writes(merged.graph, graphs.mutated)
         if config.portable and merged.plan.merges:
-            graph = decomposed(graph, graphs.graph)
+            graph = decomposed(graph, graphs.graph, config.portable)
         self.graph_module = _open(inherit(graph, graphs.graph))
         self._hold(tensors(program))
         super().train(origin.training)

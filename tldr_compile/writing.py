@@ -3,17 +3,25 @@
 portable module -- torch.export --> program --> pt2    torch.export.load
                                            --> aoti   torch._inductor.aoti_load_package, AOTIModelPackageLoader in C++
                                            --> onnx   onnxruntime
+
+With `portable="native"` the first two need a library beside them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shutil import copyfile
 
 import torch
 from torch.export import ExportedProgram
 
+from tldr_compile import ops
 from tldr_compile.errors import OptionError, WriteError
+from tldr_compile.portable import native_operators, needs_compiler
+
+LIBRARY = "libtldr_native.so"
 
 
 def pt2(program: ExportedProgram, path: Path) -> None:
@@ -32,10 +40,7 @@ def aoti(program: ExportedProgram, path: Path) -> None:
     except InductorError as wrapped:
         reason = wrapped.inner_exception
         if isinstance(reason, (CppCompileError, InvalidCxxCompiler)):
-            raise WriteError(
-                "AOTInductor needs a C++ compiler that works: install one, or name one in the environment variable "
-                f"CXX. The reason: {reason}"
-            ) from reason
+            raise needs_compiler("AOTInductor", reason) from reason
         raise WriteError(f"AOTInductor cannot compile this program: {wrapped}") from wrapped
 
 
@@ -104,3 +109,20 @@ def check(form: str, path: Path) -> None:
     suffix, _ = FORMATS[form]
     if path.suffix != suffix:
         raise OptionError(f"{path}: a file in the format {form} has to end in {suffix}")
+
+
+def write_library(folder: str | os.PathLike[str]) -> Path:
+    """Write `libtldr_native.so` into a folder that there is: operators of programs with `portable="native"`.
+
+    It is for this machine's kind of CPU and this version of torch. Load it before the program: in Python by
+    `torch.ops.load_library(path)`, in C++ by linking to it or `dlopen`.
+
+    Raises `WriteError`: no C++ compiler works, or the file cannot be written.
+    """
+    native_operators()
+    path = Path(folder) / LIBRARY
+    try:
+        copyfile(ops.native.operators_library(), path)
+    except OSError as reason:
+        raise WriteError(f"{path} cannot be written: {reason}") from reason
+    return path

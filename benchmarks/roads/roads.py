@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 import tldr_compile
-from benchmarks.roads import libraries
-from benchmarks.roads.readers import build
+from benchmarks.roads import libraries, readers
 from benchmarks.roads.subjects import SCHEDULE, Encoder, clips
 from tldr_compile import writing
 
@@ -43,6 +42,8 @@ ALONE = """
 import sys
 sys.modules["tldr_compile"] = None
 import torch
+for library in sys.argv[3:]:
+    torch.ops.load_library(library)
 READ
 print(*torch.as_tensor(run(torch.load(sys.argv[2]))).flatten().tolist())
 """
@@ -54,16 +55,18 @@ READERS = {
 }
 
 
-def _written(form: str) -> float:
+def _written(form: str, native: bool = False) -> float:
     """A file of a portable program with any number of clips, read by a process in which this package is not."""
     shapes = {"clip": {0: torch.export.Dim("clips", min=1, max=8)}}
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"encoder.{'onnx' if form == 'onnx' else 'pt2'}"
         merged = tldr_compile.apply(Encoder().eval(), (clips(),), schedule=SCHEDULE, dynamic_shapes=shapes)
-        program = torch.export.export(tldr_compile.portable(merged), (clips(),), dynamic_shapes=shapes)
+        program = torch.export.export(tldr_compile.portable(merged, native=native), (clips(),), dynamic_shapes=shapes)
         writing.write(program, form, path)
         torch.save(clips(5), Path(folder) / "clips.pt")
         command = [sys.executable, "-c", ALONE.replace("READ", READERS[form]), str(path), f"{folder}/clips.pt"]
+        if native:
+            command.append(str(tldr_compile.write_library(folder)))
         out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
         return float((torch.tensor([*map(float, out.split())]) - merged(clips(5)).flatten()).abs().max())
 
@@ -88,17 +91,15 @@ def _distributed() -> dict[str, float]:
     return far
 
 
-def _in_cpp() -> float:
+def _in_cpp(native: bool = False) -> float:
     """A package for a reader that is compiled here and links to torch alone."""
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        package, pixels, reader = (Path(folder) / name for name in ("tiny.pt2", "clip.bin", "reader"))
+        package, reader = Path(folder) / "tiny.pt2", Path(folder) / "reader"
         merged = tldr_compile.apply(Encoder().eval(), (clips(),), schedule=SCHEDULE)
-        writing.write(torch.export.export(tldr_compile.portable(merged), (clips(),)), "aoti", package)
-        pixels.write_bytes(clips().numpy().tobytes())
-        build(reader)
-        sizes = map(str, clips().shape)
-        run = subprocess.run([reader, package, pixels, *sizes], check=True, capture_output=True, text=True, timeout=300)
-        return float((torch.tensor([*map(float, run.stdout.split())]) - merged(clips()).flatten()).abs().max())
+        writing.write(torch.export.export(tldr_compile.portable(merged, native=native), (clips(),)), "aoti", package)
+        library = tldr_compile.write_library(folder) if native else None
+        readers.build(reader)
+        return float((readers.run(reader, package, clips(), library) - merged(clips()).flatten()).abs().max())
 
 
 CACHED = ("warm cache", "aot_compile")
@@ -116,10 +117,13 @@ def _twice() -> dict[str, float]:
 
 
 PORTABLE, CACHE = "tests/test_portable.py", "tests/test_cache.py"
+NATIVE = "`tldr export --format aoti --native`"
 ROADS = (
     _road("torch.export.save", "`tldr export --format pt2`", lambda: _written("pt2"), test=PORTABLE),
     _road("AOTInductor, Python", "`tldr export --format aoti`", lambda: _written("aoti"), test=PORTABLE),
     _road("AOTInductor, C++", "`AOTIModelPackageLoader`", _in_cpp, test=PORTABLE),
+    _road("native operators, Python", f"{NATIVE}, `load_library`", lambda: _written("aoti", True), test=PORTABLE),
+    _road("native operators, C++", f"{NATIVE}, `dlopen`", lambda: _in_cpp(True), test=PORTABLE),
     _road("ONNX, onnxruntime", "`tldr export --format onnx`", lambda: _written("onnx"), test=PORTABLE),
     _road("exported again", "`torch.export.export(merged, ..., dynamic_shapes=...)`", libraries.reexport),
     _road("deepcopy", "`copy.deepcopy(merged)`", libraries.deepcopy),

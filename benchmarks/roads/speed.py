@@ -3,7 +3,8 @@
     python -m benchmarks.roads.speed [--rounds 5] [--write docs/roads.md]
 
 VideoMAE-Base at full size, random weights, one clip, the default schedule: Inductor in this process, AOTInductor's
-package and onnxruntime, each with the dense model and with the merged one. All alternate in one run.
+package and onnxruntime, each with the dense model and with the merged one, and AOTInductor with attention in C++ too.
+All alternate in one run.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ def calls(model: nn.Module, clip: Tensor, folder: Path) -> dict[str, Callable[[]
     merged = tldr_compile.apply(model, (clip,))
     programs = {"dense": torch.export.export(model, (clip,))}
     programs["merged, portable"] = torch.export.export(tldr_compile.portable(merged), (clip,))
+    programs["merged, native"] = torch.export.export(tldr_compile.portable(merged, native=True), (clip,))
     found: dict[str, Callable[[], Any]] = {"Inductor, dense": partial(torch.compile(model), clip)}
     found["Inductor, merged"] = partial(torch.compile(merged), clip)
     for name, program in programs.items():
         package, file = folder / f"{name}.pt2", folder / f"{name}.onnx"
         writing.write(program, "aoti", package)
         found[f"AOTInductor, {name}"] = partial(torch._inductor.aoti_load_package(str(package)), clip)
+        if name == "merged, native":  # operators that onnxruntime does not know
+            continue
         writing.write(program, "onnx", file)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = torch.get_num_threads()

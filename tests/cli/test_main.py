@@ -217,3 +217,5 @@ def test_a_model_is_written_and_read_without_this_package(
 def test_a_file_that_no_format_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", "--format", "onnx", "--out", str(tmp_path / "model.pt2")]) == 2
     assert "a file in the format onnx has to end in .onnx" in capsys.readouterr().err
+    assert cli.main(["export", "--format", "onnx", "--native", "--out", str(tmp_path / "model.onnx")]) == 2
+    assert "--native: onnxruntime knows no operators of torch; use the format aoti or pt2" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import tldr_compile
 from tldr_compile import writing
 from tldr_compile.cli.main import options
+from tldr_compile.errors import OptionError
 from tldr_compile.media import models
 from tldr_compile.records.outputs import check_file
 
@@ -33,7 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
     writing.check(arguments.format, path)
     for each in (path, beside):
         check_file("--out", each)
-    config = tldr_compile.TokenMerging.from_options({**options(arguments), "portable": True})
+    if arguments.native and arguments.format == "onnx":
+        raise OptionError("--native: onnxruntime knows no operators of torch; use the format aoti or pt2")
+    if arguments.native:
+        check_file("--out", path.with_name(writing.LIBRARY))
+    portable = "native" if arguments.native else True
+    config = tldr_compile.TokenMerging.from_options({**options(arguments), "portable": portable})
     device = models.device_of(arguments.device)
     subject = models.load(arguments.model, attention=arguments.attn, seed=arguments.seed)
     height, width = subject.preprocessing.crop
@@ -44,8 +50,11 @@ def run(arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         merged = tldr_compile.apply(model, (clip,), dynamic_shapes=shapes, config=config)
         writing.write(torch.export.export(merged, (clip,), dynamic_shapes=shapes), arguments.format, path)
+        library = writing.write_library(path.parent) if arguments.native else None
     clips = f"1 to {most} clips" if most > 1 else "one clip"
     told = f"{subject.origin}\n{arguments.format}: {clips} [B, {', '.join(map(str, clip.shape[1:]))}] in, logits out"
+    if library is not None:
+        told += f"\nload {library.name} before it: torch.ops.load_library(path) in Python, dlopen in C++"
     beside.write_text(f"{told}\n{merged.report}\n", encoding="utf-8")
     print(f"{told}\n{merged.report}\nwritten {path} ({_size(path)}), report {beside}")
 

@@ -88,6 +88,11 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--format", required=True, choices=tuple(FORMATS), help="torch.export, AOTInductor or ONNX")
     export.add_argument("--out", type=file, required=True, metavar="FILE", help="what to write: .pt2, or .onnx")
     export.add_argument(
+        "--native",
+        action="store_true",
+        help="faster on CPUs: attention in C++, by a library that is written beside the file, to be loaded first",
+    )
+    export.add_argument(
         "--most-clips", type=positive, default=1, metavar="N", help="take 1 to N clips in a call (default: one)"
     )
     quality = commands.add_parser(

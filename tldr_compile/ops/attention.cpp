@@ -1,4 +1,5 @@
-// Attention and the sharpness of its rows on a CPU, in float32, without a matrix of all pairs: native.py compiles it.
+// Attention and the sharpness of its rows on a CPU, in float32, without a matrix of all pairs: native.py compiles it
+// for itself, and with operators.cpp for programs that run where this package is not.
 //
 // For a block of rows, head by head: the scores, one exponential for both softmaxes, its share of the mean over heads,
 // the output. Scores and mean of a block stay in the caches. No sum's order depends on the number of threads.
@@ -6,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -18,7 +20,7 @@ namespace {
 using Lanes = at::vec::Vectorized<float>;
 
 constexpr int64_t LANES = Lanes::size();
-constexpr int64_t PAD = 16;           // native.py pads keys and values to it
+constexpr int64_t PAD = 16;           // packed keys and values are padded to it
 constexpr int64_t PANEL = 2 * LANES;  // columns of a product that are computed at a time
 #ifdef CPU_CAPABILITY_AVX2
 constexpr int64_t TILE = 6;  // rows of a product that are computed at a time: 16 registers hold no more sums
@@ -37,7 +39,7 @@ static_assert(PAD % LANES == 0, "a padded row is whole vectors");
 struct View {
   void* data;
   int64_t strides[4];
-  int64_t kind;  // as in native.py: what its numbers are, if they may be of several kinds
+  int64_t kind;  // float, bfloat16 or half as 0, 1 and 2, if its numbers may be of several kinds
 
   template <class T>
   T* row(int64_t sample, int64_t head, int64_t row) const {
@@ -185,6 +187,8 @@ float sharpness_of(const float* mean, int64_t length) {
   return total(sum);
 }
 
+at::DataPtr floats_of(int64_t count) { return c10::GetCPUAllocator()->allocate(sizeof(float) * count); }
+
 float inverse(float x) { return x == 0 ? 0 : 1 / x; }
 
 // Transposed: [keys, channels] to panels [channels, PANEL] of keys.
@@ -217,37 +221,43 @@ void pack_values(const View& v, const float* mass, int64_t sample, int64_t head,
   }
 }
 
-}  // namespace
+// Some samples of all, with their keys and values laid out anew.
+struct Packed {
+  int64_t first;  // sample
+  Sizes n;
+  float *k, *v, *mass;  // [samples, heads, ...]; the mass is null where all are alike
+};
 
-extern "C" {
-
-// Floats that `attend` wants of scratch memory for each thread.
-int64_t scratch_floats(const Sizes& n) {
-  return rows_of_block(n) * (n.channels + 2 * (padded(n.keys) + PAD) + padded(n.values) + 1);
-}
-
-void pack(const View& k, const View& v, const View& mass, const Sizes& n, float* packed_k, float* packed_v) {
+void pack(const View& k, const View& v, const View& mass, const Packed& to) {
+  const Sizes& n = to.n;
   const int64_t keys = padded(n.keys), values = padded(n.values);
   at::parallel_for(0, n.samples * n.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t sample = part / n.heads, head = part % n.heads;
+      const int64_t sample = to.first + part / n.heads, head = part % n.heads;
+      float* weights = to.mass ? to.mass + part * keys : nullptr;
+      if (weights) {
+        copy(weights, mass.row<float>(sample, head, 0), mass.strides[3], n.keys, 1);
+        std::fill(weights + n.keys, weights + keys, 0.f);
+      }
       of_kind(k, [&](auto number) {
-        pack_keys<decltype(number)>(k, sample, head, n, packed_k + part * keys * n.channels);
+        pack_keys<decltype(number)>(k, sample, head, n, to.k + part * keys * n.channels);
       });
       of_kind(v, [&](auto number) {
-        const float* weights = mass.row<float>(sample, head, 0);
-        pack_values<decltype(number)>(v, weights, sample, head, n, packed_v + part * keys * values);
+        pack_values<decltype(number)>(v, weights, sample, head, n, to.v + part * keys * values);
       });
     }
   });
 }
 
-void attend(const View& q, const float* packed_k, const float* packed_v, const View& bias, const View& keep,
-            const View& mass, const View& out, const View& sharpness, float scale, const Sizes& n, float* scratch) {
+void attend_packed(const View& q, const Packed& packed, const View& bias, const View& keep, const View& out,
+                   const View& sharpness, float scale) {
+  const Sizes& n = packed.n;
   const int64_t keys = padded(n.keys), values = padded(n.values);
   const int64_t height = rows_of_block(n), blocks = at::divup(n.rows, height);
-  const int64_t floats = scratch_floats(n);  // asked here: within the loop at::get_num_threads() is another
   const int64_t row_floats = keys + PAD;  // or rows of a power of two would fall into the same sets of the cache
+  const int64_t floats = height * (n.channels + 2 * row_floats + values + 1);
+  const auto memory = floats_of(at::get_num_threads() * floats);
+  float* scratch = static_cast<float*>(memory.get());
   at::parallel_for(0, n.samples * blocks, 1, [&](int64_t begin, int64_t end) {
     float* queries = scratch + at::get_thread_num() * floats;
     float* scores = queries + height * n.channels;
@@ -256,28 +266,29 @@ void attend(const View& q, const float* packed_k, const float* packed_v, const V
     float* factors = outputs + height * values;
     std::fill_n(queries, height * n.channels, 0.f);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t sample = block / blocks, top = block % blocks * height, rows = std::min(height, n.rows - top);
+      const int64_t local = block / blocks, sample = packed.first + local;
+      const int64_t top = block % blocks * height, rows = std::min(height, n.rows - top);
       for (int64_t head = 0; head < n.heads; ++head) {
-        const int64_t part = sample * n.heads + head;
+        const int64_t part = local * n.heads + head;
         of_kind(q, [&](auto number) {
           for (int64_t i = 0; i < rows; ++i) {
             const auto* from = q.row<decltype(number)>(sample, head, top + i);
             copy(queries + i * n.channels, from, q.strides[3], n.channels, scale);
           }
         });
-        product(queries, n.channels, packed_k + part * keys * n.channels, n.channels, scores, row_floats, rows, keys, 0,
+        product(queries, n.channels, packed.k + part * keys * n.channels, n.channels, scores, row_floats, rows, keys, 0,
                 n.channels);
         for (int64_t i = 0; i < rows; ++i) {
           float* row = scores + i * row_floats;
           mask(row, n.keys, bias.row<float>(sample, head, top + i), bias.strides[3],
                keep.row<bool>(sample, head, top + i), keep.strides[3]);
           std::fill(row + n.keys, row + keys, -INF);
-          const Sums sums = exponentials(row, keys, mass.row<float>(sample, head, 0));
+          const Sums sums = exponentials(row, keys, packed.mass ? packed.mass + part * keys : nullptr);
           if (sharpness.data) accumulate(mean + i * row_floats, row, keys, inverse(sums.plain) / n.heads, head == 0);
           factors[i] = inverse(sums.weighed);
         }
         for (int64_t start = 0; start < keys; start += CHUNK) {
-          product(scores, row_floats, packed_v + part * keys * values, keys, outputs, values, rows, values, start,
+          product(scores, row_floats, packed.v + part * keys * values, keys, outputs, values, rows, values, start,
                   std::min(start + CHUNK, keys));
         }
         of_kind(out, [&](auto number) {
@@ -291,6 +302,32 @@ void attend(const View& q, const float* packed_k, const float* packed_v, const V
       }
     }
   });
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of what lies like the scores [samples, heads, rows, keys]: an additive bias, which keys to keep, and the mass of keys
+// [samples, heads, 1, keys], each perhaps none; the sharpness [samples, 1, rows, 1], perhaps not wanted. So many bytes
+// of keys and values, or one sample of them, are laid out anew at a time.
+void tldr_attend(const View& q, const View& k, const View& v, const View& bias, const View& keep, const View& mass,
+                 const View& out, const View& sharpness, float scale, const Sizes& n, int64_t packed_bytes) {
+  const int64_t keys = padded(n.keys), values = padded(n.values);
+  const int64_t k_floats = n.heads * keys * n.channels, v_floats = n.heads * keys * values;
+  const int64_t mass_floats = mass.data ? n.heads * keys : 0, floats = k_floats + v_floats + mass_floats;
+  const int64_t bytes = std::max<int64_t>(1, sizeof(float) * (k_floats + v_floats));
+  const int64_t depth = std::min(n.samples, std::max<int64_t>(1, packed_bytes / bytes));
+  const auto memory = floats_of(depth * floats);
+  float* packed_k = static_cast<float*>(memory.get());
+  float* packed_v = packed_k + depth * k_floats;
+  float* packed_mass = mass.data ? packed_v + depth * v_floats : nullptr;
+  for (int64_t first = 0; first < n.samples; first += depth) {
+    const Sizes part = {std::min(depth, n.samples - first), n.heads, n.rows, n.keys, n.channels, n.values};
+    const Packed packed = {first, part, packed_k, packed_v, packed_mass};
+    pack(k, v, mass, packed);
+    attend_packed(q, packed, bias, keep, out, sharpness, scale);
+  }
 }
 
 }  // extern "C"

@@ -1,6 +1,7 @@
 """The provider in C++, for float32 and less on CPUs: one pass that costs no more than fused attention.
 
-Inductor's tool chain compiles `attention.cpp` at first use and keeps it in its cache on disk.
+Inductor's tool chain compiles `attention.cpp` at first use and keeps it in its cache on disk. With `operators.cpp` the
+same is a library of two operators of torch, `tldr_native::...`, for programs that run where this package is not.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import ctypes
 import functools
 import logging
 from importlib import resources
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 
 from .blocked import relative_mass
 from .reference import empty_results
@@ -22,8 +24,7 @@ log = logging.getLogger("tldr_compile")
 PACKED_BYTES = 64 << 20
 """So much of the keys and values, or one sample of them, is laid out anew at a time."""
 
-_PAD = 16  # as in attention.cpp
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as there too
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in attention.cpp
 
 
 class _View(ctypes.Structure):
@@ -39,9 +40,34 @@ def library() -> ctypes.CDLL:
     """The compiled provider. Raises OSError, or `InvalidCxxCompiler` or `CppCompileError` of `torch._inductor.exc`."""
     from torch._inductor.codecache import CppCodeCache  # noqa: PLC0415 - importing Inductor takes seconds
 
-    compiled: ctypes.CDLL = CppCodeCache.load(resources.files(__package__).joinpath("attention.cpp").read_text())
-    compiled.scratch_floats.restype = ctypes.c_int64
+    compiled: ctypes.CDLL = CppCodeCache.load(_source("attention.cpp"))
     return compiled
+
+
+@functools.cache
+def operators_library() -> Path:
+    """The library of the operators `tldr_native::...`, which are registered from now on. Raises as `library` does."""
+    from torch._inductor.codecache import CppCodeCache  # noqa: PLC0415 - as above
+
+    class Alone(CppCodeCache):
+        cpp_compile_command_flags = {"aot_mode": True}  # linked as AOTInductor's own code: not with Python  # noqa: RUF012
+
+    packed = f"constexpr int64_t PACKED_BYTES = {PACKED_BYTES};\n"
+    compiled: ctypes.CDLL = Alone.load(_source("attention.cpp") + packed + _source("operators.cpp"))
+    return Path(compiled._name)
+
+
+def operators() -> dict[str, OpOverload]:
+    """The operators `tldr_native::...` by the names of those of ours that they compute. Raises as `library` does.
+
+    They take what `serves` takes and raise RuntimeError for the rest; they have no gradients.
+    """
+    operators_library()
+    return {name: getattr(torch.ops.tldr_native, name).default for name in ("attend", "attend_and_sharpness")}
+
+
+def _source(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text()
 
 
 @functools.cache
@@ -64,10 +90,11 @@ def compiles() -> bool:
 
 def takes(q: Tensor, log_mass: Tensor | None) -> bool:
     """Whether `forward` and `attend` are made for these: on a CPU, not in float64, masses that only differ by key."""
-    return _refusal(q, log_mass) is None
+    return refusal(q, log_mass) is None
 
 
-def _refusal(q: Tensor, log_mass: Tensor | None) -> str | None:
+def refusal(q: Tensor, log_mass: Tensor | None) -> str | None:
+    """Why `takes` says no."""
     if q.device.type != "cpu":
         return "it runs on CPUs"
     if q.dtype not in _KINDS:
@@ -81,9 +108,9 @@ def serves(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, log_mass: Tensor | None
 ) -> str | None:
     """Why `forward` and `attend` cannot take these arguments, or not here; None where they can."""
-    refusal = _refusal(q, log_mass)
-    if refusal is not None:
-        return refusal
+    reason = refusal(q, log_mass)
+    if reason is not None:
+        return reason
     if k.shape != (*q.shape[:2], v.shape[2], q.shape[3]) or v.shape[:2] != q.shape[:2]:
         return "its queries, keys and values do not fit each other"
     if not k.dtype == v.dtype == q.dtype:
@@ -122,65 +149,22 @@ def _fill(
     mask: Tensor | None,
     log_mass: Tensor | None,
 ) -> None:
-    """Sample by sample, or as many as `PACKED_BYTES` allows."""
-    batch, heads, rows, _ = q.shape
-    keys = k.shape[-2]
-    mass = relative_mass(log_mass, torch.float32)
-    if mask is not None:
-        mask = mask.expand(batch, heads, rows, keys)
-    if mass is not None:
-        mass = F.pad(mass.expand(-1, -1, -1, keys), (0, -keys % _PAD)).contiguous().expand(batch, heads, -1, -1)
-    sample_bytes = 4 * heads * _padded(keys) * (k.shape[-1] + _padded(v.shape[-1]))
-    depth = max(1, PACKED_BYTES // max(1, sample_bytes))
-    for first in range(0, batch, depth):
-        part = slice(first, first + depth)
-        rest = (None if each is None else each[part] for each in (mask, mass, sharpness))
-        _call(out[part], q[part], k[part], v[part], scale, *rest)
-
-
-def _call(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    mass: Tensor | None,
-    sharpness: Tensor | None,
-) -> None:
-    """Run the C++; `mask [B, H, Nq, Nk]`, `mass [B, H, 1, padded Nk]`."""
-    compiled = library()
-    keep = mask if mask is not None and mask.dtype == torch.bool else None
-    bias = None if mask is None or keep is not None else mask.to(torch.float32)
     batch, heads, rows, channels = q.shape
     keys, values = v.shape[-2:]
-    sizes = _Sizes(batch, heads, rows, keys, channels, values)
-    floats = functools.partial(q.new_empty, dtype=torch.float32)
-    packed_k = floats(batch, heads, _padded(keys), channels)
-    packed_v = floats(batch, heads, _padded(keys), _padded(values))
-    scratch = floats(torch.get_num_threads(), compiled.scratch_floats(ctypes.byref(sizes)))
-    packed = _pointer(packed_k), _pointer(packed_v)
-    compiled.pack(_view(k), _view(v), _view(mass), ctypes.byref(sizes), *packed)
-    compiled.attend(
-        _view(q),
-        *packed,
-        _view(bias),
-        _view(keep),
-        _view(mass),
+    if mask is not None:
+        mask = mask.expand(batch, heads, rows, keys)
+    keep = mask if mask is not None and mask.dtype == torch.bool else None
+    bias = None if mask is None or keep is not None else mask.to(torch.float32)
+    mass = relative_mass(log_mass, torch.float32)
+    library().tldr_attend(
+        *map(_view, (q, k, v, bias, keep)),
+        _view(None if mass is None else mass.expand(batch, heads, 1, keys)),
         _view(out),
         _view(None if sharpness is None else sharpness[:, None, :, None]),
         ctypes.c_float(scale),
-        ctypes.byref(sizes),
-        _pointer(scratch),
+        ctypes.byref(_Sizes(batch, heads, rows, keys, channels, values)),
+        ctypes.c_int64(PACKED_BYTES),
     )
-
-
-def _padded(length: int) -> int:
-    return length + -length % _PAD
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def _view(tensor: Tensor | None) -> object:

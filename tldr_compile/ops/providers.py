@@ -2,14 +2,14 @@
 
 Some providers a compiler should see into, so that it makes their kernels a part of its code. A graph calls these
 themselves. The others it calls through one registered operator, which chooses when it runs. Within `decomposing()` it
-calls neither, but torch's own operators, which run where this package is not.
+calls neither, but torch's own operators, which run where this package is not, or those that are to stay.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from torch import Tensor
 
 log = logging.getLogger("tldr_compile")
 
-_DECOMPOSING = ContextVar("_DECOMPOSING", default=False)
+_DECOMPOSING: ContextVar[Mapping[str, Callable[..., Any]] | None] = ContextVar("_DECOMPOSING", default=None)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,8 +66,8 @@ class Providers(Generic[P, R]):
 
         Nobody behind the last visible provider is asked, since the registered operator asks them when it runs.
         """
-        if not torch.compiler.is_dynamo_compiling() and _DECOMPOSING.get():
-            return self.decomposition
+        if not torch.compiler.is_dynamo_compiling() and (stay := _DECOMPOSING.get()) is not None:
+            return stay.get(self.name, self.decomposition)
         asked = list(self.order)
         while asked and not asked[-1].visible:
             asked.pop()
@@ -127,9 +127,9 @@ class Providers(Generic[P, R]):
 
 
 @contextmanager
-def decomposing() -> Iterator[None]:
-    """Graphs that are made within hold torch's own operators alone."""
-    token = _DECOMPOSING.set(True)
+def decomposing(stay: Mapping[str, Callable[..., Any]] | None = None) -> Iterator[None]:
+    """Graphs made within hold torch's own operators alone, and what is in `stay` in place of ours of that name."""
+    token = _DECOMPOSING.set(stay or {})
     try:
         yield
     finally:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from torch.utils.cpp_extension import include_paths, library_paths
+
+
+def run(reader: Path, package: Path, clip: Tensor, library: Path | None = None) -> Tensor:
+    """What a reader that `build` made prints of a package on a clip, flat; a library of operators is loaded before."""
+    pixels = package.with_suffix(".bin")
+    pixels.write_bytes(clip.numpy().tobytes())
+    first = [] if library is None else ["--library", library]
+    command = [reader, *first, package, pixels, *map(str, clip.shape)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    return torch.tensor([float(line) for line in printed.split()])
 
 
 def build(program: Path) -> None:

@@ -1,6 +1,7 @@
-// reader PACKAGE CLIP SIZE...: runs a package of AOTInductor on a clip of raw floats of these sizes, and prints what
-// comes out.
+// reader [--library LIBRARY] PACKAGE CLIP SIZE...: runs a package of AOTInductor on a clip of raw floats of these sizes,
+// and prints what comes out. A library of operators is loaded before.
 #include <ATen/ATen.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <fstream>
@@ -10,6 +11,13 @@
 
 int main(int count, char** arguments) {
   c10::InferenceMode inference;
+  if (std::string(arguments[1]) == "--library") {
+    if (!dlopen(arguments[2], RTLD_NOW)) {
+      std::cerr << dlerror() << "\n";
+      return 1;
+    }
+    arguments += 2, count -= 2;
+  }
   std::vector<int64_t> sizes;
   for (int k = 3; k < count; ++k) sizes.push_back(std::stoll(arguments[k]));
   auto clip = at::empty(sizes);
