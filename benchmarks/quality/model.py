@@ -18,8 +18,9 @@ SIZES: tuple[Size, ...] = get_args(Size)
 LAYERS: dict[Size, int] = {"base": 6, "half": 3}
 
 SHAPES: dict[str, dict[str, Any]] = {
-    DIRECTION.name: {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512},
+    DIRECTION.name: {"tubelet_size": 2, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512},
     ORDER.name: {
+        "tubelet_size": 4,
         "hidden_size": 96,
         "num_attention_heads": 3,
         "intermediate_size": 384,
@@ -37,12 +38,14 @@ Measure = dict[str, float]
 
 
 def config(task: Task, size: Size) -> VideoMAEConfig:
-    """Tokens of 2 frames x 8 x 8 pixels. `half` is `base` with every second layer left out, so half the GFLOPs."""
+    """256 tokens, each of 2 or 4 frames x 8 x 8 pixels.
+
+    `half` is `base` with every second layer left out, so half the GFLOPs.
+    """
     return VideoMAEConfig(
         image_size=task.size,
         num_frames=task.frames,
         patch_size=8,
-        tubelet_size=2,
         num_hidden_layers=LAYERS[size],
         use_mean_pooling=True,
         id2label=dict(enumerate(task.names)),

@@ -94,12 +94,12 @@ def _times(frames: int) -> Tensor:
     return torch.arange(frames) - (frames - 1) / 2
 
 
-REST, SHORTEST = 4, 4  # steps from frame to frame: how many stand still, and how many each of both ways has at least
+REST, SHORTEST = 3, 5  # steps from frame to frame: how many stand still, and how many each of both ways has at least
 
 
 def _two_ways(chosen: Mapping[str, Tensor], draw: Draws) -> Tensor:
-    """At 1.7 to 2.6 pixels a frame, with the rest where it falls."""
-    speed, steps = draw(1, 1.7, 2.6), torch.arange(ORDER.frames - 1)
+    """At 2.3 to 2.8 pixels a frame, with the rest where it falls."""
+    speed, steps = draw(1, 2.3, 2.8), torch.arange(ORDER.frames - 1)
     start = SHORTEST + pick(draw(1), len(steps) - REST - 2 * SHORTEST + 1)
     first, second = (_headings(chosen[part], 4)[:, None] * speed[:, None] for part in ORDER.parts)
     moves = (steps < start)[..., None] * first + (steps >= start + REST)[..., None] * second
@@ -125,14 +125,14 @@ ORDER = Task(
     name="order",
     parts={"first": EIGHT[::2], "second": EIGHT[::2]},
     frames=16,
-    size=48,
-    digit_size=(14.0, 18.0),
-    distractor_size=(8.0, 12.0),
-    sprite=28,
+    size=64,
+    digit_size=(24.0, 30.0),
+    distractor_size=(10.0, 15.0),
+    sprite=44,
     camera_speed=1.0,
     path=_two_ways,
     asks="in which of 4 directions a digit moves first, and in which after a rest: 16 classes, `4 * first + second`",
-    shows="a handwritten digit of 14 to 18 pixels, which is not asked for, moves 1.7 to 2.6 pixels a frame on 4 to 7 "
-    "steps, stands still on 4 and moves again on the others of 15,",
+    shows="a handwritten digit of 24 to 30 pixels, which is not asked for, moves 2.3 to 2.8 pixels a frame on 5 to 7 "
+    "steps, stands still on 3 and moves again on the others of 15,",
 )
 TASKS = {task.name: task for task in (DIRECTION, ORDER)}

@@ -35,7 +35,7 @@ def fresh() -> Training:
 @pytest.fixture
 def masked(monkeypatch: pytest.MonkeyPatch) -> Training:
     """A run that predicts hidden pixels on 4 steps, then learns classes on 4, in batches of 8."""
-    shape = {name: 32 if name.endswith("size") else 1 for name in model.SHAPES[ORDER.name]}
+    shape = {name: 32 if name.endswith("size") else 1 for name in model.SHAPES[ORDER.name]} | {"tubelet_size": 4}
     monkeypatch.setitem(model.SHAPES, ORDER.name, shape)
     monkeypatch.setitem(model.LAYERS, "base", 1)
     return Training.fresh(MASKED, model.config(ORDER, "base"))
@@ -149,9 +149,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_hidden_tokens_are_the_same_places_at_all_times() -> None:
     hidden = model.tubes(model.config(ORDER, "base"), 8, seed=3)
-    times = hidden.unflatten(1, (8, 36))
+    times = hidden.unflatten(1, (4, 64))
     assert torch.equal(times, times[:, :1].expand_as(times))
-    assert hidden.sum(1).tolist() == [8 * 27] * 8
+    assert hidden.sum(1).tolist() == [4 * 48] * 8
     assert len(hidden.unique(dim=0)) > 1
     assert not torch.equal(hidden, model.tubes(model.config(ORDER, "base"), 8, seed=4))
 
@@ -193,7 +193,7 @@ def test_the_card_of_a_pretrained_model(masked: Training, tmp_path: Path, monkey
     told = train.finish(masked, tmp_path / "out")
     assert told["test"].keys() == {"clips", "loss", "joint", "first", "second", "joint_95"}
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "(288 tokens)" in card
+    assert "(256 tokens)" in card
     assert "4 steps that predict the pixels of hidden tokens (75 % of all" in card
     assert "--task order --pretrain 4" in card
     names = VideoMAEForVideoClassification.from_pretrained(tmp_path / "out").config.id2label
