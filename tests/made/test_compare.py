@@ -93,7 +93,7 @@ def test_the_table_is_of_test_clips_and_the_shapes_of_validation_clips(task: Tas
 def test_the_clips_are_those_that_the_configuration_asks_for(
     tmp_path: Path, places: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shape = config(side=ORDER.size, frames=ORDER.frames, names=ORDER.names, layers=1)
+    shape = config(side=ORDER.size, frames=ORDER.frames, names=ORDER.names)
     folder = checkpoint(tmp_path / "any name", shape)
     few = ("--clips", "80", "--budgets", "0.8", "--methods", RANDOM)
     assert made.check_made(load(str(folder)), "any name", 80) is ORDER
