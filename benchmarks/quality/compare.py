@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from benchmarks.pages import PICTURES, add_write, write
 from benchmarks.quality.command import check_writable, placed, status
 from benchmarks.quality.made import check_made, checkpoint, made
-from benchmarks.quality.train import CHECKPOINTS, HERE
-from benchmarks.quality.tuned import CONFIGS
+from benchmarks.quality.train import HERE, RECIPES, kept
+from benchmarks.quality.tuned import configs
 from tldr_compile import TokenMerging
 from tldr_compile.cli.main import add_comparison
 from tldr_compile.cli.quality import check_outputs, keep
@@ -40,7 +41,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def half(chosen: argparse.Namespace) -> dict[str, nn.Module]:
     """The smaller dense model; nothing where there is none."""
-    path = HERE / CHECKPOINTS["half"]
+    path = HERE / kept(replace(RECIPES["direction"], size="half"))
     if chosen.model:
         return {}
     if not path.is_dir():
@@ -53,19 +54,19 @@ def run(chosen: argparse.Namespace) -> None:
     """Measure, print, keep, draw. Raises TldrError."""
     check_outputs(chosen.out, chosen.picture)
     check_writable(chosen.write, tell.MARKER)
-    name = chosen.model or CHECKPOINTS["base"]
+    name = chosen.model or kept(RECIPES["direction"])
     subject = load(chosen.model or checkpoint())
-    check_made(subject, name, chosen.clips)
+    task = check_made(subject, name, chosen.clips)
     study = Study(
         subject,
         name,
         "made clips, test split",
-        made("val", min(VAL_CLIPS, chosen.clips)),
-        made("test", chosen.clips),
+        made(task, "val", min(VAL_CLIPS, chosen.clips)),
+        made(task, "test", chosen.clips),
         chosen.budgets,
         chosen.methods,
         others=half(chosen),
-        tuned=() if chosen.model else [TokenMerging.load(path) for path in sorted(CONFIGS.glob("*.json"))],
+        tuned=[TokenMerging.load(path) for path in sorted(configs(chosen.model).glob("*.json"))],
         batch=chosen.batch,
         rounds=chosen.rounds,
     )

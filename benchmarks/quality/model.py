@@ -1,86 +1,107 @@
-"""The small VideoMAE of the quality benchmark and what it is trained for."""
+"""The small VideoMAE of each task, and what it is trained for."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 import tldr_compile
-from benchmarks.quality.clips import CLASSES, DIGITS, DIRECTIONS, FRAMES, SIZE
+from benchmarks.quality.tasks import DIRECTION, ORDER, Task
 
 Size = Literal["base", "half"]
 SIZES: tuple[Size, ...] = get_args(Size)
 LAYERS: dict[Size, int] = {"base": 6, "half": 3}
 
+SHAPES: dict[str, dict[str, Any]] = {
+    DIRECTION.name: {"tubelet_size": 2, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512},
+    ORDER.name: {
+        "tubelet_size": 4,
+        "hidden_size": 96,
+        "num_attention_heads": 3,
+        "intermediate_size": 384,
+        "decoder_hidden_size": 64,
+        "decoder_num_hidden_layers": 2,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 256,
+    },
+}
+HIDDEN = 0.75
+"""Part of the tokens that masked pretraining hides; VideoMAE (Tong et al., arXiv 2203.12602) hides 0.75 to 0.95."""
 
-class Measure(NamedTuple):
-    """Loss and accuracies over some clips."""
-
-    loss: float
-    joint: float
-    digit: float
-    direction: float
+Measure = dict[str, float]
+"""Loss and accuracies over some clips, by name: `joint` is that of the class, the others those of its parts."""
 
 
-def config(size: Size) -> VideoMAEConfig:
-    """256 tokens of 2 frames x 8 x 8 pixels. `half` is `base` with every second layer left out, so half the GFLOPs."""
-    names = {label: class_name(label) for label in range(CLASSES)}
+def config(task: Task, size: Size) -> VideoMAEConfig:
+    """256 tokens, each of 2 or 4 frames x 8 x 8 pixels.
+
+    `half` is `base` with every second layer left out, so half the GFLOPs.
+    """
     return VideoMAEConfig(
-        image_size=SIZE,
-        num_frames=FRAMES,
+        image_size=task.size,
+        num_frames=task.frames,
         patch_size=8,
-        tubelet_size=2,
-        hidden_size=128,
         num_hidden_layers=LAYERS[size],
-        num_attention_heads=4,
-        intermediate_size=512,
         use_mean_pooling=True,
-        id2label=names,
-        label2id={name: label for label, name in names.items()},
+        id2label=dict(enumerate(task.names)),
+        label2id={name: label for label, name in enumerate(task.names)},
+        **SHAPES[task.name],
     )
 
 
-def class_name(label: int) -> str:
-    """What moves, and where to."""
-    digit, heading = divmod(label, len(DIRECTIONS))
-    return f"{digit} {DIRECTIONS[heading]}"
+def tokens(config: VideoMAEConfig) -> tuple[int, int]:
+    """How many there are in time, and in a frame."""
+    return config.num_frames // config.tubelet_size, (config.image_size // config.patch_size) ** 2
 
 
 def gflops(model: VideoMAEForVideoClassification) -> float:
     """GFLOPs of one clip in matrix products and attention."""
-    told = tldr_compile.explain(model, (torch.zeros(1, FRAMES, 3, SIZE, SIZE),), schedule=())
+    frames, side = model.config.num_frames, model.config.image_size
+    told = tldr_compile.explain(model, (torch.zeros(1, frames, 3, side, side),), schedule=())
     return float(told.to_dict()["gflops_before"])
 
 
-def marginals(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Joint logits [B, 80] -> those of the digit [B, 10] and of the direction [B, 8], by summing probabilities."""
-    table = logits.unflatten(1, (DIGITS, len(DIRECTIONS)))
-    return table.logsumexp(2), table.logsumexp(1)
+def tubes(config: VideoMAEConfig, clips: int, seed: int) -> Tensor:
+    """Which tokens are hidden, bool [B, N]: the same places at all times (tube masks: VideoMAE, section 3.2)."""
+    times, places = tokens(config)
+    order = torch.rand(clips, places, generator=torch.Generator().manual_seed(seed)).argsort(1)
+    return (order < round(HIDDEN * places)).repeat(1, times)
 
 
-def loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the class and of both its parts: on the class alone, learning stands still for long."""
-    digit, direction = marginals(logits)
-    parts = ((logits, labels), (digit, labels // len(DIRECTIONS)), (direction, labels % len(DIRECTIONS)))
-    return torch.stack([F.cross_entropy(*part) for part in parts]).sum()
+def masked_loss(model: VideoMAEForPreTraining, pixels: Tensor, seed: int) -> Tensor:
+    """Mean squared error of the pixels of hidden tokens, which are normalised token by token."""
+    error: Tensor = model(pixels, tubes(model.config, len(pixels), seed)).loss
+    return error
+
+
+def marginals(logits: Tensor, task: Task) -> list[Tensor]:
+    """Logits of the classes [B, C] -> those of every part, each [B, P], by summing probabilities."""
+    table = logits.unflatten(1, task.sizes)
+    every = range(1, table.ndim)
+    return [table.logsumexp([other for other in every if other != own]) for own in every]
+
+
+def loss(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
+    """Cross-entropy of the class and of all its parts: on the class alone, learning stands still for long."""
+    parts = zip(marginals(logits, task), task.split(labels).values(), strict=True)
+    return torch.stack([F.cross_entropy(*part) for part in ((logits, labels), *parts)]).sum()
 
 
 @torch.no_grad()
-def measure(logits: Tensor, labels: Tensor) -> Measure:
-    """Loss and accuracies of logits [B, 80]; digit and direction are read off the predicted class."""
+def measure(logits: Tensor, labels: Tensor, task: Task) -> Measure:
+    """Loss and accuracies of logits [B, C]; the parts are read off the predicted class."""
     found = logits.argmax(1)
-    same = (
-        found == labels,
-        found // len(DIRECTIONS) == labels // len(DIRECTIONS),
-        found % len(DIRECTIONS) == labels % len(DIRECTIONS),
-    )
-    return Measure(float(loss(logits, labels)), *(float(hit.float().mean()) for hit in same))
+    wanted, said = task.split(labels), task.split(found)
+    hits = {"joint": found == labels, **{part: said[part] == wanted[part] for part in task.parts}}
+    shares = {name: float(hit.float().mean()) for name, hit in hits.items()}
+    return {"loss": float(loss(logits, labels, task)), **shares}
 
 
-def mean(measures: list[Measure]) -> Measure:
+def mean(measures: Sequence[Measure]) -> Measure:
     """Of batches of one size."""
-    return Measure(*(sum(column) / len(measures) for column in zip(*measures, strict=True)))
+    return {name: sum(each[name] for each in measures) / len(measures) for name in measures[0]}

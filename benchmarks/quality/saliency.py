@@ -41,7 +41,7 @@ from tldr_compile.records.tables import grid
 
 MARKER: Final = "<!-- saliency -->"
 COVERED: Final = 0.25
-DRAWN: Final = tuple(8 * digit + digit % 8 for digit in range(10))  # every digit, every direction
+DRAWN: Final = tuple(8 * digit + digit % 8 for digit in range(10))  # every digit, every direction (of the first task)
 
 
 class Scores(NamedTuple):
@@ -153,8 +153,8 @@ def run(chosen: argparse.Namespace) -> None:
     check_writable(chosen.write, MARKER)
     name = chosen.model or checkpoint()
     subject = load(name, attention="eager")
-    check_made(subject, name, chosen.clips)
-    some = track(batches("test", chosen.clips), "looking", total=chosen.clips // EVAL_BATCH, transient=True)
+    task = check_made(subject, name, chosen.clips)
+    some = track(batches(task, "test", chosen.clips), "looking", total=chosen.clips // EVAL_BATCH, transient=True)
     rows = table(subject.model, some)
     facts: dict[str, Any] = {
         "model": chosen.model or "checkpoint",
@@ -165,7 +165,7 @@ def run(chosen: argparse.Namespace) -> None:
     }
     print(markdown(rows))
     print(timing.write("saliency", facts, chosen.out))
-    print(picture(subject.model, clips.make("test", DRAWN), chosen.picture))
+    print(picture(subject.model, clips.make(task, "test", DRAWN), chosen.picture))
     write(chosen.write, markdown(rows), MARKER)
 
 

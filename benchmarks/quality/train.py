@@ -1,7 +1,8 @@
-"""Trains the quality benchmark's model from scratch on made clips; killed and started again, it goes on.
+"""Trains the quality benchmark's models from scratch on made clips; killed and started again, it goes on.
 
     python -m benchmarks.quality.train
     python -m benchmarks.quality.train --size half
+    python -m benchmarks.quality.train --task order     # masked pretraining, then fine-tuning
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,30 @@ from transformers import VideoMAEForVideoClassification
 
 from benchmarks import timing
 from benchmarks.quality import clips, model, report
-from benchmarks.quality.clips import Split
 from benchmarks.quality.command import status
-from benchmarks.quality.model import Measure, Size
-from benchmarks.quality.training import Settings, StateError, Training, contrast
+from benchmarks.quality.model import Measure
+from benchmarks.quality.sources import Split
+from benchmarks.quality.tasks import DIRECTION, ORDER, TASKS, Task
+from benchmarks.quality.training import Settings, StateError, Training
 from tldr_compile.cli.main import positive
 from tldr_compile.quality.accuracy import wilson
 from tldr_compile.records.charts import draw
 from tldr_compile.records.outputs import check_folder
 
 HERE = Path(__file__).parent
-CHECKPOINTS: dict[Size, str] = {"base": "checkpoint", "half": "checkpoint-half"}
+RECIPES = {
+    DIRECTION.name: Settings("base", (8000, 4000), batch=32, seed=0, rate=1.5e-3),
+    ORDER.name: Settings("base", (8000,), batch=16, seed=0, rate=1.5e-3, task=ORDER.name, pretrain=2000),
+}
+"""What the kept models are trained by."""
 LOG_EVERY, VALIDATE_EVERY, SAVE_SECONDS = 50, 500, 120.0
 VAL_CLIPS, TEST_CLIPS, EVAL_BATCH = 400, 4000, 80
+
+
+def kept(settings: Settings) -> str:
+    """The name of the folder, here, that holds the model of such a run."""
+    task = "" if settings.task == DIRECTION.name else f"-{settings.task}"
+    return f"checkpoint{task}{'' if settings.size == 'base' else f'-{settings.size}'}"
 
 
 def train(training: Training, until: int, folder: Path) -> None:
@@ -46,73 +59,82 @@ def train(training: Training, until: int, folder: Path) -> None:
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=until, completed=training.step)
         while training.step < until:
+            faint, split = training.contrast, "pretrain" if training.pretraining else "train"
             since.append(training.learn(training.clips()))
             now = time.perf_counter()
             training.seconds = before + now - started
             progress.advance(task)
-            if training.step % LOG_EVERY == 0 or training.step == until:
-                told = _log(training, folder, model.mean(since))
-                progress.update(task, description=told)
+            if training.step % LOG_EVERY == 0 or training.step in (until, training.settings.pretrain):
+                told = model.mean(since)
+                training.history.append(_entry(training, split, faint, told))
+                _log(training, folder)
+                progress.update(task, description="  ".join(f"{name} {value:.2f}" for name, value in told.items()))
                 since.clear()
             if now - saved > SAVE_SECONDS or training.step == until:
                 training.save(folder / "state.pt")
                 saved = now
 
 
-def _log(training: Training, folder: Path, learned: Measure) -> str:
-    """Add to the history, write it out whole (a resumed run takes steps again), and tell it in a line."""
-    training.history.append(_entry(training, "train", contrast(training.step, training.settings.steps[0]), learned))
-    if training.step % VALIDATE_EVERY == 0:
-        training.history.append(_entry(training, "val", 1.0, evaluate(training.model, "val", VAL_CLIPS)))
+def _log(training: Training, folder: Path) -> None:
+    """Add validation to the history, and write it out whole: a resumed run takes steps again."""
+    if training.step % VALIDATE_EVERY == 0 and not training.pretraining:
+        told = evaluate(training.model, training.task, "val", VAL_CLIPS)
+        training.history.append(_entry(training, "val", 1.0, told))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in training.history))
-    return f"loss {learned.loss:.2f}  joint {learned.joint:.0%}"
 
 
-def _entry(training: Training, split: Split, faint: float, told: Measure) -> dict[str, Any]:
-    numbers = {"seconds": training.seconds, "contrast": faint, **told._asdict()}
+def _entry(training: Training, split: str, faint: float, told: Measure) -> dict[str, Any]:
+    numbers = {"seconds": training.seconds, "contrast": faint, **told}
     return {"step": training.step, "split": split, **{name: round(value, 4) for name, value in numbers.items()}}
 
 
 @torch.no_grad()
-def evaluate(network: VideoMAEForVideoClassification, split: Split, number: int) -> Measure:
+def evaluate(network: VideoMAEForVideoClassification, task: Task, split: Split, number: int) -> Measure:
     """Measures over the first `number` clips of a split, a multiple of 80, at full contrast in float32."""
     network.eval()
-    measures = [model.measure(network(batch.pixels).logits, batch.labels) for batch in batches(split, number)]
+    some = batches(task, split, number)
+    measures = [model.measure(network(batch.pixels).logits, batch.labels, task) for batch in some]
     network.train()
     return model.mean(measures)
 
 
-def batches(split: Split, number: int) -> Iterator[clips.Clips]:
-    """Batches of 80 clips, so of one of every class. Raises ValueError when they do not add up to `number`."""
+def batches(task: Task, split: Split, number: int) -> Iterator[clips.Clips]:
+    """Batches of 80 clips, so as many of every class. Raises ValueError when they do not add up to `number`."""
     if number % EVAL_BATCH:
-        raise ValueError(f"{number} clips are not a multiple of {EVAL_BATCH}, one of every class")
+        raise ValueError(f"{number} clips are not a multiple of {EVAL_BATCH}, as many of every class")
     for first in range(0, number, EVAL_BATCH):
-        yield clips.make(split, range(first, first + EVAL_BATCH))
+        yield clips.make(task, split, range(first, first + EVAL_BATCH))
 
 
 def finish(training: Training, out: Path) -> dict[str, Any]:
     """Measure the test split once; write weights, card, metrics, log and curve into `out`."""
     network = training.model.eval()
-    tested = evaluate(network, "test", TEST_CLIPS)
-    low, high = wilson(round(tested.joint * TEST_CLIPS), TEST_CLIPS)
+    tested = evaluate(network, training.task, "test", TEST_CLIPS)
+    low, high = wilson(round(tested["joint"] * TEST_CLIPS), TEST_CLIPS)
     facts = {
         "settings": asdict(training.settings),
         "layers": network.config.num_hidden_layers,
         "width": network.config.hidden_size,
+        "tokens": math.prod(model.tokens(network.config)),
         "parameters": sum(value.numel() for value in network.parameters()),
         "gflops": model.gflops(network),
         "hours": training.seconds / 3600,
-        "val": {"clips": TEST_CLIPS, **evaluate(network, "val", TEST_CLIPS)._asdict()},
-        "test": {"clips": TEST_CLIPS, **tested._asdict(), "joint_95": [low, high]},
+        "val": {"clips": TEST_CLIPS, **evaluate(network, training.task, "val", TEST_CLIPS)},
+        "test": {"clips": TEST_CLIPS, **tested, "joint_95": [low, high]},
         "machine": timing.machine(torch.device("cpu")),
     }
     network.save_pretrained(out)
     timing.write("metrics", facts, out)
-    (out / "README.md").write_text(report.card(facts))
+    (out / "README.md").write_text(report.card(facts, training.task))
     (out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in training.history))
-    draw([report.curve(training.history)], out / "curve.png")
+    draw(report.curves(training.history, training.task), out / "curve.png")
     return facts
+
+
+def whole(text: str) -> int:
+    """What `--pretrain` takes: `positive`, or 0."""
+    return 0 if text == "0" else positive(text)
 
 
 def learning_rate(text: str) -> float:
@@ -127,20 +149,30 @@ def learning_rate(text: str) -> float:
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=model.SIZES, default="base", help="half: about half the GFLOPs")
-    parser.add_argument(
+    parser.add_argument("--task", choices=list(TASKS), default=DIRECTION.name, help="what the clips ask")
+    recipe = parser.add_argument_group("recipe", "defaults: what the kept model of the task was trained by")
+    add = partial(recipe.add_argument, default=argparse.SUPPRESS)
+    add("--size", choices=model.SIZES, help="half: about half the GFLOPs")
+    add("--pretrain", type=whole, help="steps of masked pretraining; 0: none")
+    add(
         "--steps",
         type=positive,
         nargs="+",
-        default=(8000, 4000),
-        help="of each cycle of the learning rate (default: 8000 4000); a finished run goes on if one is added",
+        help="of each cycle of the learning rate; a finished run goes on if one is added",
     )
-    parser.add_argument("--batch", type=positive, default=32, help="clips per step (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and clips (default: 0)")
-    parser.add_argument("--rate", type=learning_rate, default=1.5e-3, help="peak learning rate (default: 1.5e-3)")
-    parser.add_argument("--out", type=Path, help="folder for the result; default: checkpoint or checkpoint-half here")
-    parser.add_argument("--work", type=Path, help="folder for state and log; default: .training/SIZE here")
+    add("--batch", type=positive, help="clips per step")
+    add("--seed", type=int, help="of weights and clips")
+    add("--rate", type=learning_rate, help="peak learning rate")
+    parser.add_argument("--out", type=Path, help="folder for the result; default: the kept model's, here")
+    parser.add_argument("--work", type=Path, help="folder for state and log; default: one in .training, here")
     return parser.parse_args(argv)
+
+
+def settings_of(chosen: argparse.Namespace) -> Settings:
+    """The task's recipe, with what the options say instead."""
+    recipe = RECIPES[chosen.task]
+    given = {name: value for name, value in vars(chosen).items() if name in asdict(recipe)}
+    return replace(recipe, **{**given, "steps": tuple(given.get("steps", recipe.steps))})
 
 
 def check_kept(out: Path, settings: Settings) -> None:
@@ -149,24 +181,24 @@ def check_kept(out: Path, settings: Settings) -> None:
     if not metrics.is_file():
         return
     said = json.loads(metrics.read_text())["settings"]
-    kept = Settings(**{**said, "steps": tuple(said["steps"])})
-    if not settings.follow(kept):
-        raise StateError(f"{out} holds a checkpoint of {kept}: name another folder with --out, or give its options")
+    before = Settings(**{**said, "steps": tuple(said["steps"])})
+    if not settings.follow(before):
+        raise StateError(f"{out} holds a checkpoint of {before}: name another folder with --out, or give its options")
 
 
 def run(chosen: argparse.Namespace) -> None:
     """Train or go on, then measure and keep. Raises StateError, OptionError."""
-    settings = Settings(chosen.size, tuple(chosen.steps), chosen.batch, chosen.seed, chosen.rate)
-    out = chosen.out or HERE / CHECKPOINTS[chosen.size]
-    folder = chosen.work or HERE / ".training" / chosen.size
+    settings = settings_of(chosen)
+    out = chosen.out or HERE / kept(settings)
+    folder = chosen.work or HERE / ".training" / kept(settings)
     check_kept(out, settings)
     check_folder("--out", out)
     check_folder("--work", folder)
-    training = Training.fresh(settings, model.config(chosen.size))
+    training = Training.fresh(settings, model.config(TASKS[settings.task], settings.size))
     if (folder / "state.pt").exists():
         training.resume(folder / "state.pt")
         print(f"going on from step {training.step}, kept in {folder}")
-    train(training, sum(settings.steps), folder)
+    train(training, settings.total, folder)
     test = finish(training, out)["test"]
     low, high = test["joint_95"]
     print(f"test accuracy {test['joint']:.1%} ({low:.1%} to {high:.1%}), kept in {out}")

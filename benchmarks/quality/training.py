@@ -1,7 +1,10 @@
 """Training that can be killed at any time: everything that a step depends on is one state file.
 
-A step draws its clips by its own number and the model has no dropout, so there is no random state to keep: the model,
-the optimiser and the step say it all.
+A step draws its clips and its mask by its own number and the model has no dropout, so there is no random state to
+keep: the model, the optimiser and the step say it all.
+
+A run has one or two phases. Where the settings say `pretrain`, as many steps come first that predict the pixels of
+hidden tokens (VideoMAE: Tong et al., arXiv 2203.12602); then a classifier begins from that encoder.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import VideoMAEConfig, VideoMAEForVideoClassification
+from torch import Tensor, nn
+from transformers import VideoMAEConfig, VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 from benchmarks.quality import clips
 from benchmarks.quality.clips import Clips
-from benchmarks.quality.model import Measure, Size, loss, measure
+from benchmarks.quality.model import Measure, Size, loss, masked_loss, measure
+from benchmarks.quality.tasks import DIRECTION, TASKS, Task
 from tldr_compile.errors import TldrError
 
 FAINT, RAMP, WARM_UP = 0.1, 0.3, 0.02  # contrast at the start; parts of the first cycle, and of every cycle
@@ -41,6 +45,14 @@ class Settings:
     batch: int
     seed: int
     rate: float
+    task: str = DIRECTION.name
+    pretrain: int = 0
+    """Steps of masked pretraining, one more cycle before the others."""
+
+    @property
+    def total(self) -> int:
+        """All steps."""
+        return self.pretrain + sum(self.steps)
 
     def follow(self, kept: Settings) -> bool:
         """Whether they are those of the same run, or of one that goes on with more cycles."""
@@ -52,7 +64,7 @@ class Training:
     """A model, its optimiser and how far they are."""
 
     settings: Settings
-    model: VideoMAEForVideoClassification
+    model: VideoMAEForPreTraining | VideoMAEForVideoClassification
     optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0
@@ -62,29 +74,67 @@ class Training:
     def fresh(cls, settings: Settings, config: VideoMAEConfig) -> Training:
         """Random weights by the seed."""
         torch.manual_seed(settings.seed)
-        model = VideoMAEForVideoClassification(config).train()
+        model = (VideoMAEForPreTraining if settings.pretrain else VideoMAEForVideoClassification)(config).train()
         return cls(settings, model, _optimizer(model, settings.rate))
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.settings.task]
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether the next step is one that predicts hidden pixels."""
+        return self.step < self.settings.pretrain
+
+    @property
+    def contrast(self) -> float:
+        """Of the next step's clips."""
+        return 1.0 if self.pretraining else contrast(self.step - self.settings.pretrain, self.settings.steps[0])
+
+    @property
+    def rate(self) -> float:
+        """Of the next step."""
+        if self.pretraining:
+            return rate(self.step, (self.settings.pretrain,), self.settings.rate)
+        return rate(self.step - self.settings.pretrain, self.settings.steps, self.settings.rate)
 
     def clips(self) -> Clips:
         """The next step's."""
         first = self.step * self.settings.batch
         indices = range(first, first + self.settings.batch)
-        faint = contrast(self.step, self.settings.steps[0])
-        return clips.make("train", indices, seed=self.settings.seed, contrast=faint)
+        return clips.make(self.task, "train", indices, seed=self.settings.seed, contrast=self.contrast)
 
     def learn(self, batch: Clips) -> Measure:
         """One step; what it measures is from before it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.step, self.settings.steps, self.settings.rate)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model(batch.pixels).logits
-        logits = logits.float()
-        loss(logits, batch.labels).backward()
+            group["lr"] = self.rate
+        far, told = self._ask(batch)
+        far.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return measure(logits.detach(), batch.labels)
+        if self.step == self.settings.pretrain:
+            self._classify()
+        return told
+
+    def _ask(self, batch: Clips) -> tuple[Tensor, Measure]:
+        """The loss of this phase, and what is to be told of it."""
+        with torch.autocast("cpu", torch.bfloat16):
+            if self.pretraining:
+                far = masked_loss(self.model, batch.pixels, seed=self.step)
+                return far, {"loss": float(far.detach())}
+            logits = self.model(batch.pixels).logits
+        logits = logits.float()
+        return loss(logits, batch.labels, self.task), measure(logits.detach(), batch.labels, self.task)
+
+    def _classify(self) -> None:
+        """Go on with a classifier whose encoder is the pretrained one, with a new head by the seed."""
+        torch.manual_seed(self.settings.seed)
+        encoder = self.model.videomae.state_dict()
+        self.model = VideoMAEForVideoClassification(self.model.config).train()
+        self.model.videomae.load_state_dict(encoder)
+        self.optimizer = _optimizer(self.model, self.settings.rate)
 
     def save(self, path: Path) -> None:
         """Replace the state file at once, so a kill leaves the old one or the new one."""
@@ -112,6 +162,8 @@ class Training:
             settings = Settings(**state["settings"])
             if not self.settings.follow(settings):
                 raise StateError(f"{path} is of {settings}, not {self.settings}: give its options, or {advice}")
+            if self.pretraining and state["step"] >= self.settings.pretrain:
+                self._classify()
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]

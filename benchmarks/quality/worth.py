@@ -76,8 +76,8 @@ def cases(sites: int) -> Iterator[tuple[str, str, int, TokenMerging]]:
 def measured(name: str, clips: int) -> dict[str, dict[str, list[Estimate]]]:
     """KL divergence by rule, signal and layer."""
     subject = load(name)
-    check_made(subject, name, clips)
-    batches = [batch.pixels for batch in made("test", clips).batches]
+    task = check_made(subject, name, clips)
+    batches = [batch.pixels for batch in made(task, "test", clips).batches]
     dense = [subject.model(pixels).logits for pixels in batches]
     merger = Merger(subject.model, batches[0])
     found: dict[str, dict[str, list[Estimate]]] = {}

@@ -11,8 +11,10 @@ import torch
 
 from benchmarks.quality import clips, made
 from benchmarks.quality import compare as bench
+from benchmarks.quality.tasks import TASKS, Task
 from tests.quality.support import CLASS_NAMES, checkpoint, config
 from tldr_compile.quality import compare, latency, tell
+from tldr_compile.quality.data import load
 from tldr_compile.quality.methods import METHODS, RANDOM, SEEDS, TIMED
 from tldr_compile.records.measure import Spread
 
@@ -79,12 +81,22 @@ def test_every_method_has_its_row(tmp_path: Path, places: tuple[str, ...], capsy
     assert (tmp_path / "quality.png").stat().st_size > 1000
 
 
-def test_the_table_is_of_test_clips_and_the_shapes_of_validation_clips() -> None:
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_table_is_of_test_clips_and_the_shapes_of_validation_clips(task: Task) -> None:
     for split in ("val", "test"):
-        part = made.made(split, 80)
-        batch, same = next(part.batches), clips.make(split, range(80))
+        part = made.made(task, split, 80)
+        batch, same = next(part.batches), clips.make(task, split, range(80))
         assert torch.equal(batch.pixels, same.pixels)
         assert torch.equal(batch.labels, same.labels)
+
+
+def test_the_clips_are_those_that_the_configuration_asks_for(tmp_path: Path) -> None:
+    for task in TASKS.values():
+        shape = config(side=task.size, frames=task.frames, names=task.names, layers=1)
+        subject = load(str(checkpoint(tmp_path / "any name", shape)))
+        assert made.check_made(subject, "any name", 80) is task
+        pixels = next(made.made(task, "val", 80).batches).pixels[:1]
+        assert subject.model(pixels).logits.shape == (1, task.classes)
 
 
 def test_a_model_of_other_clips(named: Path, capsys: pytest.CaptureFixture[str]) -> None:

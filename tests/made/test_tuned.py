@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import timing
 from benchmarks.quality import tuned
-from benchmarks.quality.clips import FRAMES, SIZE
 from benchmarks.quality.made import checkpoint
+from benchmarks.quality.tasks import DIRECTION
 from tldr_compile import TokenMerging, Tuned
 from tldr_compile.quality.budget import Merger
 from tldr_compile.quality.data import load
@@ -19,7 +19,7 @@ from tldr_compile.tuning.tuner import TUNED, Row
 
 
 def test_kept_configurations_meet_their_budgets() -> None:
-    merger = Merger(load(checkpoint()).model, torch.zeros(1, FRAMES, 3, SIZE, SIZE))
+    merger = Merger(load(checkpoint()).model, torch.zeros(1, DIRECTION.frames, 3, DIRECTION.size, DIRECTION.size))
     paths = sorted(tuned.CONFIGS.glob("*.json"))
     assert [path.stem for path in paths] == ["0.3", "0.4", "0.5"]
     for path in paths:
@@ -30,14 +30,14 @@ def test_kept_configurations_meet_their_budgets() -> None:
 def test_a_page_a_record_and_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TokenMerging(schedule=(0.2,), made_for={"sites": 1})
 
-    def found(budget: float, clips: int, folder: Path) -> Tuned:
+    def found(name: str, budget: float, clips: int, folder: Path) -> Tuned:
         rows = tuple(Row(name, budget, config, (0.9, 0.01), 0.1, (0.0, 0.01), True) for name in (TUNED, "vid-TLDR"))
         return Tuned(config, budget, None, "logits", rows, clips // 2, clips // 2, {})
 
     for module, name, value in ((tuned, "tuned", found), (tuned, "CONFIGS", tmp_path), (tuned, "PICTURES", tmp_path)):
         monkeypatch.setattr(module, name, value)
     write = timing.write
-    monkeypatch.setattr(timing, "write", lambda name, record: write(name, record, tmp_path))
+    monkeypatch.setattr(timing, "write", lambda name, record, folder: write(name, record, tmp_path))
     page = tmp_path / "page.md"
     page.write_text(f"{tuned.MARKER}\n{tuned.MARKER}\n")
     assert tuned.main(("--budgets", "0.6", "0.5", "--clips", "80", "--write", str(page))) == 0

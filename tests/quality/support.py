@@ -7,15 +7,17 @@ from pathlib import Path
 
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 
-from benchmarks.quality.clips import CLASSES, FRAMES, SIZE
+from benchmarks.quality.tasks import DIRECTION
 from tests.media.test_video import encode, noise
 
 CLASS_NAMES = ("Riding a bike", "cooking_eggs")
 
 
-def config(*, side: int = SIZE, frames: int = FRAMES, names: Sequence[str] = (), layers: int = 2) -> VideoMAEConfig:
+def config(
+    *, side: int = DIRECTION.size, frames: int = DIRECTION.frames, names: Sequence[str] = (), layers: int = 2
+) -> VideoMAEConfig:
     """`side / 8` squared tokens for every two frames; as many classes as names, or those of the made clips."""
-    known = dict(enumerate(names)) or {label: f"LABEL_{label}" for label in range(CLASSES)}
+    known = dict(enumerate(names)) or {label: f"LABEL_{label}" for label in range(DIRECTION.classes)}
     return VideoMAEConfig(
         image_size=side,
         num_frames=frames,

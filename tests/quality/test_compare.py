@@ -11,6 +11,7 @@ import torch
 from transformers import VideoMAEForPreTraining, VideoMAEForVideoClassification
 
 from benchmarks.quality import clips, made, sample
+from benchmarks.quality.tasks import DIRECTION
 from tests.quality.support import CLASS_NAMES, checkpoint, config, kinetics
 from tldr_compile import TokenMerging
 from tldr_compile.cli import quality
@@ -78,9 +79,9 @@ def test_the_kept_model_on_real_files(tmp_path: Path, places: tuple[str, ...]) -
     labels, right = (3, 41), {}
     for label in labels:
         (home := tmp_path / "data" / model.config.id2label[label]).mkdir(parents=True)
-        for index in range(label, label + 3 * clips.CLASSES, clips.CLASSES):
-            sample.write(sample.frames(index), home / f"{index}.mkv")
-            right[index] = int(model(clips.make("test", [index]).pixels).logits.argmax()) == label
+        for index in range(label, label + 3 * DIRECTION.classes, DIRECTION.classes):
+            sample.write(sample.frames(DIRECTION, index), home / f"{index}.mkv")
+            right[index] = int(model(clips.make(DIRECTION, "test", [index]).pixels).logits.argmax()) == label
     assert all(right.values()), "choose clips that the model tells right"
     folders = ("--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"))
     assert main(("quality", *folders, "--budgets", "0.5", "--batch", "2", "--methods", OURS, *places)) == 0
