@@ -55,6 +55,8 @@ def bytes_moved(plan: Plan) -> float:
         axes = plan.typed.value(merge.node).axes
         for each in (*merge.stream, *merge.before):
             total += _moved(axes, each, merge.node, sizes)
+        for value, conversions in merge.stretch:
+            total += sum(_moved(plan.typed.value(value).axes, each, value, sizes) for each in conversions)
     return total
 
 
