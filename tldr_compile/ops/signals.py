@@ -82,11 +82,11 @@ def change(tokens: Tensor, previous: Tensor) -> Tensor:
 SIGNALS: dict[str, Measure] = {
     "attention": Measure(("sharpness",), saliency),  # vid-TLDR
     "shift": Measure(("shift",), saliency),  # across attention
-    "mlp shift": Measure(("mlp shift",), saliency),  # Representation Shift (arXiv 2508.00367); of the layer before
     "uniform": Measure(()),  # all tokens alike: ToMe
     "received": Measure(("received",), saliency),  # attended to by many, says much
     "key norm": Measure(("keys",), key_norm),
     "change": Measure(("tokens", "previous"), change),
+    "mlp shift": Measure(("mlp shift",), saliency),  # Representation Shift (arXiv 2508.00367); of the layer before
 }
 METRICS: dict[str, Measure] = {"tokens": Measure(("tokens",)), "keys": Measure(("keys",))}
 
