@@ -43,9 +43,9 @@ class TokenMerging:
     budget: instead of a schedule, the part of the dense graph's operations in products that the merged graph may cost,
         merging included, in (0, 1). One fraction at every site that can merge is solved for it at the traced sizes; in
         `torch.compile` those of the first call, and the fraction then holds for all recompiles of the same code.
-    saliency: how much a token weighs when it is merged: by its attention (vid-TLDR); by how far attention moved it
-        (Representation Shift), which costs no attention map; all the same (ToMe); or by a signal that was registered
-        with `tldr_compile.ops.signal`.
+    saliency: how much a token weighs when it is merged: by its attention (vid-TLDR); by how far attention
+        moved it, or the MLP of the layer before (Representation Shift), which costs no attention map; all the same
+        (ToMe); or by another signal of `ops.SIGNALS`, also one that was registered with `tldr_compile.ops.signal`.
     metric: what matching compares: the residual stream; the mean of the keys over the heads (ToMe); or a metric that
         was registered with `tldr_compile.ops.metric`.
     reduction: how tokens are chosen: merge, one of the baselines that drop tokens instead, or one that was registered

@@ -75,7 +75,17 @@ class Report:
     def notes(self) -> list[str]:
         """What could not be known of this graph, and the option that tells it; where merging saves next to nothing."""
         unseen = self._merged.options.protect == "auto" and _out_of_sight(self.plan)
-        return [*([_NO_CLASS_TOKEN] if unseen else []), *self.warnings]
+        return [*([_NO_CLASS_TOKEN] if unseen else []), *self._unread, *self.warnings]
+
+    @property
+    def _unread(self) -> Iterator[str]:
+        """Where a reading has nothing to tell of any token."""
+        first = [merge.site.index for merge in self.plan.merges if merge.site.stream.stretch is None]
+        if first and "mlp shift" in self._merged.options.asks:
+            yield (
+                f"'mlp shift' is 0 of all tokens of sites {_spans(first)}, which no MLP lies above, or none that their "
+                "attention reads: by it alone tokens weigh alike there, and dropping loses the first"
+            )
 
     @property
     def warnings(self) -> Iterator[str]:

@@ -30,8 +30,9 @@ class Reader:
     """What a merge can ask of its site, by name: each an answer laid along the tokens of the stream.
 
     Where several tokens are grouped as one (a block, or the same place of all frames), `[B, N, J, ...]` has one answer
-    for each. `stream` is what is merged, `before` what the attention was added to, both where the merge starts;
-    `before` is emitted when it is asked for. `evidence` is there if the attention was asked for any.
+    for each. `stream` is what is merged, `before` what the attention was added to, `stretch` both ends of what lies
+    between the attention before and the next, if anything does: all where the merge starts, the last two emitted when
+    they are asked for. `evidence` is there if the attention was asked for any.
     """
 
     converter: Converter
@@ -39,6 +40,7 @@ class Reader:
     merge: Merge
     stream: Laid
     before: Callable[[], Laid]
+    stretch: Callable[[], Sequence[Laid]]
     evidence: Evidence | None
     depth: float
     """The part of all sites that lie before this one."""
@@ -99,6 +101,7 @@ class Reader:
             "tokens": lambda: self._over_tokens(self.stream),
             "before": lambda: self._over_tokens(self.before()),
             "shift": self._shift,
+            "mlp shift": self._mlp_shift,
             "previous": self._previous,
             "sharpness": self._sharpness,
             "received": self._received,
@@ -111,6 +114,17 @@ class Reader:
         moved = self._layout.call(self.converter.operators.shift, self.stream.node, self.before().node)
         rows = self._over_tokens(Laid(moved, self.stream.axes))
         return Laid(self._layout.call(aten.linalg_vector_norm.default, rows.node, 2, [-1]), rows.axes[:-1])
+
+    def _mlp_shift(self) -> Laid:
+        """How far the stream moved every token between two attentions; 0 where nothing lies between any above."""
+        ends = [self._over_tokens(each) for each in self.stretch()]
+        if not ends:
+            dtype = torch.promote_types(self.merge.node.meta["val"].dtype, torch.float32)
+            lengths = self._layout.lengths(self._places)
+            return Laid(self._layout.call(aten.new_zeros.default, self.stream.node, lengths, dtype=dtype), self._places)
+        start, end = ends
+        moved = self._layout.call(self.converter.operators.shift, end.node, start.node)
+        return Laid(self._layout.call(aten.linalg_vector_norm.default, moved, 2, [-1]), end.axes[:-1])
 
     def _previous(self) -> Laid:
         """The stream at the same place of the frame before, or what holds that place by now; zeros in the first."""

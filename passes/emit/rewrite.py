@@ -254,6 +254,7 @@ class _Rewriter:
             merge,
             stream=self._brought(node, merge.stream),
             before=lambda: self._brought(before, merge.before),
+            stretch=lambda: [self._brought(*each) for each in merge.stretch],
             evidence=self.env[site.attention.node].evidence,
             depth=site.index / len(self.plan.sites),
         )

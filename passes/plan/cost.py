@@ -41,7 +41,7 @@ def operations(plan: Plan) -> float:
     """Floating-point operations of all products: those of the model, of matching, and of what saliency reads."""
     sizes = _Sizes(plan.typed)
     calls = sum(_call(plan, node, sizes) for node in plan.typed.captured.graph.graph.nodes)
-    return calls + sum(_matching(plan, merge, sizes) + _received(plan, merge, sizes) for merge in plan.merges)
+    return calls + sum(_matching(plan, merge, sizes) + _scores(plan, merge, sizes) for merge in plan.merges)
 
 
 def bytes_moved(plan: Plan) -> float:
@@ -55,6 +55,8 @@ def bytes_moved(plan: Plan) -> float:
         axes = plan.typed.value(merge.node).axes
         for each in (*merge.stream, *merge.before):
             total += _moved(axes, each, merge.node, sizes)
+        for value, conversions in merge.stretch:
+            total += sum(_moved(plan.typed.value(value).axes, each, value, sizes) for each in conversions)
     return total
 
 
@@ -132,14 +134,19 @@ def _matching(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
     return 2.0 * sizes(merge.target.batch.size) * pairs * rest
 
 
-def _received(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
-    """The scores once more, where a merge asks what each key received and the attention does not hold them."""
+def _scores(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
+    """The scores once more for each that is told in a pass of its own, where the attention does not hold them.
+
+    That is what each key received, and sharpness beside dropout, which fused attention alone draws.
+    """
     attention = merge.site.attention
-    if "received" not in merge.told or attention.probabilities is not None:
+    if attention.probabilities is not None:
         return 0.0
+    alone = {"received", "sharpness"} if named(attention.node).get("dropout_p", 0.0) else {"received"}
     typed, held = plan.typed.calls[attention.node], plan.steps[attention.node].held
     (query, key, *_), (output, *_) = (tuple(at(axes, held) for axes in each) for each in (typed.reads, typed.outputs))
-    return 2.0 * sizes.count(output[:-1]) * sizes(key[-2].size) * sizes(query[-1].size)
+    once = 2.0 * sizes.count(output[:-1]) * sizes(key[-2].size) * sizes(query[-1].size)
+    return once * len(alone & merge.told)
 
 
 def _of_run(axis: Axis, run: Axis) -> Axis:

@@ -133,9 +133,10 @@ class Merge:
     """After `node`, `count` entries of the run go; `source` is the resolution it starts from.
 
     `told` is what it asks of the attention. `stream` brings the residual stream to `source`; `rows` what is told, which
-    is as the site's own scores are held; `keys` the keys to that first; `before` what the attention was added to.
-    `held` are the resolutions of other runs that the stream keeps. `ordered`: the groups leave the graph, and come in
-    the order of their places.
+    is as the site's own scores are held; `keys` the keys to that first; `before` what the attention was added to;
+    `stretch` are the ends of the site's, where they are asked for, and what brings each to `source`. `held` are the
+    resolutions of other runs that the stream keeps. `ordered`: the groups leave the graph, and come in the order of
+    their places.
     """
 
     site: Site
@@ -149,6 +150,7 @@ class Merge:
     rows: tuple[Conversion, ...]
     keys: tuple[Conversion, ...]
     before: tuple[Conversion, ...]
+    stretch: tuple[tuple[fx.Node, tuple[Conversion, ...]], ...] = ()
     told: frozenset[str] = frozenset()
     ordered: bool = False
 
@@ -234,7 +236,7 @@ def _of_merge(merge: Merge) -> Iterator[Restored]:
     site = merge.site
     reason = f"site {site.index} groups these tokens anew, from all of them"
     told = ((merge.node, merge.stream), (site.attention.scored, merge.rows), (site.attention.keys, merge.keys))
-    for value, conversions in (*told, (site.stream.before, merge.before)):
+    for value, conversions in (*told, (site.stream.before, merge.before), *merge.stretch):
         for each in conversions:
             if value is not None and each.how is How.RESTORE:
                 yield Restored(merge.node, value, each, reason)

@@ -206,11 +206,18 @@ class _Walk:
                 rows=tuple(of_rows(scored, target, source)) if told else (),
                 keys=self._keys_as_scored(keys, scored) if keys else (),
                 before=tuple(bring(axes, before, wanted, How.MERGE)) if "before" in self.asks else (),
+                stretch=tuple(self._ends(site, wanted)) if "mlp shift" in self.asks else (),
                 told=told,
             )
         )
         weighed = tuple(w for w in state.weighed if not w.resolution.meets(target))
         self.states[node] = (State((*kept, target), (*weighed, Weight(target, held=True))),)
+
+    def _ends(self, site: Site, wanted: Sequence[Resolution]) -> Iterator[tuple[fx.Node, tuple[Conversion, ...]]]:
+        """Of the stretch above, as they are held by now: merged at the attention that it begins behind."""
+        for each in site.stream.stretch or ():
+            axes = self.typed.value(each).axes
+            yield each, tuple(bring(axes, self.state(each).held, wanted, How.MERGE))
 
     def _keys_as_scored(self, keys: fx.Node, scored: Sequence[Resolution]) -> tuple[Conversion, ...]:
         return tuple(bring(self.typed.value(keys).axes, self.state(keys).held, scored, How.MERGE))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import TypeAlias
@@ -46,11 +46,15 @@ class Stream:
     """Where the merge of a site stands: after `node`; `before` is what the attention is added to.
 
     The finest grouping has all that the attention attends along as its run, and all else of the stream apart.
+    `stretch` is the last of the stream above where more is added than attention, which in most models is the MLP of the
+    layer before: from behind one attention to the next, which reads it. None: there is none, as above the first
+    attention, or where attention and MLP read the same.
     """
 
     node: fx.Node
     before: fx.Node
     finest: Grouping
+    stretch: tuple[fx.Node, fx.Node] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,19 @@ class Flow:
     def _descendants(self) -> dict[fx.Node, set[fx.Node]]:
         return {}
 
+    def adds(self, start: fx.Node, end: fx.Node, reader: fx.Node) -> bool:
+        """Whether on the way of a stream something of its own is added to it, of which a node below knows."""
+        inside, front, seen = self.descendants(start), [end], set[fx.Node]()
+        while front:
+            node = front.pop()
+            if node in inside and node not in seen:
+                sides = [side for side in self.typed.operands(node) if self.descends(side, start)]
+                if node.target in _ADDITIONS and len(sides) > 1 and self.descends(reader, node):
+                    return True
+                seen.add(node)
+                front += node.all_input_nodes
+        return False
+
     def residual(self, attention: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """The first residual addition that post-dominates an attention; past its norm, past parallel branches.
 
@@ -194,7 +211,41 @@ def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) 
     """All self-attentions over clip tokens, numbered in execution order whether or not they can be merged."""
     flow = Flow(typed)
     selves = [each for each in attentions if _attends_to_itself(typed, each)]
-    return tuple(_site(flow, index, each, protect) for index, each in enumerate(selves))
+    found = [_site(flow, index, each, protect) for index, each in enumerate(selves)]
+    steps = [(each.node, *step) for each in attentions if (step := flow.residual(each.node)) is not None]
+    return tuple(_after_stretch(flow, each, steps) if isinstance(each, Site) else each for each in found)
+
+
+Steps: TypeAlias = Sequence[tuple[fx.Node, fx.Node, fx.Node]]
+"""Of every attention in execution order: its node, that of the stream behind it, and what it is added to."""
+
+
+def _after_stretch(flow: Flow, site: Site, steps: Steps) -> Site:
+    return replace(site, stream=replace(site.stream, stretch=_stretch(flow, site, steps)))
+
+
+def _stretch(flow: Flow, site: Site, steps: Steps) -> tuple[fx.Node, fx.Node] | None:
+    """What `Stream` says of it: attentions between which nothing is added follow each other, in space and in time."""
+    tokens = _along(flow.typed, site.stream.before)
+    attention, end = site.attention.node, site.stream.before
+    for above, start, before in reversed(steps):
+        if flow.descends(end, start) and _along(flow.typed, start) == tokens:
+            if flow.adds(start, end, attention):
+                return (start, end) if _along(flow.typed, end) == tokens else None
+            attention, end = above, before
+    return None
+
+
+def _along(typed: TypedGraph, stream: fx.Node) -> set[Atom]:
+    """The atoms of a stream, without those of what stands beside the clip, such as class tokens."""
+    return {atom for axis in typed.value(stream).axes for atom in _of_the_clip(axis)}
+
+
+def _of_the_clip(axis: Axis) -> Iterator[Atom]:
+    for segment in axis.segments:
+        if len(axis.segments) == 1 or Axis((segment,)).clip:
+            for factor in segment:
+                yield from [factor] if isinstance(factor, Atom) else _of_the_clip(factor)
 
 
 def _attends_to_itself(typed: TypedGraph, attention: Attention) -> bool:

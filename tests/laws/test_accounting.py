@@ -20,6 +20,7 @@ from tests.laws.accounting import Counting, calls, dearer, gflops, miscounted, r
 from tests.laws.frames import folded, joint, spatial, temporal
 from tests.laws.spellings import Encoder
 from tests.laws.streams import Streams
+from tldr_compile import ops
 from tldr_compile.errors import NothingToMerge
 from tldr_compile.passes.plan import cost
 
@@ -137,13 +138,29 @@ def test_probabilities_at_hand_are_read_for_nothing() -> None:
     assert miscounted(model, found[0], inputs) == []
 
 
-def test_what_a_reduction_compares_is_counted_and_weighed() -> None:
-    model = program("pooled")
-    merged = tldr_compile.apply(model, schedule=[5, 3], reduction="energy")
-    assert miscounted(model.module(), merged, MODELS["pooled"][1]) == []
-    plain = tldr_compile.apply(model, schedule=[5, 3])
-    more = cost.operations(merged.report.plan) - cost.operations(plain.report.plan)
-    assert more / 1e9 == pytest.approx(merged.report.gflops[1] - plain.report.gflops[1], rel=1e-9, abs=1e-12)
+@pytest.mark.parametrize(
+    "options",
+    [*({"reduction": name} for name in ops.REDUCTIONS), *({"saliency": name} for name in ops.SIGNALS)],
+    ids=lambda options: str(*options.values()),
+)
+def test_a_plan_costs_what_runs(options: dict[str, str]) -> None:
+    """The whole of it, merges included: what a reduction compares, and what a signal reads."""
+    assert_priced(program("pooled"), **options)
+
+
+def test_sharpness_beside_dropout_is_a_pass_of_its_own() -> None:
+    model = Encoder(pooled, 0, partial(F.scaled_dot_product_attention, dropout_p=0.1)).eval()
+    with_dropout = export(model, (spellings.video(),))
+    passes = [assert_priced(with_dropout, saliency=name) for name in ("attention", "received", "uniform")]
+    assert passes[0] == passes[1] > passes[2]
+
+
+def assert_priced(model: ExportedProgram, **options: str) -> float:
+    found = tldr_compile.apply(model, schedule=[5, 3], **options)
+    planned = cost.operations(found.report.plan)
+    assert planned == pytest.approx(1e9 * gflops(found, (spellings.video(),)), rel=1e-9)
+    assert planned == pytest.approx(1e9 * found.report.gflops[1], rel=1e-9)
+    return planned
 
 
 @every_model

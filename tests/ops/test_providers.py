@@ -40,6 +40,20 @@ def test_every_provider_gives_what_the_fake_kernel_promises(name: str, case: str
             assert faked(provider.forward, arguments) == promised, provider.name
 
 
+@pytest.mark.parametrize("name", sorted({name for name, _ in CASES}))
+def test_of_an_empty_batch_there_is_nothing(name: str) -> None:
+    """Computed, and spelled out in torch's own operators: as many rows as clips, which is none."""
+    full = next(iter(ARGUMENTS[name].values()))(torch.float32)
+    empty = [each[:0] if isinstance(each, Tensor) and len(each) == 2 else each for each in full]
+    for compute in (ops.PROVIDERS[name].run, ops.PROVIDERS[name].decomposition):
+        shapes = [[t.shape for t in tensors(compute(*given))] for given in (empty, full)]
+        assert [(0, *shape[1:]) for shape in shapes[1]] == shapes[0]
+
+
+def tensors(results: Any) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_backward_kernel_gives_what_its_fake_kernel_promises(biased: bool) -> None:
     q, k, v, scale, mask, log_mass = attention(torch.float32)

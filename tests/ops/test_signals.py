@@ -32,6 +32,7 @@ def test_what_each_reads_is_what_a_merge_asks() -> None:
     asks = {
         ("attention", "tokens"): {"sharpness", "tokens"},
         ("shift", "tokens"): {"shift", "before", "tokens"},
+        ("mlp shift", "tokens"): {"mlp shift", "tokens"},
         ("uniform", "keys"): {"keys"},
         ("received", "tokens"): {"received", "tokens"},
         ("key norm", "tokens"): {"keys", "tokens"},
@@ -222,13 +223,17 @@ def test_a_result_that_is_no_tensor_is_refused() -> None:
 
 
 class Blocks(nn.Module):
-    """Two blocks over a class token and a clip of 3 frames of 2 x 2 places; all that a signal reads is at hand."""
+    """Blocks over a class token and a clip of 3 frames of 2 x 2 places; all that a signal reads is at hand.
 
-    def __init__(self, leading: int = 1) -> None:
+    `steps` says in which order: attention `a`, the MLP `m`.
+    """
+
+    def __init__(self, leading: int = 1, steps: str = "amam") -> None:
         super().__init__()
+        self.steps = steps
         self.embed = nn.Conv3d(3, 8, (1, 4, 4), (1, 4, 4))
         self.leading = nn.Parameter(torch.randn(1, leading, 8))
-        self.qkv = nn.ModuleList(nn.Linear(8, 24) for _ in range(2))
+        self.qkv = nn.ModuleList(nn.Linear(8, 24) for _ in range(steps.count("a")))
         self.mlp = nn.Linear(8, 8)
 
     def begin(self, clip: Tensor) -> Tensor:
@@ -243,10 +248,12 @@ class Blocks(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         x = self.begin(clip)
-        for number in range(2):
-            x = self.attended(x, number)
-            x = x + self.mlp(x).tanh()
+        for number, step in enumerate(self.steps):
+            x = self.attended(x, self.steps[:number].count("a")) if step == "a" else x + self.moved(x)
         return x
+
+    def moved(self, x: Tensor) -> Tensor:
+        return self.mlp(x).tanh()
 
 
 def scaled(numbers: Tensor) -> Tensor:
@@ -314,10 +321,54 @@ def test_before_a_group_is_what_holds_the_place_of_its_representative_a_frame_ea
         assert torch.equal(previous[sample, group], held)
 
 
+@torch.no_grad()
+def test_the_mlp_of_the_layer_before_moved_what_was_merged_before_it() -> None:
+    model, clip = Blocks().eval(), torch.randn(2, 3, 3, 8, 8)
+    short = tldr_compile.apply(model, (clip,), schedule=[0, 4], saliency="mlp shift", verify=True)
+    (decision,) = tldr_compile.inspect(short, clip)
+    moved = model.moved(model.attended(model.begin(clip), 0))[:, 1:]
+    torch.testing.assert_close(decision.saliency, scaled(moved.norm(dim=-1)))
+    merged, (first, second) = readings_of(model, clip, "tokens", "mlp shift")
+    assert torch.equal(first["mlp shift"], torch.zeros(2, 12))
+    assert_moved(second["mlp shift"], model.moved(down(merged, 1, clip, first["tokens"])))
+
+
+@torch.no_grad()
+def test_how_far_groups_moved_is_the_mean_where_they_merged_again_since() -> None:
+    """An attention with nothing before it but attention asks for the MLP above both, whose stream was finer."""
+    model, clip = Blocks(steps="amaa").eval(), torch.randn(2, 3, 3, 8, 8)
+    merged, (first, _, third) = readings_of(model, clip, "tokens", "mlp shift", schedule=(4, 3, 2))
+    moved = model.moved(down(merged, 1, clip, first["tokens"]))
+    assert_moved(third["mlp shift"], down(merged, 2, clip, moved))
+
+
+def assert_moved(read: Tensor, moved: Tensor) -> None:
+    torch.testing.assert_close(read, moved.norm(dim=-1))
+    assert read.std() > 0.01
+
+
+def down(merged: tldr_compile.MergedModule, number: int, clip: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[B, N, C]` merged as the merge of this number did it."""
+    _, found = record(merged._merged.graph, merged._merged.groupings, merged._flat_inputs((clip,), {}))
+    fields = [found[number][name] for name in ("kept", "source", "target", "kept_weight", "source_weight")]
+    return ops.down(rows, *(each.unsqueeze(-1) for each in fields), dim=1)
+
+
+def test_where_no_mlp_is_above_the_report_says_that_tokens_weigh_alike() -> None:
+    model, clip = Blocks(steps="aamam").eval(), torch.randn(2, 3, 3, 8, 8)
+    told = [
+        [note for note in tldr_compile.explain(model, (clip,), schedule=[2, 2, 2], **options).notes if "mlp" in note]
+        for options in ({"saliency": "mlp shift"}, {"saliency": "mlp shift", "reduction": "random"}, {})
+    ]
+    assert told[1:] == [[], []]
+    assert len(told[0]) == 1
+    assert told[0][0].startswith("'mlp shift' is 0 of all tokens of sites 0-1, which no MLP lies above")
+
+
 def readings_of(
-    model: nn.Module, clip: Tensor, *names: str
+    model: nn.Module, clip: Tensor, *names: str, schedule: tuple[int, ...] = (4, 3)
 ) -> tuple[tldr_compile.MergedModule, list[dict[str, Tensor]]]:
-    """A model merged twice, and what its sites were asked, one after the other, when it ran."""
+    """A model merged, and what its sites were asked, one after the other, when it ran."""
     seen: list[dict[str, Tensor]] = []
 
     @ops.signal("noted", reads=names)
@@ -325,10 +376,10 @@ def readings_of(
         seen.append(dict(zip(names, readings, strict=True)))
         return torch.ones(readings[0].shape[:2])
 
-    merged = tldr_compile.apply(model, (clip,), schedule=[4, 3], saliency="noted")
+    merged = tldr_compile.apply(model, (clip,), schedule=schedule, saliency="noted")
     seen.clear()
     merged(clip)
-    assert len(seen) == 2
+    assert len(seen) == len(schedule)
     return merged, seen
 
 

@@ -139,7 +139,8 @@ def _whole_rows(queries: Tensor, keys: Tensor) -> list[slice]:
 
 def spans(rows: int | torch.SymInt, row_bytes: int | torch.SymInt) -> list[slice]:
     """Rows cut into parts that a block of `DECOMPOSED_BYTES` holds at the sizes that a graph is made with."""
-    count = min(_hint(rows), -(-_hint(rows) * _hint(row_bytes) // DECOMPOSED_BYTES))
+    parts = min(_hint(rows), -(-_hint(rows) * _hint(row_bytes) // DECOMPOSED_BYTES))
+    count = max(1, parts)  # of an empty batch one, that is empty too
     bounds = [rows * k // count for k in range(count + 1)]
     return [slice(first, last) for first, last in itertools.pairwise(bounds)]
 

@@ -87,6 +87,11 @@ def reduction(
     return register
 
 
+def _none(tokens: int, gone: int) -> int:
+    """Of what compares no tokens."""
+    return 0
+
+
 @reduction("merge", gives=True)
 def merging(tokens: Tokens) -> Split:
     """vid-TLDR, step 5: tokens at even positions, the `r` best matched, join the best of those at odd ones."""
@@ -146,7 +151,7 @@ def merging_at_random_places(tokens: Tokens) -> Split:
     return joining(order[:, ::2].gather(1, best), order[:, 1::2].gather(1, joined), order.shape[1])
 
 
-@reduction("random merge", gives=True)
+@reduction("random merge", gives=True, pairs=_none)
 def merging_at_random(tokens: Tokens) -> Split:
     """The control of every way to merge: random tokens join random kept ones, which follow from the seed alone."""
     position = _positions(tokens)
@@ -155,7 +160,7 @@ def merging_at_random(tokens: Tokens) -> Split:
     return Split(kept, source, scrambled(source + position.shape[1], tokens.seed) % kept.shape[1])
 
 
-@reduction("drop", ranks=True)
+@reduction("drop", ranks=True, pairs=_none)
 def dropping(tokens: Tokens) -> Split:
     """A baseline: the least salient are lost."""
     if tokens.saliency is None:
@@ -163,13 +168,13 @@ def dropping(tokens: Tokens) -> Split:
     return losing(tokens.saliency, tokens.r)
 
 
-@reduction("random")
+@reduction("random", pairs=_none)
 def scattering(tokens: Tokens) -> Split:
     """A baseline: random ones are lost, which follow from the seed alone."""
     return losing(scrambled(_positions(tokens), tokens.seed), tokens.r)
 
 
-@reduction("slice")
+@reduction("slice", pairs=_none)
 def slicing(tokens: Tokens) -> Split:
     """The floor of the cost: the last are lost, and nothing is computed to tell which."""
     return losing(-_positions(tokens), tokens.r)

@@ -28,6 +28,7 @@ READINGS: Final[Mapping[str, str]] = MappingProxyType(
         "before": "[B, N, C], the stream that the attention is added to",
         "previous": "[B, N, C], the stream at the same place of the frame before; zeros in the first frame of a run",
         "shift": "[B, N] float32, how far the attention moved each token of the stream",
+        "mlp shift": "[B, N] float32, how far the MLP of the layer before moved each token; zeros where there is none",
         "sharpness": "[B, N] float32, the negative entropy of each token's row of attention, mean over the heads",
         "received": "[B, N] float32, the attention each token receives, mean over the heads and all queries",
         "keys": "[B, N, d], the attention's keys, mean over the heads",
@@ -42,6 +43,11 @@ mean of their numbers and their rows one behind the other; a metric reads each b
 that attend, class tokens too, so that what the clip's tokens receive need not add up to 1. `previous` can be read where
 tokens of several frames are grouped together; of a group it is what holds the place, one frame before, of the token
 that the group is named by.
+
+A merge stands before the MLP of its own layer, so `mlp shift` is of the one above: of the last stretch of the stream
+between two attentions in which something is added to it. There is none above the first attention of a graph, and none
+where attention and MLP read the same: zeros, of which `ops.saliency` makes equal weights (and dropping by equal weights
+loses the first tokens). The report says where.
 """
 
 Function: TypeAlias = Callable[..., Tensor]
@@ -75,11 +81,12 @@ def change(tokens: Tensor, previous: Tensor) -> Tensor:
 
 SIGNALS: dict[str, Measure] = {
     "attention": Measure(("sharpness",), saliency),  # vid-TLDR
-    "shift": Measure(("shift",), saliency),  # across attention; Representation Shift (arXiv 2508.00367): across the MLP
+    "shift": Measure(("shift",), saliency),  # across attention
     "uniform": Measure(()),  # all tokens alike: ToMe
     "received": Measure(("received",), saliency),  # attended to by many, says much
     "key norm": Measure(("keys",), key_norm),
     "change": Measure(("tokens", "previous"), change),
+    "mlp shift": Measure(("mlp shift",), saliency),  # Representation Shift (arXiv 2508.00367); of the layer before
 }
 METRICS: dict[str, Measure] = {"tokens": Measure(("tokens",)), "keys": Measure(("keys",))}
 

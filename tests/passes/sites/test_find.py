@@ -138,6 +138,69 @@ def test_dropout_after_the_addition_is_behind_the_merge() -> None:
     assert site.stream.node is named(graph, "add")[0]
 
 
+TEXT = number(B, 4, C, seed=7)
+
+
+def attend_to(x: Tensor, memory: Tensor) -> Tensor:
+    q, k, v = (F.linear(each, number(C, C, seed=seed)) for seed, each in enumerate((x, memory, memory)))
+    return F.linear(F.scaled_dot_product_attention(q, k, v), number(C, C, seed=3))
+
+
+def attention_alone(x: Tensor) -> Tensor:
+    return x + attend(norm(x))
+
+
+def with_text(x: Tensor) -> Tensor:
+    """Attention to another stream, which has an MLP of its own, stands before the clip's."""
+    text = TEXT + attend(TEXT)
+    x = x + attend(norm(x))
+    x = x + attend_to(norm(x), text + mlp(text))
+    return x + mlp(norm(x))
+
+
+def with_class_token(x: Tensor) -> Tensor:
+    """It is there for the second attention only."""
+    return torch.cat([CLASS.expand(len(x), -1, -1), pre_norm(x)], 1)
+
+
+def divided(x: Tensor) -> Tensor:
+    """Attention over time, where nothing merges, and over space stand before the next."""
+    x = pre_norm(x.unflatten(1, (T, N)).transpose(1, 2).flatten(1, 2))
+    return spatial(temporal(x))
+
+
+def narrowed(x: Tensor) -> Tensor:
+    x = F.linear(pre_norm(x), number(C // 2, C))
+    return torch.cat([x, x * 2], -1)
+
+
+@pytest.mark.parametrize(
+    ("block", "stretch"),
+    [
+        (pre_norm, ("add", 0, "add", 1)),
+        (post_norm, ("layer_norm", 0, "layer_norm", 1)),
+        (with_layer_scale, ("add", 0, "add", 1)),
+        (lambda x: attention_alone(pre_norm(x)), ("add", 0, "add", 1)),
+        (with_text, ("add", 3, "add", 4)),
+        (with_class_token, ("add", 0, "cat", 0)),
+        (divided, ("add", 0, "add", 1)),
+        (attention_first, None),
+        (mlp_first, None),
+        (branches_first, None),
+        (attention_alone, None),
+        (narrowed, None),
+    ],
+)
+def test_the_stretch_above_is_between_two_attentions_and_holds_an_mlp(
+    block: Callable[[Tensor], Tensor], stretch: tuple[str, int, str, int] | None
+) -> None:
+    graph, sites = found(lambda clip: attention_alone(block(tokens(clip))).sum())
+    able = [each for each in sites if isinstance(each, Site)]
+    assert able[0].stream.stretch is None
+    ends = None if stretch is None else (named(graph, stretch[0])[stretch[1]], named(graph, stretch[2])[stretch[3]])
+    assert able[-1].stream.stretch == ends
+
+
 def refused(model: Model, *inputs: Tensor) -> str:
     site = only(model, *inputs)
     assert isinstance(site, RefusedSite)
