@@ -123,6 +123,7 @@ def make_plan(analysis: Analysis, options: Options, solved: Solved | None = None
             merged_outputs=options.outputs == "merged",
             asks=options.asks,
             pairs=options.pairs,
+            compares=options.comparison.reads,
         )
 
     if analysis.sites:

@@ -126,12 +126,14 @@ FORMULAS: dict[str, Callable[[fx.Node, Sequence[Axes], Axes, _Sizes], int]] = {
 
 
 def _matching(plan: Plan, merge: Merge, sizes: _Sizes) -> float:
-    """The pairs that are compared, over the channels of the stream."""
+    """The pairs that are compared, over the channels of the keys or, whatever a metric makes of it, of the stream."""
     axes = [_of_run(axis, merge.target.run) for axis in plan.typed.value(merge.node).axes]
     tokens = sizes(merge.target.groups.size + merge.count)
-    rest = sizes.count(axes) // max(1, sizes(merge.target.run.size) * sizes(merge.target.batch.size))
+    width = sizes.count(axes) // max(1, sizes(merge.target.run.size) * sizes(merge.target.batch.size))
+    if plan.compares == ("keys",) and (keys := merge.site.attention.keys) is not None:
+        width = sizes(merge.grouping.joined.size) * sizes(plan.typed.value(keys).axes[-1].size)
     pairs = -(-tokens // 2) * (tokens // 2) if plan.pairs is None else plan.pairs(tokens, sizes(merge.count))
-    return 2.0 * sizes(merge.target.batch.size) * pairs * rest
+    return 2.0 * sizes(merge.target.batch.size) * pairs * width
 
 
 def _scores(plan: Plan, merge: Merge, sizes: _Sizes) -> float:

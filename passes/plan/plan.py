@@ -185,7 +185,7 @@ class Plan:
     `leaving` are the outputs that do not get their length back; `choices` say how each site groups its tokens;
     `left_out` are the sites whose merge did not pay, `others` the attentions that are no sites, and why; `solved` what
     a budget became. `pairs` says how many pairs of tokens a merge compares, of how many there are and go; None: every
-    other with every other one.
+    other with every other one. `compares` are the readings that they are compared by.
     """
 
     typed: TypedGraph
@@ -199,6 +199,7 @@ class Plan:
     left_out: tuple[Site, ...] = ()
     others: tuple[Refusal, ...] = ()
     pairs: Pairs | None = None
+    compares: tuple[str, ...] = ("tokens",)
     solved: Solved | None = None
 
     def held(self, node: fx.Node) -> tuple[Resolution, ...]:

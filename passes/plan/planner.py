@@ -58,6 +58,7 @@ def make_plan(
     merged_outputs: bool = False,
     asks: Collection[str] = (),
     pairs: Pairs | None = None,
+    compares: Sequence[str] = ("tokens",),
 ) -> Plan:
     """Decide everything. Merges that nobody wrote down (the default schedule, one fraction) have to pay.
 
@@ -75,7 +76,7 @@ def make_plan(
         short = {each for leaving in walk.leaving for each in leaving.held}
         merges = tuple(replace(merge, ordered=merge.target in short) for merge in walk.merges)
         made = Plan(typed, sites, misses, tuple(entries), merges, walk.steps, walk.leaving, choices, others=others)
-        return replace(made, pairs=pairs)
+        return replace(made, pairs=pairs, compares=tuple(compares))
 
     others = tuple(no_sites(typed, attentions))
     able = [site for site in sites if isinstance(site, Site)]

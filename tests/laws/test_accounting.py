@@ -140,7 +140,11 @@ def test_probabilities_at_hand_are_read_for_nothing() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [*({"reduction": name} for name in ops.REDUCTIONS), *({"saliency": name} for name in ops.SIGNALS)],
+    [
+        *({"reduction": name} for name in ops.REDUCTIONS),
+        *({"saliency": name} for name in ops.SIGNALS),
+        *({"metric": name} for name in ops.METRICS),
+    ],
     ids=lambda options: str(*options.values()),
 )
 def test_a_plan_costs_what_runs(options: dict[str, str]) -> None:
