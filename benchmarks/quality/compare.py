@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.pages import PICTURES, add_write, write
 from benchmarks.quality.command import check_writable, placed, status
 from benchmarks.quality.made import check_made, checkpoint, made
-from benchmarks.quality.train import HERE, RECIPES, kept
+from benchmarks.quality.train import HERE, RECIPES, TEST_CLIPS, kept
 from benchmarks.quality.tuned import configs
 from tldr_compile import TokenMerging
 from tldr_compile.cli.main import add_comparison
@@ -29,12 +29,14 @@ from tldr_compile.quality.compare import Study, record
 from tldr_compile.quality.data import VAL_CLIPS, load
 
 HALF = "dense, half the layers"
+BUDGETS = (0.5, 0.4, 0.3)
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a model for made clips; default: the one that is trained here")
     add_comparison(parser)
+    parser.set_defaults(clips=TEST_CLIPS, budgets=BUDGETS, rounds=9)
     add_write(parser, tell.MARKER)
     return placed(parser.parse_args(argv), "quality", PICTURES / "quality.png")
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tldr_compile import __version__
 from tldr_compile.errors import OptionError, TldrError
-from tldr_compile.quality.methods import METHODS
+from tldr_compile.quality.methods import METHODS, WAYS
 from tldr_compile.writing import FORMATS
 
 EXTRAS = {"run": "demo", "export": "demo", "quality": "quality", "tune": "quality"}
@@ -136,25 +136,27 @@ def parser() -> argparse.ArgumentParser:
 
 def add_comparison(command: argparse.ArgumentParser) -> None:
     """What a comparison measures, and where it keeps that."""
-    command.add_argument("--clips", type=positive, default=1600, metavar="N", help="test clips (default: 1600)")
+    command.add_argument("--clips", type=positive, default=1600, metavar="N", help="test clips (default: %(default)s)")
     command.add_argument(
         "--budgets",
         type=part,
         nargs="+",
         default=(0.6, 0.5, 0.4, 0.3),
         metavar="PART",
-        help="parts of the dense GFLOPs (default: 0.6 0.5 0.4 0.3)",
+        help="parts of the dense GFLOPs (default: %(default)s)",
     )
     command.add_argument(
         "--methods",
         nargs="+",
         choices=METHODS,
         metavar="NAME",
-        default=tuple(METHODS),
-        help=f"of {', '.join(map(repr, METHODS))} (default: all)",
+        default=WAYS,
+        help=f"of {', '.join(map(repr, METHODS))} (default: all but those that are vid-TLDR without a part)",
     )
     command.add_argument("--batch", type=positive, default=8, metavar="N", help="clips of a timed call (default: 8)")
-    command.add_argument("--rounds", type=positive, default=15, metavar="N", help="of each latency (default: 15)")
+    command.add_argument(
+        "--rounds", type=positive, default=15, metavar="N", help="of each latency (default: %(default)s)"
+    )
     command.add_argument("--device", default="cpu", help="where to run: cpu (default), cuda, ...")
     command.add_argument("--out", type=file, metavar="FOLDER", help="for the JSON (default: one named after the model)")
     command.add_argument("--picture", type=file, metavar="PNG", help="default: beside the JSON")

@@ -37,6 +37,8 @@ METHODS: Final[Mapping[str, Method]] = {
     "energy, tokens, margin 0.75": Method({"saliency": "uniform", "reduction": "energy", "margin": 0.75}),
     "affinity, keys (AdaMerge)": Method({"saliency": "uniform", "metric": "keys", "reduction": "affinity"}),
     "merging by shift": Method({"saliency": "shift"}),
+    "merging by MLP shift": Method({"saliency": "mlp shift"}),
+    "merging by key norm": Method({"saliency": "key norm"}),
     "merging by attention received": Method({"saliency": "received"}),
     "merging by change": Method({"saliency": "change"}),
     "random merging": Method({"saliency": "uniform", "reduction": "random merge"}),
@@ -48,6 +50,8 @@ METHODS: Final[Mapping[str, Method]] = {
     "vid-TLDR, plain pooling": Method({"pooling": "plain"}),
     "vid-TLDR, not proportional": Method({"proportional": False}),
 }
+WAYS: Final = tuple(name for name in METHODS if not name.startswith(f"{OURS}, "))
+"""Whole ones, none of which is the paper's without one of its parts."""
 TUNED: Final = "tuned"
 TIMED: Final = (OURS, "uniform merging, keys (ToMe)", TUNED, "drop the last")
 
