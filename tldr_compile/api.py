@@ -200,6 +200,11 @@ def capture(
         exported = _export_pretrained(model, args, kwargs, dynamic_shapes, reason)
         if exported is not None:
             return exported
+        if any(type(each).__name__ == "DTensor" for each in model.parameters()):
+            raise CaptureError(
+                f"{_cannot(model, reason)} The model's parameters are sharded (DTensor): apply tldr_compile to the "
+                "model before it is sharded, and shard the merged module as one (fully_shard(merged))"
+            ) from reason
         raise CaptureError(
             f"{_cannot(model, reason)} Write that so that it can be traced, or try "
             'torch.compile(model, backend="tldr"), which leaves to Python what it cannot trace, or apply on what '
