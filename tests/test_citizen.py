@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 import subprocess
 import sys
@@ -69,11 +70,19 @@ def test_a_move_is_judged_by_where_the_move_before_it_led() -> None:
     assert merged(clip().double()).dtype == torch.float64
 
 
-def test_a_portable_graph_stays_in_its_dtypes() -> None:
+def test_a_portable_graph_stays_in_its_dtypes(caplog: pytest.LogCaptureFixture) -> None:
     moved = merged_tiny().bfloat16()
     with pytest.raises(CaptureError, match=r"from torch.float32 to torch.bfloat16: .*apply tldr_compile to that"):
         tldr_compile.portable(moved)
     assert moved(clip().bfloat16()).dtype == torch.bfloat16
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(caplog.handler)
+    with pytest.raises(CaptureError, match=r"float64: scatter_add.* Expected self.dtype to be equal to src.dtype"):
+        merged_tiny(portable=True).double()
+    assert not caplog.records
+    log.error("still heard")
+    log.removeHandler(caplog.handler)
+    assert [each.message for each in caplog.records] == ["still heard"]
 
 
 # --- copies ---
