@@ -146,6 +146,16 @@ def test_weights_are_given_to_it() -> None:
     assert torch.equal(merged(clip()), other(clip()))
 
 
+def test_models_of_one_kind_are_stacked() -> None:
+    models, video = [merged_tiny() for _ in range(3)], clip()
+    params, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    found = torch.func.vmap(lambda *state: torch.func.functional_call(base, state, (video,)))(params, buffers)
+    torch.testing.assert_close(found, torch.stack([model(video) for model in models]))
+    with pytest.raises(RuntimeError, match="of the same class"):  # it would take the first one's schedule for all
+        torch.func.stack_module_state([models[0], merged_tiny(schedule=[4, 3])])
+
+
 # --- hooks, modes, layers ---
 
 
