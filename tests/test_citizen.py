@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
 import subprocess
 import sys
@@ -69,11 +70,19 @@ def test_a_move_is_judged_by_where_the_move_before_it_led() -> None:
     assert merged(clip().double()).dtype == torch.float64
 
 
-def test_a_portable_graph_stays_in_its_dtypes() -> None:
+def test_a_portable_graph_stays_in_its_dtypes(caplog: pytest.LogCaptureFixture) -> None:
     moved = merged_tiny().bfloat16()
     with pytest.raises(CaptureError, match=r"from torch.float32 to torch.bfloat16: .*apply tldr_compile to that"):
         tldr_compile.portable(moved)
     assert moved(clip().bfloat16()).dtype == torch.bfloat16
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(caplog.handler)
+    with pytest.raises(CaptureError, match=r"float64: scatter_add.* Expected self.dtype to be equal to src.dtype"):
+        merged_tiny(portable=True).double()
+    assert not caplog.records
+    log.error("still heard")
+    log.removeHandler(caplog.handler)
+    assert [each.message for each in caplog.records] == ["still heard"]
 
 
 # --- copies ---
@@ -135,6 +144,16 @@ def test_weights_are_given_to_it() -> None:
     merged, other = merged_tiny(), merged_tiny()
     merged.load_state_dict(other.state_dict(), assign=True)
     assert torch.equal(merged(clip()), other(clip()))
+
+
+def test_models_of_one_kind_are_stacked() -> None:
+    models, video = [merged_tiny() for _ in range(3)], clip()
+    params, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    found = torch.func.vmap(lambda *state: torch.func.functional_call(base, state, (video,)))(params, buffers)
+    torch.testing.assert_close(found, torch.stack([model(video) for model in models]))
+    with pytest.raises(RuntimeError, match="of the same class"):  # it would take the first one's schedule for all
+        torch.func.stack_module_state([models[0], merged_tiny(schedule=[4, 3])])
 
 
 # --- hooks, modes, layers ---

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import onnxruntime
 import pytest
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 import tldr_compile
 from benchmarks.roads import readers
 from tests.tiny import Tiny, clip
-from tldr_compile import MergedModule, OptionError, WriteError, apply, ops, writing
+from tldr_compile import CaptureError, MergedModule, OptionError, WriteError, apply, ops, writing
 from tldr_compile.module import Kept
 
 SHAPES = {"video": {0: Dim("clips", min=1, max=16)}}
@@ -138,6 +140,16 @@ def test_what_is_exported_needs_no_class_of_this_package() -> None:
     torch.testing.assert_close((found[0], *found[1]), (wanted[0], *wanted[1]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("portable", [True, False])
+@torch.no_grad()
+def test_what_is_exported_is_not_merged_once_more(portable: bool, tmp_path: Path) -> None:
+    program = torch.export.export(apply(Tiny(1).eval(), (clip(),), schedule=[5], portable=portable), (clip(),))
+    writing.write(program, "pt2", tmp_path / "tiny.pt2")
+    for each in (program, torch.export.load(tmp_path / "tiny.pt2")):
+        with pytest.raises(CaptureError, match="merged already: apply tldr_compile to the model that it was made of"):
+            apply(each, schedule=[5])
+
+
 # --- the formats, each read where this package is not ---
 
 PT2 = """
@@ -242,9 +254,46 @@ def test_onnx(options: dict[str, object], tmp_path: Path) -> None:
     program = torch.export.export(portable, (clip(),), dynamic_shapes=SHAPES)
     writing.write(program, "onnx", tmp_path / "tiny.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "tiny.onnx")
+    assert [each.name for each in session.get_outputs()] == ["output"]
     for count in (1, 2, 5):
         (out,) = session.run(None, {"video": clip(count).numpy()})
         torch.testing.assert_close(torch.from_numpy(out), merged(clip(count)), rtol=1e-5, atol=1e-5)
+
+
+class Several(nn.Module):
+    """Several outputs, under names that others have: `video` an input, `positions` a parameter, `add` a value."""
+
+    def __init__(self, structure: Callable[..., object]) -> None:
+        super().__init__()
+        self.structure, self.positions = structure, nn.Parameter(torch.randn(3))
+
+    def forward(self, video: Tensor) -> object:
+        return self.structure(video, video + self.positions)
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    layers: tuple[Tensor, ...]
+
+
+NAMES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "output_0_0 output_2_tokens": lambda x, y: ([y], None, {"tokens": x}),
+    "logits layers_0 layers_1": lambda x, y: Named(y, (y + 1, y + 2)),
+    "positions video_1 add": lambda x, y: {"positions": y.sin(), "video": y.cos(), "add": y.exp()},
+}
+
+
+@pytest.mark.parametrize("names", NAMES)
+@torch.no_grad()
+def test_onnx_outputs_have_the_names_that_the_model_gives_them(names: str, tmp_path: Path) -> None:
+    model, path, video = Several(NAMES[names]), str(tmp_path / "several.onnx"), torch.randn(2, 3)
+    writing.write(torch.export.export(model, (video,)), "onnx", path)
+    session = onnxruntime.InferenceSession(path)
+    assert [each.name for each in session.get_inputs()] == ["video"]
+    assert [each.name for each in session.get_outputs()] == names.split()
+    wanted = [each for each in tree_leaves(model(video)) if each is not None]
+    for out, each in zip(session.run(None, {"video": video.numpy()}), wanted, strict=True):
+        torch.testing.assert_close(torch.from_numpy(out), each)
 
 
 def test_what_cannot_be_written_is_said(

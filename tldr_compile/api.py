@@ -185,7 +185,7 @@ def capture(
 
     Raises `CaptureError`; its cause is what the tracer that was tried last raised.
     """
-    if isinstance(model, MergedModule):
+    if isinstance(model, MergedModule) or (isinstance(model, ExportedProgram) and _is_of_merged(model)):
         raise CaptureError("this model is merged already: apply tldr_compile to the model that it was made of")
     if isinstance(model, ExportedProgram):
         if dynamic_shapes is not None:
@@ -205,11 +205,24 @@ def capture(
         exported = _export_pretrained(model, args, kwargs, dynamic_shapes, reason)
         if exported is not None:
             return exported
+        if any(type(each).__name__ == "DTensor" for each in model.parameters()):
+            raise CaptureError(
+                f"{_cannot(model, reason)} The model's parameters are sharded (DTensor): apply tldr_compile to the "
+                "model before it is sharded, and shard the merged module as one (fully_shard(merged))"
+            ) from reason
         raise CaptureError(
             f"{_cannot(model, reason)} Write that so that it can be traced, or try "
             'torch.compile(model, backend="tldr"), which leaves to Python what it cannot trace, or apply on what '
             "torch.export.export(..., strict=True) gives"
         ) from reason
+
+
+def _is_of_merged(program: ExportedProgram) -> bool:
+    """Whether a merged module was exported: a portable one shows no operator of ours, and programs know their class."""
+    ours = f"{MergedModule.__module__}.{MergedModule.__qualname__}"
+    stacks = (node.meta.get("nn_module_stack") for node in program.graph.nodes)
+    outermost = (next(iter(stack.values())) for stack in stacks if stack)
+    return any(kind == ours for _, kind in outermost)
 
 
 def _warn_of_hooks(model: nn.Module) -> None:

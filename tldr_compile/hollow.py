@@ -11,12 +11,36 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable.contract import STATE_KEY
 
 from tldr_compile.errors import CaptureError
 
 
+class _Unsharded(dict[Any, Any]):
+    """Where `fully_shard` and its like note, first of all, that they hold a module.
+
+    It refuses there: a note that stays behind makes `fully_shard(merged)` pass the layer by, without a word.
+    """
+
+    def setdefault(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise CaptureError(
+            "a layer of a merged module cannot be sharded or replicated by itself: nobody calls it, so that nothing "
+            "would gather its parameters. Shard the merged module as one (fully_shard(merged))"
+        )
+
+
 class Hollow(nn.Module):
     """Parameters, buffers and other hollow modules."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.__dict__[STATE_KEY] = _Unsharded()
+
+    def __iter__(self) -> NoReturn:
+        raise CaptureError(
+            "a merged module has no layers to go through one by one, only what holds their parameters: do what you do "
+            "to each of them to the model before it is merged, or to the merged module as one (fully_shard(merged))"
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise CaptureError("a layer of a merged module only holds parameters; call the merged module itself")
@@ -39,7 +63,7 @@ class HollowLinear(Hollow, nn.Linear):
     """The weight of a linear layer, where whoever looks for `nn.Linear` finds it."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        nn.Module.__init__(self)
+        Hollow.__init__(self)
         self.out_features, self.in_features = rows, columns
         for name in ("weight", "bias"):  # in the order of a linear layer
             self.register_parameter(name, None)

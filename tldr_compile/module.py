@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -90,13 +93,13 @@ class MergedModule(nn.Module):
         super().__init__()
         self._facts = _Facts(program, config, merged, report, origin, graphs.assertions, remake)
         self._signature = Signature.of(program, graphs, origin.model.forward if origin.model is not None else None)
-        self.__class__ = _called_like(self._signature)
         self._out_spec = _out_spec(program)
         self._sources = [_source(spec.kind, spec.target) for spec in program.graph_signature.input_specs]
         graph = with_writes(merged.graph, graphs.mutated)
         if config.portable and merged.plan.merges:
             graph = decomposed(graph, graphs.graph, config.portable)
         self.graph_module = _open(inherit(graph, graphs.graph))
+        self.__class__ = _class_of(self._signature.parameters, self.graph_module.code)
         self._hold(tensors(program))
         super().train(origin.training)
 
@@ -269,9 +272,18 @@ def _source(kind: InputKind, target: str | None) -> str | None:
     return None if kind is InputKind.USER_INPUT else target
 
 
-def _called_like(signature: Signature) -> type[MergedModule]:
-    """The class of one module, as of an `fx.GraphModule`: its `forward` has the model's signature."""
-    members = {"forward": method(signature.parameters), "__doc__": MergedModule.__doc__, "__module__": __name__}
+def _class_of(parameters: inspect.Signature, code: str) -> type[MergedModule]:
+    """One class for all modules that compute the same, as `torch.func.stack_module_state` wants it of its models."""
+    try:
+        return _called_like(parameters, hashlib.sha256(code.encode()).digest())
+    except TypeError:  # a default that cannot be hashed
+        return _called_like.__wrapped__(parameters, b"")
+
+
+@functools.lru_cache(maxsize=256)
+def _called_like(parameters: inspect.Signature, graph: bytes) -> type[MergedModule]:
+    """As that of an `fx.GraphModule`, the class of a `graph` (its digest); `forward` has the model's signature."""
+    members = {"forward": method(parameters), "__doc__": MergedModule.__doc__, "__module__": __name__}
     return type(MergedModule.__name__, (MergedModule,), members)
 
 

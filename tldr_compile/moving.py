@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,8 +58,23 @@ def check(graph: fx.GraphModule, dtypes: Casts) -> None:
     placeholders = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     mode = detect_fake_mode(placeholders)
     env = None if mode is None else mode.shape_env
-    with FakeTensorMode(shape_env=env, allow_non_fake_inputs=True), torch.no_grad():
+    with FakeTensorMode(shape_env=env, allow_non_fake_inputs=True), torch.no_grad(), _unlogged():
         _Trial(graph, dtypes).run(*(_cast(each, dtypes) for each in placeholders))
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging the traceback of what fails with fake tensors: `check` says it."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    log.addFilter(_is_no_traceback)
+    try:
+        yield
+    finally:
+        log.removeFilter(_is_no_traceback)
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    return record.exc_info is None
 
 
 def _cast(value: Any, dtypes: Casts) -> Any:

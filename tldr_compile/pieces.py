@@ -254,8 +254,9 @@ def refuse_piece(config: TokenMerging, broken: Break) -> None:
         f"{broken.why}\n"
         "Compile the model as one graph (fullgraph=True names every break); or compile only the part that holds the "
         "attention, inside of what wraps it, as in DDP(torch.compile(model)); where DDPOptimizer is the reason, set "
-        "torch._dynamo.config.optimize_ddp = False; or give one fraction for all sites, such as "
-        'options={"schedule": 0.1}'
+        "torch._dynamo.config.optimize_ddp = False; where fully_shard holds layers one by one, shard the whole model "
+        "alone, or merge ahead of time and shard that (fully_shard(tldr_compile.apply(...))); or give one fraction for "
+        'all sites, such as options={"schedule": 0.1}'
     )
 
 

@@ -16,6 +16,8 @@ from shutil import copyfile
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils._pytree import KeyPath, tree_leaves_with_path, tree_unflatten
 
 from tldr_compile import ops
 from tldr_compile.errors import OptionError, WriteError
@@ -45,13 +47,17 @@ def aoti(program: ExportedProgram, path: Path) -> None:
 
 
 def onnx(program: ExportedProgram, path: Path) -> None:
-    """ONNX, with the weights in the file where they fit, beside it (`.data`) where not."""
+    """ONNX, with the weights in the file where they fit, beside it (`.data`) where not.
+
+    Inputs have the names of the arguments, outputs those under which the model returns them (`_output_names`).
+    """
     try:
         import onnxscript  # noqa: F401, PLC0415 - optional
     except ModuleNotFoundError as missing:
         raise WriteError(
             f"the format onnx needs the package {missing.name!r}: pip install 'tldr-compile[onnx]'"
         ) from missing
+    from onnx_ir.passes.common import NameFixPass  # noqa: PLC0415 - with onnxscript
     from torch.onnx.errors import OnnxExporterError  # noqa: PLC0415 - with onnxscript
 
     try:
@@ -66,7 +72,37 @@ def onnx(program: ExportedProgram, path: Path) -> None:
             f"a call changes the buffers {', '.join(changed)}, which an ONNX file cannot hold: write it in the format "
             "pt2 or aoti, or a model that leaves them as they are"
         )
+    graph = written.model.graph
+    for values, names in ((graph.inputs, _input_names(program)), (graph.outputs, _output_names(program))):
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+    NameFixPass()(written.model)  # what is inside makes way: two values of one name make no valid file
     written.save(str(path))
+
+
+def _input_names(program: ExportedProgram) -> list[str]:
+    specs = (spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT)
+    return [spec.arg.name for spec in specs if not isinstance(spec.arg, ConstantArgument)]
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """Keys and places on the way to each tensor: `logits`, `hidden_states_0`; what has no key is an `output`.
+
+    A tensor alone is `output`, those of a tuple are `output_0`, `output_1`.
+    """
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    paths = [path for path, _ in tree_leaves_with_path(tree_unflatten(range(spec.num_leaves), spec))]
+    specs = (each for each in program.graph_signature.output_specs if each.kind is OutputKind.USER_OUTPUT)
+    return [
+        _joined(path) for path, each in zip(paths, specs, strict=True) if not isinstance(each.arg, ConstantArgument)
+    ]
+
+
+def _joined(path: KeyPath) -> str:
+    keys = [getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))) for entry in path]
+    unnamed = not keys or not isinstance(keys[0], str)
+    return "_".join(map(str, ("output", *keys) if unnamed else keys))
 
 
 def _innermost(reason: BaseException) -> str:
@@ -84,12 +120,13 @@ FORMATS: Mapping[str, tuple[str, Callable[[ExportedProgram, Path], None]]] = {
 """What a file has to end in, and what writes it."""
 
 
-def write(program: ExportedProgram, form: str, path: Path) -> None:
+def write(program: ExportedProgram, form: str, path: str | os.PathLike[str]) -> None:
     """Write a program of a portable module to a file.
 
     Raises `OptionError` for a format that there is not, or a file name that it does not take, and `WriteError` where
     the file cannot be written, or what writes the format is missing or refuses the program.
     """
+    path = Path(path)
     check(form, path)
     _, writer = FORMATS[form]
     new = not path.exists()

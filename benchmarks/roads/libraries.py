@@ -157,6 +157,32 @@ def diffusers() -> float:
         return _far(_compiled(model)(**inputs).sample, wanted)
 
 
+class _Frames(nn.Module):
+    """A model of pictures on clips `[B, 3, T, H, W]`: the frames are its batch, and the mean of its answers counts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clip: Tensor) -> Tensor:
+        logits: Tensor = self.model(clip.transpose(1, 2).flatten(0, 1))
+        return logits.unflatten(0, (clip.shape[0], -1)).mean(1)
+
+
+def timm() -> float:
+    """A picture transformer on frames, compiled in place."""
+    from timm import create_model  # noqa: PLC0415 - optional
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "depth": 2, "num_classes": 5}
+    model = _Frames(create_model("vit_tiny_patch16_224", pretrained=False, **sizes)).eval()
+    clip = torch.randn(2, 3, 4, 64, 64)
+    with torch.no_grad():
+        wanted = tldr_compile.apply(model, (clip,), schedule=SCHEDULE)(clip)
+        assert _far(model(clip), wanted) > 1e-3
+        return _far(_compiled(model)(clip), wanted)
+
+
 def reexport() -> float:
     """Exported again with the dynamic shapes that the model takes."""
     shapes = {"clip": {0: torch.export.Dim("clips", min=1, max=8)}}

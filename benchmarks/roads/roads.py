@@ -24,7 +24,10 @@ HERE = "tests/test_roads.py"
 
 @dataclass(frozen=True)
 class Road:
-    """`walk()` gives the largest difference at each of its ends, which is at most `bound`."""
+    """`walk()` gives the largest difference at each of its ends, which is at most `bound`.
+
+    `needs` is a package that the tests' extra does not bring.
+    """
 
     name: str
     how: str
@@ -32,10 +35,13 @@ class Road:
     bound: float = 1e-5
     test: str = HERE
     ends: tuple[str, ...] = ()
+    needs: str | None = None
 
 
-def _road(name: str, how: str, run: Callable[[], float], bound: float = 1e-5, test: str = HERE) -> Road:
-    return Road(name, how, lambda: {name: run()}, bound, test, (name,))
+def _road(
+    name: str, how: str, run: Callable[[], float], bound: float = 1e-5, test: str = HERE, needs: str | None = None
+) -> Road:
+    return Road(name, how, lambda: {name: run()}, bound, test, (name,), needs)
 
 
 ALONE = """
@@ -135,6 +141,7 @@ ROADS = (
     _road("torchao int8", "`quantize_(merged, config)`", libraries.torchao),
     _road("PT2E int8", "`prepare_pt2e(torch.export.export(portable, ...).module(), ...)`", libraries.pt2e, bound=5e-2),
     _road("diffusers", '`pipe.transformer.compile(backend="tldr")`', libraries.diffusers),
+    _road("timm", '`torch.compile(frames, backend="tldr")`', libraries.timm, needs="timm"),
     Road("a second process", "`torch.compile`; `forward.aot_compile(...)`", _twice, test=CACHE, ends=CACHED),
     Road("two processes", "`torchrun`, one step on gloo", _distributed, ends=DISTRIBUTED),
 )
