@@ -37,7 +37,7 @@ from tldr_compile.records.outputs import check_folder
 HERE = Path(__file__).parent
 RECIPES = {
     DIRECTION.name: Settings("base", (8000, 4000), batch=32, seed=0, rate=1.5e-3),
-    ORDER.name: Settings("base", (8000,), batch=16, seed=0, rate=1.5e-3, task=ORDER.name, pretrain=2000),
+    ORDER.name: Settings("base", (8000,), batch=16, seed=0, rate=1.5e-3, task=ORDER.name, pretrain=500),
 }
 """What the kept models are trained by."""
 LOG_EVERY, VALIDATE_EVERY, SAVE_SECONDS = 50, 500, 120.0
