@@ -39,6 +39,7 @@ aten = torch.ops.aten
 _ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.addcmul.default, aten.lerp.Tensor, aten.lerp.Scalar})
 _NORMS = frozenset({aten.layer_norm.default, aten.rms_norm.default})
 _THROUGH = frozenset({aten.clone.default, aten._to_copy.default})
+_SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor})
 
 
 @dataclass(frozen=True)
@@ -170,21 +171,47 @@ class Flow:
                 front += node.all_input_nodes
         return False
 
-    def residual(self, attention: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """The first residual addition that post-dominates an attention; past its norm, past parallel branches.
+    def residual(self, attention: Attention) -> tuple[fx.Node, fx.Node] | None:
+        """The residual addition that post-dominates an attention; past its norm, past parallel branches.
 
-        With it the stream that comes to the addition from elsewhere than the attention.
+        With it the stream that comes to the addition from elsewhere than the attention: that which queries and keys are
+        made of. Where there is none, as where the stream is pooled on its way, it is the first that is added to.
         """
-        node = self.post_dominator.get(attention)
-        while node is not None and self._stream_beside(node, attention) is None:
+        found: tuple[fx.Node, fx.Node] | None = None
+        node = self.post_dominator.get(attention.node)
+        while node is not None and not (found and self._adds_to_itself(node, attention.node)):
+            beside = self._stream_beside(node, attention.node)
+            if beside is not None and (stream := self._read(beside, attention)) is not None:
+                found = node, stream
+                break
+            if found is None and beside is not None and not self.descends(attention.queries, beside):
+                found = node, beside
             node = self.post_dominator.get(node)
-        if node is None:
+        if found is None:
             return None
-        before = self._stream_beside(node, attention)
-        assert before is not None
+        node, before = found
         while (following := self._continues(node)) is not None:
             node = following
         return node, before
+
+    def _read(self, side: fx.Node, attention: Attention) -> fx.Node | None:
+        """What an attention reads of what it is added to, without its scale; None if not all of it is made of that.
+
+        What is added to the queries of a self-attention alone, or made of its values, is a part of it.
+        """
+        ends = [attention.queries]
+        if attention.keys is not None and _attends_to_itself(self.typed, attention):
+            ends.append(attention.keys)
+        while not all(self.descends(end, side) for end in ends):
+            scaled = [each for each in self.typed.operands(side) if self.typed.value(each).clip]
+            if side.target not in _SCALINGS or len(scaled) != 1:
+                return None
+            (side,) = scaled
+        return side
+
+    def _adds_to_itself(self, node: fx.Node, branch: fx.Node) -> bool:
+        """Whether an addition is one of a later residual step."""
+        return node.target in _ADDITIONS and all(self.descends(each, branch) for each in self.typed.operands(node))
 
     def _stream_beside(self, node: fx.Node, branch: fx.Node) -> fx.Node | None:
         """What an addition adds a branch to, if it is one of the two and the other is one stream of the clip."""
@@ -212,7 +239,7 @@ def sites(typed: TypedGraph, attentions: Sequence[Attention], protect: int = 0) 
     flow = Flow(typed)
     selves = [each for each in attentions if _attends_to_itself(typed, each)]
     found = [_site(flow, index, each, protect) for index, each in enumerate(selves)]
-    steps = [(each.node, *step) for each in attentions if (step := flow.residual(each.node)) is not None]
+    steps = [(each.node, *step) for each in attentions if (step := flow.residual(each)) is not None]
     return tuple(_after_stretch(flow, each, steps) if isinstance(each, Site) else each for each in found)
 
 
@@ -304,7 +331,7 @@ def _stream(flow: Flow, attention: Attention, tokens: Axis) -> Stream | str:
     runs = maximal_runs(tokens)
     if len(runs) > 1:
         return f"its tokens {tokens!r} hold the clip in {len(runs)} places, and a merge shortens one"
-    residual = flow.residual(attention.node)
+    residual = flow.residual(attention)
     if residual is None:
         return "no residual addition follows it on every path, so there is no stream to merge"
     node, before = residual

@@ -108,6 +108,51 @@ def test_the_merge_stands_where_the_residual_step_ends(
     assert site.layout == "joint space-time"
 
 
+def branches_then_stream(x: Tensor) -> Tensor:
+    h = norm(x)
+    return attend(h) + mlp(h) + x
+
+
+def scaled_stream(x: Tensor) -> Tensor:
+    """DeepNorm."""
+    return norm(2.2 * x + attend(x))
+
+
+def values_beside(x: Tensor) -> Tensor:
+    """A position is made of the values, and added within the attention."""
+    v = F.linear(norm(x), number(C, C))
+    q, k = (F.linear(norm(x), number(C, C, seed=seed)) for seed in (1, 2))
+    attended = F.scaled_dot_product_attention(q, k, v) + F.linear(v, number(C, C, seed=3))
+    return x + F.linear(attended, number(C, C, seed=4))
+
+
+def queries_beside(x: Tensor) -> Tensor:
+    q, k, v = (F.linear(norm(x), number(C, C, seed=seed)) for seed in range(3))
+    return x + F.linear(F.scaled_dot_product_attention(q, k, v) + q, number(C, C, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("block", "operator", "which"),
+    [
+        (pre_norm, "add", 0),
+        (branches_first, "add", 1),
+        (branches_then_stream, "add", 1),
+        (scaled_stream, "layer_norm", 0),
+        (values_beside, "add", 1),
+        (queries_beside, "add", 1),
+    ],
+)
+def test_the_stream_is_what_the_attention_is_made_of(
+    block: Callable[[Tensor], Tensor], operator: str, which: int
+) -> None:
+    """What else is added on the way is a branch beside it, or a part of it."""
+    graph, (site,) = found(lambda clip: block(tokens(clip)).sum())
+    assert isinstance(site, Site)
+    assert site.stream.node is named(graph, operator)[which]
+    read = named(graph, "layer_norm")[0] if block is not scaled_stream else named(graph, "mul")[0]
+    assert site.stream.before is read.args[0]
+
+
 def test_the_merge_stands_behind_a_cast() -> None:
     graph, (site,) = found(lambda clip: torch.ops.aten._to_copy.default(on_the_left(tokens(clip)), dtype=torch.float64))
     assert isinstance(site, Site)
