@@ -156,6 +156,29 @@ def test_models_of_one_kind_are_stacked() -> None:
         torch.func.stack_module_state([models[0], merged_tiny(schedule=[4, 3])])
 
 
+class Naming(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model, self.name = Tiny(), name
+
+    def forward(self, video: Tensor) -> dict[str, Tensor]:
+        return {self.name: self.model(video)}
+
+
+def test_models_that_return_other_things_are_of_another_kind() -> None:
+    one, same, other = (merged_tiny(Naming(name).eval()) for name in ("a", "a", "b"))
+    assert type(one) is type(same) is not type(other)
+
+
+def test_functions_of_one_name_are_of_another_kind() -> None:
+    merged = []
+    for scale in (1.0, 2.0):
+        ops.SIGNALS.pop("mine", None)
+        ops.signal("mine", reads="tokens")(lambda tokens, scale=scale: ops.saliency(scale * tokens.norm(dim=-1)))
+        merged += [merged_tiny(saliency="mine"), merged_tiny(saliency="mine")]
+    assert type(merged[0]) is type(merged[1]) is not type(merged[2])
+
+
 # --- hooks, modes, layers ---
 
 

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -99,7 +99,7 @@ class MergedModule(nn.Module):
         if config.portable and merged.plan.merges:
             graph = decomposed(graph, graphs.graph, config.portable)
         self.graph_module = _open(inherit(graph, graphs.graph))
-        self.__class__ = _class_of(self._signature.parameters, self.graph_module.code)
+        self.__class__ = _class_of(self._signature.parameters, self.graph_module, self._out_spec)
         self._hold(tensors(program))
         super().train(origin.training)
 
@@ -272,17 +272,22 @@ def _source(kind: InputKind, target: str | None) -> str | None:
     return None if kind is InputKind.USER_INPUT else target
 
 
-def _class_of(parameters: inspect.Signature, code: str) -> type[MergedModule]:
-    """One class for all modules that compute the same, as `torch.func.stack_module_state` wants it of its models."""
+def _class_of(parameters: inspect.Signature, graph: fx.GraphModule, out_spec: TreeSpec) -> type[MergedModule]:
+    """One class for all modules that compute the same, as `torch.func.stack_module_state` wants it of its models.
+
+    Code calls functions by names, which two of them may share, and says nothing of what the model makes of its results.
+    """
+    said = f"{graph.code}{out_spec}"
+    called = tuple(node.target for node in graph.graph.nodes if node.op == "call_function")
     try:
-        return _called_like(parameters, hashlib.sha256(code.encode()).digest())
+        return _called_like(parameters, (hashlib.sha256(said.encode()).digest(), called))
     except TypeError:  # a default that cannot be hashed
-        return _called_like.__wrapped__(parameters, b"")
+        return _called_like.__wrapped__(parameters, ())
 
 
 @functools.lru_cache(maxsize=256)
-def _called_like(parameters: inspect.Signature, graph: bytes) -> type[MergedModule]:
-    """As that of an `fx.GraphModule`, the class of a `graph` (its digest); `forward` has the model's signature."""
+def _called_like(parameters: inspect.Signature, kind: Hashable) -> type[MergedModule]:
+    """As that of an `fx.GraphModule`, the class of a graph of one `kind`; `forward` has the model's signature."""
     members = {"forward": method(parameters), "__doc__": MergedModule.__doc__, "__module__": __name__}
     return type(MergedModule.__name__, (MergedModule,), members)
 

@@ -83,8 +83,8 @@ class Report:
         first = [merge.site.index for merge in self.plan.merges if merge.site.stream.stretch is None]
         if first and "mlp shift" in self._merged.options.asks:
             yield (
-                f"'mlp shift' is 0 of all tokens of sites {_spans(first)}, which no MLP lies above, or none that their "
-                "attention reads: by it alone tokens weigh alike there, and dropping loses the first"
+                f"'mlp shift' is 0 of all tokens of sites {_spans(first)}, above which no MLP lies on the same stream: "
+                "by it alone tokens weigh alike there, and dropping loses the first"
             )
 
     @property
