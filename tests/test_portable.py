@@ -315,6 +315,14 @@ def test_what_cannot_be_written_is_said(
         writing.write(program, "onnx", tmp_path / "tiny.onnx")
 
 
+def test_a_program_that_needs_this_package_is_not_written(tmp_path: Path) -> None:
+    program = torch.export.export(apply(Tiny().eval(), (clip(),), schedule=0.3), (clip(),))
+    for form, name in (("pt2", "tiny.pt2"), ("onnx", "tiny.onnx")):
+        with pytest.raises(OptionError, match=r"calls tldr\..*: export tldr_compile\.portable\(merged\)"):
+            writing.write(program, form, tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
 class Counting(Tiny):
     """Counts its calls."""
 

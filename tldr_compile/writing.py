@@ -123,11 +123,13 @@ FORMATS: Mapping[str, tuple[str, Callable[[ExportedProgram, Path], None]]] = {
 def write(program: ExportedProgram, form: str, path: str | os.PathLike[str]) -> None:
     """Write a program of a portable module to a file.
 
-    Raises `OptionError` for a format that there is not, or a file name that it does not take, and `WriteError` where
-    the file cannot be written, or what writes the format is missing or refuses the program.
+    Raises `OptionError` for a format that there is not, a file name that it does not take, or a program that only runs
+    where this package is, and `WriteError` where the file cannot be written, or what writes the format is missing or
+    refuses the program.
     """
     path = Path(path)
     check(form, path)
+    _check_portable(program)
     _, writer = FORMATS[form]
     new = not path.exists()
     try:
@@ -146,6 +148,16 @@ def check(form: str, path: Path) -> None:
     suffix, _ = FORMATS[form]
     if path.suffix != suffix:
         raise OptionError(f"{path}: a file in the format {form} has to end in {suffix}")
+
+
+def _check_portable(program: ExportedProgram) -> None:
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
+            if getattr(node.target, "namespace", None) == "tldr":
+                raise OptionError(
+                    f"{node.name} calls {node.target}, an operator of tldr-compile, which a reader without it lacks: "
+                    "export tldr_compile.portable(merged) in place of merged"
+                )
 
 
 def write_library(folder: str | os.PathLike[str]) -> Path:

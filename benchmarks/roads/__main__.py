@@ -60,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def page(far: dict[str, float], versions: dict[str, str], date: str) -> str:
     lines = [
-        (end, road.how, _difference(far.get(end)), f"{road.bound:.0e}", f"`{road.test}`")
+        (end, how, _difference(far.get(end)), f"{road.bound:.0e}", f"`{road.test}`")
         for road in ROADS
-        for end in road.ends
+        for end, how in road.ends.items()
     ]
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     table = grid(("road", "how", "largest difference", "bound", "test"), lines)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,22 +26,21 @@ HERE = "tests/test_roads.py"
 class Road:
     """`walk()` gives the largest difference at each of its ends, which is at most `bound`.
 
-    `needs` is a package that the tests' extra does not bring.
+    `ends` says how each is come to; `needs` is a package that the tests' extra does not bring.
     """
 
     name: str
-    how: str
+    ends: Mapping[str, str]
     walk: Callable[[], dict[str, float]]
     bound: float = 1e-5
     test: str = HERE
-    ends: tuple[str, ...] = ()
     needs: str | None = None
 
 
 def _road(
     name: str, how: str, run: Callable[[], float], bound: float = 1e-5, test: str = HERE, needs: str | None = None
 ) -> Road:
-    return Road(name, how, lambda: {name: run()}, bound, test, (name,), needs)
+    return Road(name, {name: how}, lambda: {name: run()}, bound, test, needs)
 
 
 ALONE = """
@@ -77,12 +76,15 @@ def _written(form: str, native: bool = False) -> float:
         return float((torch.tensor([*map(float, out.split())]) - merged(clips(5)).flatten()).abs().max())
 
 
-DISTRIBUTED = (
-    "DDP(merged)",
-    "DDP(torch.compile(model))",
-    "torch.compile(DDP(model))",
-    "fully_shard(merged)",
-    "torch.compile(fully_shard(model))",
+DISTRIBUTED = dict.fromkeys(
+    (
+        "DDP(merged)",
+        "DDP(torch.compile(model))",
+        "torch.compile(DDP(model))",
+        "fully_shard(merged)",
+        "torch.compile(fully_shard(model))",
+    ),
+    "`torchrun`, one step on gloo",
 )
 
 
@@ -108,7 +110,7 @@ def _in_cpp(native: bool = False) -> float:
         return float((readers.run(reader, package, clips(), library) - merged(clips()).flatten()).abs().max())
 
 
-CACHED = ("warm cache", "aot_compile")
+CACHED = {"warm cache": "`torch.compile` in a second process", "aot_compile": "`forward.aot_compile(...)` there"}
 
 
 def _twice() -> dict[str, float]:
@@ -142,6 +144,6 @@ ROADS = (
     _road("PT2E int8", "`prepare_pt2e(torch.export.export(portable, ...).module(), ...)`", libraries.pt2e, bound=5e-2),
     _road("diffusers", '`pipe.transformer.compile(backend="tldr")`', libraries.diffusers),
     _road("timm", '`torch.compile(frames, backend="tldr")`', libraries.timm, needs="timm"),
-    Road("a second process", "`torch.compile`; `forward.aot_compile(...)`", _twice, test=CACHE, ends=CACHED),
-    Road("two processes", "`torchrun`, one step on gloo", _distributed, ends=DISTRIBUTED),
+    Road("a second process", CACHED, _twice, test=CACHE),
+    Road("two processes", DISTRIBUTED, _distributed),
 )

@@ -107,6 +107,10 @@ def _convolution(node: fx.Node, reads: Sequence[Axes], output: Axes, sizes: _Siz
     return 2 * sizes.count(output) * prod(sizes(each.size) for each in reads[1][1:])
 
 
+def _transposed_convolution(node: fx.Node, reads: Sequence[Axes], output: Axes, sizes: _Sizes) -> int:
+    return 2 * sizes.count(reads[0]) * prod(sizes(each.size) for each in reads[1][1:])
+
+
 def _einsum(node: fx.Node, reads: Sequence[Axes], output: Axes, sizes: _Sizes) -> int:
     letters = str(named(node)["equation"]).replace(" ", "").partition("->")[0].split(",")
     if len(letters) != 2 or "." in "".join(letters):
@@ -121,6 +125,7 @@ FORMULAS: dict[str, Callable[[fx.Node, Sequence[Axes], Axes, _Sizes], int]] = {
     **dict.fromkeys((f"aten::{name}" for name in ("matmul", "bmm", "mm", "addmm", "baddbmm")), _product),
     "aten::scaled_dot_product_attention": _attention,
     **dict.fromkeys((f"aten::{name}" for name in ("conv1d", "conv2d", "conv3d", "convolution")), _convolution),
+    **dict.fromkeys((f"aten::conv_transpose{dims}d" for dims in (1, 2, 3)), _transposed_convolution),
     "aten::einsum": _einsum,
 }
 

@@ -203,7 +203,7 @@ def test_a_model_is_written_and_read_without_this_package(
     assert cli.main([*arguments, "--out", str(written)]) == 0
     out = capsys.readouterr().out
     assert "1 to 4 clips [B, 4, 3, 32, 32] in, logits out" in out
-    told = (tmp_path / "model.txt").read_text(encoding="utf-8")
+    told = (tmp_path / "model.pt2.txt").read_text(encoding="utf-8")
     assert "saliency, matching, merge to n1" in told
     fraction = float(re.findall(r"budget 0\.8 of the dense operations: one fraction ([\d.]+)", told)[0])
     clips = torch.randn(3, 4, 3, 32, 32)

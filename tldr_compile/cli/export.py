@@ -15,6 +15,11 @@ from tldr_compile.errors import OptionError
 from tldr_compile.media import models
 from tldr_compile.records.outputs import check_file
 
+NOTES = {
+    "aoti": "\nother sizes and dtypes are computed wrongly unless AOTI_RUNTIME_CHECK_INPUTS=1 is set where it is read",
+    "onnx": "\nits input is named clip, its output output",
+}
+
 
 class Logits(nn.Module):
     """A classifier whose answer is a tensor: whoever reads the file needs no class of transformers."""
@@ -30,7 +35,8 @@ class Logits(nn.Module):
 
 def run(arguments: argparse.Namespace) -> None:
     """Writes what `tldr export --help` says. Raises TldrError; nothing is captured before the output is looked at."""
-    path, beside = arguments.out, arguments.out.with_suffix(".txt")
+    path = arguments.out
+    beside = path.with_name(f"{path.name}.txt")
     writing.check(arguments.format, path)
     for each in (path, beside):
         check_file("--out", each)
@@ -51,8 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
         merged = tldr_compile.apply(model, (clip,), dynamic_shapes=shapes, config=config)
         writing.write(torch.export.export(merged, (clip,), dynamic_shapes=shapes), arguments.format, path)
         library = writing.write_library(path.parent) if arguments.native else None
-    clips = f"1 to {most} clips" if most > 1 else "one clip"
-    told = f"{subject.origin}\n{arguments.format}: {clips} [B, {', '.join(map(str, clip.shape[1:]))}] in, logits out"
+    clips, many = (f"1 to {most} clips", "B") if most > 1 else ("one clip", "1")
+    sizes = ", ".join(map(str, (many, *clip.shape[1:])))
+    told = f"{subject.origin}\n{arguments.format}: {clips} [{sizes}] in, logits out{NOTES.get(arguments.format, '')}"
     if library is not None:
         told += f"\nload {library.name} before it: torch.ops.load_library(path) in Python, dlopen in C++"
     beside.write_text(f"{told}\n{merged.report}\n", encoding="utf-8")

@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "export",
         help="write a video model with merged tokens to a file that runs without this package",
         description="Merges the tokens of a video transformer and writes it, as logits of a clip, to a file that runs "
-        "where this package is not installed; the report of what was merged goes beside it, as .txt.",
+        "where this package is not installed; the report of what was merged goes beside it, as FILE.txt.",
     )
     _add_model(export)
     export.add_argument("--format", required=True, choices=tuple(FORMATS), help="torch.export, AOTInductor or ONNX")

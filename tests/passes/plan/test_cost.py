@@ -22,6 +22,7 @@ PRODUCTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "scores": (lambda x: x @ x.mT, 2 * 6 * 6 * 8),
     "two products": (lambda x: F.scaled_dot_product_attention(x, x, x), 2 * 6 * 6 * (8 + 8)),
     "convolution": (lambda x: F.conv1d(x.mT, number(5, 8, 3)), 2 * 4 * 5 * 8 * 3),
+    "transposed": (lambda x: F.conv_transpose1d(x.mT, number(8, 5, 3), stride=2), 2 * 6 * 8 * 5 * 3),
     "einsum": (lambda x: torch.einsum("bnc,dc->bnd", x, number(5, 8)), 2 * 6 * 5 * 8),
 }
 """Each with how many pairs of numbers it multiplies."""
