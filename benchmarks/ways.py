@@ -32,7 +32,7 @@ def ways() -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Names of rows, and the options of each."""
     for name in ops.REDUCTIONS:
         yield name, {"reduction": name}
-        if name not in ("drop", "random", "slice"):  # they weigh nothing
+        if ops.REDUCTIONS[name].gives:  # what is dropped weighs nothing
             yield UNIFORM.format(name), {"reduction": name, "saliency": "uniform"}
     for name in ops.SIGNALS:
         if name not in ("attention", "uniform"):

@@ -285,7 +285,7 @@ def _class_of(parameters: inspect.Signature, graph: fx.GraphModule, out_spec: Tr
         return _called_like.__wrapped__(parameters, ())
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def _called_like(parameters: inspect.Signature, kind: Hashable) -> type[MergedModule]:
     """As that of an `fx.GraphModule`, the class of a graph of one `kind`; `forward` has the model's signature."""
     members = {"forward": method(parameters), "__doc__": MergedModule.__doc__, "__module__": __name__}

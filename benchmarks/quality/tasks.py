@@ -4,8 +4,8 @@
 says it all.
 
 `ORDER`: any digit moves in one of 4 directions, stands still, and moves in one of 4 again; the class is the two
-directions in their order. No stretch that is as short as the rest says more than one of them, and the same two the
-other way round are another class.
+directions in their order. No stretch that is as short as the rest shows both, and two different ones the other way
+round are another class.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _times(frames: int) -> Tensor:
 REST, SHORTEST = 3, 5  # steps from frame to frame: how many stand still, and how many each of both ways has at least
 
 
-def _two_ways(chosen: Mapping[str, Tensor], draw: Draws) -> Tensor:
+def _two_motions(chosen: Mapping[str, Tensor], draw: Draws) -> Tensor:
     """At 2.3 to 2.8 pixels a frame, with the rest where it falls."""
     speed, steps = draw(1, 2.3, 2.8), torch.arange(ORDER.frames - 1)
     start = SHORTEST + pick(draw(1), len(steps) - REST - 2 * SHORTEST + 1)
@@ -130,7 +130,7 @@ ORDER = Task(
     distractor_size=(10.0, 15.0),
     sprite=44,
     camera_speed=1.0,
-    path=_two_ways,
+    path=_two_motions,
     asks="in which of 4 directions a digit moves first, and in which after a rest: 16 classes, `4 * first + second`",
     shows="a handwritten digit of 24 to 30 pixels, which is not asked for, moves 2.3 to 2.8 pixels a frame on 5 to 7 "
     "steps, stands still on 3 and moves again on the others of 15,",

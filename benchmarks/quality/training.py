@@ -122,7 +122,7 @@ class Training:
         """The loss of this phase, and what is to be told of it."""
         with torch.autocast("cpu", torch.bfloat16):
             if self.pretraining:
-                far = masked_loss(self.model, batch.pixels, seed=self.step)
+                far = masked_loss(self.model, batch.pixels, seed=self.settings.seed * 1_000_003 + self.step)
                 return far, {"loss": float(far.detach())}
             logits = self.model(batch.pixels).logits
         logits = logits.float()

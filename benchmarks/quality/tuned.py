@@ -84,11 +84,13 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a model for made clips; default: the first that is trained here")
     parser.add_argument("--budgets", type=part, nargs="+", default=(0.5, 0.4, 0.3), metavar="PART")
     parser.add_argument("--clips", type=positive, default=CLIPS, help=f"a multiple of 80 (default: {CLIPS})")
-    parser.add_argument("--work", type=Path, default=Path("tuning"), help="for what is measured (default: tuning)")
+    parser.add_argument("--work", type=Path, help="for what is measured; default: tuning, or tuning-NAME for --model")
     parser.add_argument("--out", type=Path, help="folder for the JSON; default: benchmarks/results, or one for --model")
     parser.add_argument("--picture", type=Path, help="PNG; default: docs/tuned.png, or beside the JSON of --model")
     add_write(parser, MARKER)
-    return placed(parser.parse_args(argv), "tuned", PICTURES / "tuned.png")
+    chosen = placed(parser.parse_args(argv), "tuned", PICTURES / "tuned.png")
+    chosen.work = chosen.work or Path(f"tuning-{Path(chosen.model).name}" if chosen.model else "tuning")
+    return chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -44,7 +44,8 @@ _SCALINGS = frozenset({aten.mul.Tensor, aten.div.Tensor})
 
 @dataclass(frozen=True)
 class Stream:
-    """Where the merge of a site stands: after `node`; `before` is what the attention is added to.
+    """Where the merge of a site stands: after `node`; `before` is what the attention is added to, as it
+    read that, without a scale.
 
     The finest grouping has all that the attention attends along as its run, and all else of the stream apart.
     `stretch` is the last of the stream above where more is added than attention, which in most models is the MLP of the

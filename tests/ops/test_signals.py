@@ -362,7 +362,7 @@ def test_where_no_mlp_is_above_the_report_says_that_tokens_weigh_alike() -> None
     ]
     assert told[1:] == [[], []]
     assert len(told[0]) == 1
-    assert told[0][0].startswith("'mlp shift' is 0 of all tokens of sites 0-1, which no MLP lies above")
+    assert told[0][0].startswith("'mlp shift' is 0 of all tokens of sites 0-1, above which no MLP lies")
 
 
 def readings_of(

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from tldr_compile import __version__
 from tldr_compile.errors import OptionError, TldrError
-from tldr_compile.quality.methods import METHODS, WAYS
+from tldr_compile.quality.methods import METHODS, WHOLE
 from tldr_compile.writing import FORMATS
 
 EXTRAS = {"run": "demo", "export": "demo", "quality": "quality", "tune": "quality"}
@@ -150,7 +150,7 @@ def add_comparison(command: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=METHODS,
         metavar="NAME",
-        default=WAYS,
+        default=WHOLE,
         help=f"of {', '.join(map(repr, METHODS))} (default: all but those that are vid-TLDR without a part)",
     )
     command.add_argument("--batch", type=positive, default=8, metavar="N", help="clips of a timed call (default: 8)")

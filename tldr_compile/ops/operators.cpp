@@ -53,7 +53,6 @@ Tensor empty_sharpness(const Tensor& q) {
 
 void fill(const Tensor& out, const Tensor* sharpness, const Tensor& q, const Tensor& k, const Tensor& v, double scale,
           const Maybe& mask, const Maybe& log_mass) {
-  check(q, k, v, mask, log_mass);
   const Sizes sizes = {q.size(0), q.size(1), q.size(2), v.size(2), q.size(3), v.size(3)};
   const bool keeps = mask && mask->scalar_type() == at::kBool;
   Tensor masked, mass;
@@ -71,6 +70,7 @@ void fill(const Tensor& out, const Tensor* sharpness, const Tensor& q, const Ten
 
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const Maybe& mask,
               const Tensor& log_mass) {
+  check(q, k, v, mask, log_mass);
   const auto out = empty_out(q, v);
   fill(out, nullptr, q, k, v, scale, mask, log_mass);
   return out;
@@ -78,6 +78,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, double scale, c
 
 std::tuple<Tensor, Tensor> attend_and_sharpness(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                                 const Maybe& mask, const Maybe& log_mass) {
+  check(q, k, v, mask, log_mass);
   const auto out = empty_out(q, v), sharpness = empty_sharpness(q);
   fill(out, &sharpness, q, k, v, scale, mask, log_mass);
   return {out, sharpness};

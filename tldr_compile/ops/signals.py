@@ -25,7 +25,7 @@ from .registries import put
 READINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "tokens": "[B, N, C], the residual stream after the attention, in its dtype",
-        "before": "[B, N, C], the stream that the attention is added to",
+        "before": "[B, N, C], the stream that the attention is added to, as the attention read it",
         "previous": "[B, N, C], the stream at the same place of the frame before; zeros in the first frame of a run",
         "shift": "[B, N] float32, how far the attention moved each token of the stream",
         "mlp shift": "[B, N] float32, how far the MLP of the layer before moved each token; zeros where there is none",

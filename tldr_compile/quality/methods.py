@@ -50,8 +50,8 @@ METHODS: Final[Mapping[str, Method]] = {
     "vid-TLDR, plain pooling": Method({"pooling": "plain"}),
     "vid-TLDR, not proportional": Method({"proportional": False}),
 }
-WAYS: Final = tuple(name for name in METHODS if not name.startswith(f"{OURS}, "))
-"""Whole ones, none of which is the paper's without one of its parts."""
+WHOLE: Final = tuple(name for name in METHODS if not name.startswith(f"{OURS}, "))
+"""None of them is the paper's without one of its parts."""
 TUNED: Final = "tuned"
 TIMED: Final = (OURS, "uniform merging, keys (ToMe)", TUNED, "drop the last")
 

@@ -75,10 +75,10 @@ def charts(facts: Mapping[str, Any]) -> list[Chart]:
     ours = [row for row in merged if row["method"] == OURS]
     variants = [row for row in merged if row["method"].startswith(f"{OURS},")]
     methods = [row for row in merged if row not in ours and row not in variants]
-    return [
-        Chart(title, "GFLOPs of one clip", "accuracy, %", _lines([*dense, *some]))
-        for title, some in ((f"{facts['clips']} clips", [*ours, *methods]), (f"variants of {OURS}", [*ours, *variants]))
-    ]
+    parts = [(f"{facts['clips']} clips", [*ours, *methods])]
+    if variants:
+        parts.append((f"variants of {OURS}", [*ours, *variants]))
+    return [Chart(title, "GFLOPs of one clip", "accuracy, %", _lines([*dense, *some])) for title, some in parts]
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, Line]:

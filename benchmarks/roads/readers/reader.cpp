@@ -11,6 +11,10 @@
 
 int main(int count, char** arguments) {
   c10::InferenceMode inference;
+  if (count < 4) {
+    std::cerr << "reader [--library LIBRARY] PACKAGE CLIP SIZE...\n";
+    return 1;
+  }
   if (std::string(arguments[1]) == "--library") {
     if (!dlopen(arguments[2], RTLD_NOW)) {
       std::cerr << dlerror() << "\n";
