@@ -159,9 +159,17 @@ print(*out.flatten().tolist())
 """
 
 AOTI = """
-import torch
+import os, torch
+os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"
 clip, portable, library, native = sys.argv[1:]
-print(*torch._inductor.aoti_load_package(portable)(torch.load(clip)).flatten().tolist())
+run = torch._inductor.aoti_load_package(portable)
+print(*run(torch.load(clip)).flatten().tolist())
+try:
+    run(torch.load(clip).double())
+except RuntimeError:
+    pass
+else:
+    raise SystemExit("a package that was told to check took float64")
 torch.ops.load_library(library)
 print(*torch._inductor.aoti_load_package(native)(torch.load(clip)).flatten().tolist())
 """

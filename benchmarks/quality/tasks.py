@@ -42,17 +42,17 @@ class Task:
     parts: Mapping[str, tuple[str, ...]]
     """Names by part; the last part changes fastest with the label. A part named `digit` decides what moves."""
     frames: int
-    size: int  # pixels, as are all that follow
-    digit_size: tuple[float, float]
-    distractor_size: tuple[float, float]
-    sprite: int
-    """Holds the largest digit, turned, with its outline."""
     camera_speed: float
-    """Per frame, at most."""
+    """Pixels per frame, at most."""
     path: Callable[[Mapping[str, Tensor], Draws], Tensor]
     """Which name of every part [B] -> where the digit is, from any origin: float32 [B, T, 2] as (x, y)."""
     asks: str
     shows: str
+    size: int = 64  # pixels, as are all that follow
+    digit_size: tuple[float, float] = (24.0, 30.0)
+    distractor_size: tuple[float, float] = (10.0, 15.0)
+    sprite: int = 44
+    """Holds the largest digit, turned, with its outline."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -112,10 +112,6 @@ DIRECTION = Task(
     name="direction",
     parts={"digit": tuple(map(str, range(10))), "direction": EIGHT},
     frames=8,
-    size=64,
-    digit_size=(24.0, 30.0),
-    distractor_size=(10.0, 15.0),
-    sprite=44,
     camera_speed=2.0,
     path=_line,
     asks="which digit moves, and in which of 8 directions: 80 classes, `8 * digit + direction`",
@@ -125,10 +121,6 @@ ORDER = Task(
     name="order",
     parts={"first": EIGHT[::2], "second": EIGHT[::2]},
     frames=16,
-    size=64,
-    digit_size=(24.0, 30.0),
-    distractor_size=(10.0, 15.0),
-    sprite=44,
     camera_speed=1.0,
     path=_two_motions,
     asks="in which of 4 directions a digit moves first, and in which after a rest: 16 classes, `4 * first + second`",

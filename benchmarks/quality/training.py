@@ -108,8 +108,8 @@ class Training:
         """One step; what it measures is from before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
-        far, told = self._ask(batch)
-        far.backward()
+        error, told = self._ask(batch)
+        error.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_GRADIENT)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -122,8 +122,8 @@ class Training:
         """The loss of this phase, and what is to be told of it."""
         with torch.autocast("cpu", torch.bfloat16):
             if self.pretraining:
-                far = masked_loss(self.model, batch.pixels, seed=self.settings.seed * 1_000_003 + self.step)
-                return far, {"loss": float(far.detach())}
+                error = masked_loss(self.model, batch.pixels, seed=self.settings.seed * 1_000_003 + self.step)
+                return error, {"loss": float(error.detach())}
             logits = self.model(batch.pixels).logits
         logits = logits.float()
         return loss(logits, batch.labels, self.task), measure(logits.detach(), batch.labels, self.task)

@@ -13,12 +13,12 @@ from tldr_compile.passes.sites.find import (
     AnySite,
     RefusedSite,
     Site,
-    maximal_runs,
     no_sites,
     protected,
     sites,
     why_nothing,
 )
+from tldr_compile.passes.sites.flow import maximal_runs
 from tldr_compile.passes.sites.groupings import TIME, Grouping
 
 __all__ = [

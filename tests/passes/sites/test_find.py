@@ -86,28 +86,6 @@ def on_the_left(x: Tensor) -> Tensor:
     return attend(norm(x)) + x
 
 
-@pytest.mark.parametrize(
-    ("block", "operator", "which"),
-    [
-        (pre_norm, "add", 0),
-        (post_norm, "layer_norm", 0),
-        (with_layer_scale, "add", 0),
-        (attention_first, "layer_norm", 1),
-        (mlp_first, "add", 1),
-        (branches_first, "add", 1),
-        (on_the_left, "add", 0),
-    ],
-)
-def test_the_merge_stands_where_the_residual_step_ends(
-    block: Callable[[Tensor], Tensor], operator: str, which: int
-) -> None:
-    graph, (site,) = found(lambda clip: block(tokens(clip)).sum())
-    assert isinstance(site, Site)
-    assert site.stream.node is named(graph, operator)[which]
-    assert site.stream.finest.run == site.tokens
-    assert site.layout == "joint space-time"
-
-
 def branches_then_stream(x: Tensor) -> Tensor:
     h = norm(x)
     return attend(h) + mlp(h) + x
@@ -135,21 +113,36 @@ def queries_beside(x: Tensor) -> Tensor:
     ("block", "operator", "which"),
     [
         (pre_norm, "add", 0),
+        (post_norm, "layer_norm", 0),
+        (with_layer_scale, "add", 0),
+        (attention_first, "layer_norm", 1),
+        (mlp_first, "add", 1),
         (branches_first, "add", 1),
+        (on_the_left, "add", 0),
         (branches_then_stream, "add", 1),
         (scaled_stream, "layer_norm", 0),
         (values_beside, "add", 1),
         (queries_beside, "add", 1),
     ],
 )
-def test_the_stream_is_what_the_attention_is_made_of(
+def test_the_merge_stands_where_the_residual_step_ends(
     block: Callable[[Tensor], Tensor], operator: str, which: int
 ) -> None:
-    """What else is added on the way is a branch beside it, or a part of it."""
     graph, (site,) = found(lambda clip: block(tokens(clip)).sum())
     assert isinstance(site, Site)
     assert site.stream.node is named(graph, operator)[which]
-    read = named(graph, "layer_norm")[0] if block is not scaled_stream else named(graph, "mul")[0]
+    assert site.stream.finest.run == site.tokens
+    assert site.layout == "joint space-time"
+
+
+@pytest.mark.parametrize(
+    "block", [pre_norm, branches_first, branches_then_stream, scaled_stream, values_beside, queries_beside]
+)
+def test_the_stream_is_what_the_attention_is_made_of(block: Callable[[Tensor], Tensor]) -> None:
+    """What else is added on the way is a branch beside it, or a part of it."""
+    graph, (site,) = found(lambda clip: block(tokens(clip)).sum())
+    assert isinstance(site, Site)
+    read = named(graph, "mul" if block is scaled_stream else "layer_norm")[0]
     assert site.stream.before is read.args[0]
 
 
