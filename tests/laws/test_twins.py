@@ -30,10 +30,11 @@ def test_the_backend_is_a_twin(case: Case) -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("case", [case("vjepa2"), case("timesformer", "eager")], ids=str)
 @torch.no_grad()
-def test_inductor_is_a_twin(case: Case) -> None:
-    assert_same(compiled(case.build(), schedule=case.schedule)(*case.inputs()), merged(case))
+def test_inductor_is_a_twin() -> None:
+    """Of one model: compiling takes a minute."""
+    chosen = case("timesformer", "eager")
+    assert_same(compiled(chosen.build(), schedule=chosen.schedule)(*chosen.inputs()), merged(chosen))
 
 
 @every_family
