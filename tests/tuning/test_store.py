@@ -44,11 +44,31 @@ def test_a_line_that_was_cut_is_measured_again(folder: Path) -> None:
     assert (folder / FILE).read_text() == text
 
 
-def test_a_damaged_line_is_refused(folder: Path) -> None:
-    lines = (folder / FILE).read_text().splitlines()
-    (folder / FILE).write_text("\n".join([lines[0], lines[1][:-9], lines[2]]))
-    with pytest.raises(OptionError, match="damaged in line 2"):
+def test_a_line_that_was_cut_before_its_end_of_line_is_measured_again(folder: Path) -> None:
+    text = (folder / FILE).read_text()
+    (folder / FILE).write_text(text[:-1])
+    for _ in range(2):  # what is written next is a line of its own
+        store = Store(folder, ABOUT)
+        store.put(CONFIG, 4, FAR)
+        store.close()
+    assert (folder / FILE).read_text().splitlines() == [*text.splitlines(), text.splitlines()[-1]]
+
+
+@pytest.mark.parametrize("damaged", [b'{"config": "{', b"3", b"{}", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_damaged_line_is_refused(folder: Path, damaged: bytes, number: int) -> None:
+    lines = (folder / FILE).read_bytes().splitlines()
+    lines[number - 1] = damaged
+    (folder / FILE).write_bytes(b"\n".join([*lines, b""]))
+    with pytest.raises(OptionError, match=r"damaged in line \d|was made with" if number == 1 else f"in line {number}"):
         Store(folder, ABOUT)
+
+
+def test_a_folder_that_takes_no_files(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OptionError, match="is no folder"):
+            Store(path, ABOUT)
 
 
 def test_two_runs_in_one_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import OptionError
+from tldr_compile.records.outputs import check_folder
 from tldr_compile.tuning.answers import Far
 
 FILE = "measured.jsonl"
@@ -24,12 +26,13 @@ class Store:
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
         """`about`: the model, the clips and the objective, which the folder has to be of.
 
-        Raises OptionError for a folder that is of others, or that another run writes to.
+        Raises OptionError for a folder that is of others, that another run writes to, or that takes no files.
         """
         self._known: dict[tuple[str, int], Far] = {}
         self._file = None
         if folder is None:
             return
+        check_folder("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / ".lock")
         try:
@@ -70,20 +73,20 @@ class Store:
             self._file.flush()
 
     def _read(self, path: Path, about: Mapping[str, Any]) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):  # the run was cut there
+            os.truncate(path, sum(map(len, lines[:-1])))
+            lines.pop()
         for number, text in enumerate(lines):
             try:
                 line = json.loads(text)
-            except ValueError:
-                if number < len(lines) - 1:
-                    raise OptionError(f"{path} is damaged in line {number + 1}: remove it to start anew") from None
-                path.write_text("".join(f"{each}\n" for each in lines[:-1]), encoding="utf-8")  # the run was cut there
-                continue
-            if number == 0:
-                _check_about(path, line, about)
-            else:
-                far = Far(torch.tensor(line["distance"]), torch.tensor(line["same"]))
-                self._known[line["config"], line["call"]] = far
+                if number == 0:
+                    _check_about(path, line, about)
+                else:
+                    far = Far(torch.tensor(line["distance"]), torch.tensor(line["same"]))
+                    self._known[line["config"], line["call"]] = far
+            except (ValueError, KeyError, TypeError, AttributeError):  # no JSON, or JSON of something else
+                raise OptionError(f"{path} is damaged in line {number + 1}: remove it to start anew") from None
 
 
 def _check_about(path: Path, found: Mapping[str, Any], about: Mapping[str, Any]) -> None:
