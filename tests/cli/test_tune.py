@@ -52,6 +52,11 @@ def test_a_folder_without_videos(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no videos in it, of .mp4" in capsys.readouterr().err
 
 
+def test_what_is_no_budget_is_told_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(("tune", "--model", "m", "--data", "d", "--budget", "0")) == 2
+    assert "budget=0.0: budget is the part" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("limits", [(), ("--budget", "0.5", "--latency", "0.5")])
 def test_one_limit_is_given(limits: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -27,6 +27,12 @@ def test_entries_of_a_sequence_are_calls() -> None:
     assert [call.clips for call in calls] == [2, 2]
 
 
+def test_arguments_are_structures_too() -> None:
+    clips = torch.zeros(2, 3)
+    calls = calls_of([([each], {"sizes": [1, 2]}) for each in (clips, clips + 1)], 16)
+    assert [call.clips for call in calls] == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("clips", "message"),
     [
@@ -34,6 +40,8 @@ def test_entries_of_a_sequence_are_calls() -> None:
         (torch.zeros(1, 2), "holds one clip: at least two"),
         ([torch.zeros(1, 2), torch.zeros(1, 3)], "calls of several shapes"),
         ([3.5, 4.5], "float without a tensor"),
+        ([([torch.zeros(1, 2)], {}), ([torch.zeros(1, 3)], {})], "calls of several shapes"),
+        (3, "clips= is int"),
     ],
 )
 def test_clips_of_no_use(clips: object, message: str) -> None:

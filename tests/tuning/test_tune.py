@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import tldr_compile
 from tests.tiny import Tiny, clip
@@ -101,6 +103,9 @@ def test_table_and_picture(folder: Path, tmp_path: Path) -> None:
         ({"config": TokenMerging(schedule=0.2)}, OptionError, "says a schedule or a budget"),
         ({"config": TokenMerging(outputs="merged")}, OptionError, "compared at full length"),
         ({"objective": "accuracy"}, OptionError, "objective is 'auto', 'logits'"),
+        ({"budget": None, "latency": "0.5"}, OptionError, "latency='0.5': latency is a part"),
+        ({"batch": 0}, OptionError, "batch=0: batch is a number of clips"),
+        ({"config": {"protect": 1}}, OptionError, "tuning takes a TokenMerging"),
     ],
 )
 def test_what_cannot_be_tuned(options: dict[str, Any], error: type[TldrError], message: str) -> None:
@@ -114,6 +119,62 @@ def test_models_that_cannot_be_tuned() -> None:
     with pytest.raises(NothingToMerge, match="no attention of Sequential can merge tokens"):
         tune(nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 12 * 12, 3)).eval(), clip(4), budget=0.8, batch=2)
 
+    with pytest.raises(OptionError, match="the model is ExportedProgram"):
+        tune(torch.export.export(Tiny(1).eval(), (clip(2),)), clip(4), budget=0.8)  # type: ignore[arg-type]
+
+
+class Random(Tiny):
+    def forward(self, video: Tensor, tokens: bool = False) -> Any:
+        return super().forward(F.dropout(video, training=True), tokens)
+
+
+def test_a_model_that_answers_as_it_likes_is_refused() -> None:
+    with pytest.raises(OptionError, match="answers the same clips differently"):
+        tune(Random(2).eval(), clip(4), budget=BUDGET, batch=2)
+
+
+@pytest.mark.parametrize("clips", [[0], [7]], ids=["first", "last"])
+def test_clips_whose_answer_is_no_number_are_refused(clips: list[int]) -> None:
+    video = clip(8)
+    video[clips] = torch.nan
+    with pytest.raises(OptionError, match="holds what is no number"):
+        tune(Tiny(2).eval(), video, budget=BUDGET, batch=2)
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Ways of which none can be used: they raise, answer with no number, or raise where their cost is counted."""
+
+    @ops.signal("raises", reads="tokens")
+    def raises(tokens: Tensor) -> Tensor:
+        raise RuntimeError("as told to")
+
+    @ops.signal("no number", reads="tokens")
+    def no_number(tokens: Tensor) -> Tensor:
+        return tokens.float().sum(-1) * torch.nan
+
+    @ops.reduction("no pairs", gives=True, pairs=lambda tokens, gone: 1 // 0)
+    def no_pairs(*given: Any, **more: Any) -> Any:
+        raise AssertionError("its cost is counted first")
+
+    yield
+    del ops.SIGNALS["raises"], ops.SIGNALS["no number"], ops.REDUCTIONS["no pairs"]
+
+
+def test_what_was_registered_and_is_of_no_use_is_told_and_left_out(registered: None) -> None:
+    found = tuned()
+    assert {found.config.saliency, found.config.reduction}.isdisjoint({"raises", "no number", "no pairs"})
+    assert "RuntimeError: as told to" in found.refused["merge, raises, tokens"]
+    assert found.refused["merge, no number, tokens"] == "its answers hold what is no number"
+    assert "ZeroDivisionError" in found.refused["no pairs, uniform, tokens"]
+
+
+@pytest.mark.parametrize("options", [{"reduction": "drop"}, {"reduction": "energy", "margin": 0.5}, {"metric": "keys"}])
+def test_what_is_searched_is_not_taken_from_the_configuration(options: dict[str, Any]) -> None:
+    published = [row.config for row in tuned(config=TokenMerging(**options)).rows[1:]]
+    for name, told in ways.BUILT_IN.items():
+        assert any(TokenMerging.from_options({"schedule": each.schedule, **told}) == each for each in published), name
+
 
 def test_other_weights_are_another_run(folder: Path) -> None:
     tuned(folder)
@@ -126,6 +187,7 @@ def test_a_published_schedule_for_as_many_sites_is_one_of_those_to_beat(monkeypa
     monkeypatch.setattr(ways, "PRESETS", {"ours": Preset((9, 4), 2, "here"), "deeper": Preset((4,), 3, "here")})
     found = tuned(objective="embedding")
     (ours,) = (row for row in found.rows if row.name == "ours")
+    assert "tokens by site 9, 4." in page.about(replace(found, config=ours.config))
     assert ours.config.schedule == (9, 4)
     assert ours.part <= BUDGET
     assert "deeper" not in {row.name for row in found.rows}

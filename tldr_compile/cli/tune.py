@@ -15,12 +15,14 @@ from tldr_compile.records import kept
 from tldr_compile.records.charts import draw
 from tldr_compile.records.outputs import check_folder
 from tldr_compile.tuning import page, tune
+from tldr_compile.tuning.tuner import check_limit
 
 CONFIG, PICTURE = "config.json", "tune.png"
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Tune, print, keep, draw. Raises TldrError; the folder is looked at before the work."""
+    check_limit(arguments.budget, arguments.latency)
     out = arguments.out or Path(f"tune-{Path(arguments.model).name}-{arguments.budget or arguments.latency:g}")
     check_folder("--out", out)
     device = device_of(arguments.device)

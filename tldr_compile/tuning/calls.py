@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tldr_compile.errors import OptionError
 
@@ -26,11 +27,13 @@ def calls_of(clips: Clips, batch: int) -> list[Call]:
 
     Raises OptionError for less than two calls, or clips of several shapes: half of them choose, the others report.
     """
+    if not isinstance(clips, Iterable):
+        raise OptionError(f"clips= is {type(clips).__name__}: give a tensor [K, ...], or a sequence of calls")
     if isinstance(clips, Tensor):
         calls = _batched(clips, min(batch, max(1, len(clips) // 2))) if len(clips) else []
     else:
         calls = [_call(each) for each in clips]
-    shapes = {tuple(_shape(each) for each in call.args) for call in calls}
+    shapes = {tuple(_shape(each) for each in pytree.tree_leaves(call.args)) for call in calls}
     if len(shapes) > 1:
         told = " and ".join(map(str, sorted(shapes, key=str)[:2]))
         raise OptionError(f"clips= holds calls of several shapes, {told}: resize the clips to one, or tune each apart")
@@ -64,11 +67,12 @@ def _batched(clips: Tensor, batch: int) -> list[Call]:
 
 def _call(given: Tensor | tuple[Any, ...]) -> Call:
     args = given if isinstance(given, tuple) else (given,)
-    first = next((each for each in args if isinstance(each, Tensor) and each.dim() > 0), None)
+    leaves = pytree.tree_leaves(args) if isinstance(given, tuple | Tensor) else []
+    first = next((each for each in leaves if isinstance(each, Tensor) and each.dim() > 0), None)
     if first is None:
         raise OptionError(f"clips= holds {type(given).__name__} without a tensor: give tensors [B, ...], or tuples")
     return Call(args, len(first))
 
 
 def _shape(value: Any) -> object:
-    return tuple(value.shape) if isinstance(value, Tensor) else value
+    return tuple(value.shape) if isinstance(value, Tensor) else repr(value)

@@ -14,7 +14,7 @@ from torch import nn
 from tldr_compile import passes
 from tldr_compile.api import assemble, capture
 from tldr_compile.config import TokenMerging
-from tldr_compile.errors import NothingToMerge
+from tldr_compile.errors import NothingToMerge, OptionError
 from tldr_compile.module import MergedModule
 from tldr_compile.passes.plan import cost, meeting
 from tldr_compile.passes.plan.budget import NEAR
@@ -25,6 +25,8 @@ from tldr_compile.tuning.store import Store
 
 MODULES: Final = 64
 """Merged modules that are kept for the next question; they share the model's weights."""
+VARIES: Final = 0.05
+"""Parts of an answer by which it may differ from call to call: kernels add up in any order."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Judge:
     def __init__(
         self, model: nn.Module, calls: Sequence[Call], base: TokenMerging, objective: str, store: Store
     ) -> None:
-        """Raises CaptureError, and NothingToMerge for a model without a site that can merge."""
+        """Raises CaptureError; NothingToMerge where no site can merge; OptionError for answers of no use."""
         self.calls, self.objective, self.store = calls, objective, store
         self.program, self.origin = capture(model, calls[0].args)
         self.analysis = passes.analyse(passes.from_export(self.program), base)
@@ -72,6 +74,19 @@ class Judge:
         self._fractions: dict[tuple[tuple[float, ...], float], float] = {}
         with torch.inference_mode():
             self._answers = [answer(model(*call.args)) for call in calls]
+            again = answer(model(*calls[0].args))
+        for number, told in enumerate(self._answers, 1):
+            if not bool(torch.isfinite(told).all()):
+                raise OptionError(
+                    f"the dense model's own answer to call {number} of {len(calls)} holds what is no number: leave its "
+                    "clips out"
+                )
+        first = self._answers[0]
+        if not torch.allclose(first, again, rtol=VARIES, atol=VARIES * float(first.abs().max())):
+            raise OptionError(
+                f"{type(model).__name__} answers the same clips differently when it is called again: what is random in "
+                "it, or remembered, has to be off"
+            )
 
     def part(self, config: TokenMerging) -> float:
         """Of the dense operations, as the plan counts them."""

@@ -24,12 +24,14 @@ def about(tuned: Tuned) -> str:
     took = "" if tuned.latency is None else f" It takes {tuned.latency:.2f} of the dense model's time, compiled."
     refused = f" {len(tuned.refused)} ways could not be tried." if tuned.refused else ""
     config = tuned.config
-    schedule = ", ".join(f"{entry:.3f}" for entry in config.entries) if isinstance(config.entries, tuple) else ""
+    entries = config.entries if isinstance(config.entries, tuple) else ()
+    schedule = ", ".join(f"{each:.3f}" if isinstance(each, float) else str(each) for each in entries)
+    what = "tokens" if any(isinstance(each, int) for each in entries) else "fractions"
     margin = "" if config.margin is None else f", margin {config.margin:g}"
     return (
         f"Chosen by {tuned.choosing} clips; the table is of {tuned.reporting} others, which chose nothing, with 95 % "
         f"intervals. Tuned: reduction {config.reduction}{margin}, saliency {config.saliency}, metric {config.metric}, "
-        f"fractions by site {schedule}.{took}{refused}"
+        f"{what} by site {schedule}.{took}{refused}"
     )
 
 

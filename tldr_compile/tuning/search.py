@@ -5,12 +5,13 @@ ways x few clips -> the better half x twice as many -> ... -> the best few x all
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from tldr_compile.config import TokenMerging
-from tldr_compile.errors import OptionError, ScheduleError, TldrError
+from tldr_compile.errors import ScheduleError, TldrError
 from tldr_compile.tuning import ways
 from tldr_compile.tuning.judge import Judge, Met, Way
 
@@ -68,8 +69,8 @@ class Search:
             self.tick("meeting the budget")
             try:
                 found[way] = self.judge.meets(way, self.budget)
-            except (ScheduleError, OptionError) as error:
-                self.refused[way.name] = str(error)
+            except Exception as error:  # noqa: BLE001 - as below
+                self.refused[way.name] = _told(error)
         return list(found.values())
 
     def halved(self, some: Sequence[Met], what: str) -> list[Met]:
@@ -95,17 +96,27 @@ class Search:
         return best
 
     def ranked(self, some: Sequence[Met], calls: int | None = None, what: str = "the best") -> list[Met]:
-        """By mean distance, the least first; of equal ones the first."""
+        """By mean distance, the least first; of equal ones the first; without those that raise or say no number."""
         chosen = self.some[: len(self.some) if calls is None else calls]
         distances = {}
         for met in dict.fromkeys(some):
             self.tick(what)
             try:
-                distances[met] = float(self.judge.far(met.config, chosen).distance.mean())
-            except TldrError as error:
-                self.refused[met.way.name] = str(error)
+                distance = float(self.judge.far(met.config, chosen).distance.mean())
+            except Exception as error:  # noqa: BLE001 - what was registered can raise anything
+                self.refused[met.way.name] = _told(error)
+                continue
+            if math.isfinite(distance):
+                distances[met] = distance
+            else:
+                self.refused[met.way.name] = "its answers hold what is no number"
         return sorted(distances, key=distances.__getitem__)
 
     def _calls(self, clips: int) -> int:
         """How many calls hold so many clips."""
         return min(len(self.some), max(1, -(-clips // self.judge.calls[0].clips)))
+
+
+def _told(error: Exception) -> str:
+    """Errors made on purpose say enough."""
+    return str(error) if isinstance(error, TldrError) else f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from tldr_compile.config import TokenMerging
 from tldr_compile.errors import OptionError, ScheduleError
@@ -24,6 +25,10 @@ from tldr_compile.tuning.store import Store
 BATCH: Final = 16
 TUNED: Final = "tuned"
 Z95: Final = 1.959964
+SEARCHED: Final[Mapping[str, Any]] = {
+    name: getattr(TokenMerging(), name) for name in ("saliency", "metric", "reduction", "margin")
+}
+"""Options that tuning finds, beside the schedule, as they are where none is given."""
 AROUND: Final = (0.8, 1.25)
 """Parts of the budget at which the chosen way and the published ones are measured too, for the picture."""
 
@@ -99,12 +104,15 @@ def tune(
         tick: called with what is being done.
 
     Raises:
-        OptionError: too few clips, clips of several shapes, a folder of another model, clips or objective.
+        OptionError: too few clips, clips of several shapes, a folder of another model, clips or objective, a model
+            that answers with no number, or the same clips differently.
         ScheduleError: a budget below what the sites allow; the least that is possible is named.
         CaptureError, NothingToMerge: as `apply`.
     """
     base = config or TokenMerging()
-    _check(model, base, budget, latency)
+    _check(model, base, batch)
+    check_limit(budget, latency)
+    base = replace(base, **SEARCHED)
     calls = calls_of(clips, batch)
     with torch.inference_mode():
         first = model(*calls[0].args)
@@ -133,13 +141,23 @@ def tune(
     return Tuned(replace(best.config, made_for=made_for), budget, took, objective, rows, chose, told, search.refused)
 
 
-def _check(model: nn.Module, base: TokenMerging, budget: float | None, latency: float | None) -> None:
-    """Raises OptionError."""
+def check_limit(budget: float | None, latency: float | None) -> None:
+    """Raises OptionError for both or none of them, and for what is no part."""
     if (budget is None) == (latency is None):
         raise OptionError("tune takes budget=, a part of the dense operations, or latency=, of its time: give one")
-    if latency is not None and not 0 < latency < 1:
+    if latency is not None and not (isinstance(latency, float) and 0 < latency < 1):
         raise OptionError(f"latency={latency!r}: latency is a part of the dense model's time, between 0 and 1")
     TokenMerging(budget=budget)  # says what is no budget
+
+
+def _check(model: nn.Module, base: TokenMerging, batch: int) -> None:
+    """Raises OptionError."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"the model is {type(model).__name__}: tuning calls it, and takes an nn.Module")
+    if not isinstance(base, TokenMerging):
+        raise OptionError(f"config={base!r}: tuning takes a TokenMerging, with the options that stay as they are")
+    if not isinstance(batch, int) or batch < 1:
+        raise OptionError(f"batch={batch!r}: batch is a number of clips, 1 or more")
     if not base.is_default_schedule or base.budget is not None:
         raise OptionError("config= says a schedule or a budget: tuning finds the schedule, and budget= is its own")
     if base.outputs != "restore":
@@ -153,7 +171,7 @@ def _about(model: nn.Module, calls: Sequence[Call], objective: str) -> dict[str,
     return {
         "model": type(model).__name__,
         "weights": digest(each for entry in model.state_dict().items() for each in entry),
-        "clips": digest(each for call in calls for each in call.args),
+        "clips": digest(each for call in calls for each in pytree.tree_leaves(call.args)),
         "calls": len(calls),
         "objective": objective,
     }
