@@ -42,12 +42,15 @@ def write(path: str | os.PathLike[str], options: Mapping[str, Any], made_for: Ma
 
 def read(path: str | os.PathLike[str]) -> Read:
     """Raises `OptionError` for what is no such file, or one of a later format; of its options it knows nothing."""
-    name = os.fspath(path)
+    try:
+        name = os.fspath(path)
+    except TypeError as error:
+        raise OptionError(f"config={path!r}: config is the path of a file that TokenMerging.save wrote") from error
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"config={name!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # no UTF-8, or no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or brackets without end
         raise OptionError(f"config={name!r} is no JSON: {error}. TokenMerging.save writes such files") from error
     written = found.get("format") if isinstance(found, dict) else None
     if type(written) is not int or written < 1:
