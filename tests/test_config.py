@@ -249,7 +249,7 @@ def test_what_is_no_file_of_options_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="config=3: config is the path of a file"):
         TokenMerging.from_options({"config": 3})
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(OptionError, match="deep.json' is no JSON"):
+    with pytest.raises(OptionError, match=r"deep\.json' is no JSON"):
         TokenMerging.load(tmp_path / "deep.json")
     (tmp_path / "half.json").write_text('{"format": 1')
     with pytest.raises(OptionError, match=r"half.json' is no JSON: .*TokenMerging.save writes such files"):

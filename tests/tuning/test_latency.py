@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.tiny import Tiny, clip
-from tldr_compile import OptionError, ScheduleError, TokenMerging
+from tldr_compile import CaptureError, OptionError, ScheduleError, TokenMerging
 from tldr_compile.tuning import latency, search, tune, tuner, ways
 from tldr_compile.tuning.calls import calls_of
 from tldr_compile.tuning.judge import Judge, Met, Way
@@ -80,6 +81,15 @@ def test_what_is_found_takes_no_longer_than_was_asked(clock: Any, monkeypatch: p
 def test_compiled_models_are_timed_in_turn(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     assert 0.05 < latency.ratio(judge, Tiny(2).eval(), TokenMerging(schedule=[9, 4])) < 20
+
+
+def test_models_that_cannot_be_compiled(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    with pytest.raises(CaptureError, match=r"(?s)cannot compile the dense model here; .*no compiler here"):
+        latency.ratio(judge, Tiny(2).eval(), TokenMerging(schedule=[9, 4]))
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from tldr_compile.config import TokenMerging
-from tldr_compile.errors import ScheduleError
+from tldr_compile.errors import CaptureError, ScheduleError
 from tldr_compile.records import measure
 from tldr_compile.tuning.judge import Judge, Way
 
@@ -55,15 +56,24 @@ def part_with(judge: Judge, model: nn.Module, way: Way, latency: float, tick: Ca
 
 @torch.inference_mode()
 def ratio(judge: Judge, model: nn.Module, config: TokenMerging) -> float:
-    """Time of the merged model by that of the dense one, both compiled and called in turn, the middle of several."""
+    """Time of the merged model by that of the dense one, both compiled and called in turn, the middle of several.
+
+    Raises CaptureError where one of them cannot be compiled.
+    """
     torch.compiler.reset()
     args = judge.calls[0].args
     device = next((each.device for each in args if isinstance(each, torch.Tensor)), torch.device("cpu"))
     modules = {"dense": torch.compile(model), "merged": torch.compile(judge.merged(config))}
     calls = {name: partial(each, *args) for name, each in modules.items()}
-    for call in calls.values():
-        call()
-        call()
+    for name, call in calls.items():
+        try:
+            call()
+            call()
+        except TorchDynamoException as error:
+            raise CaptureError(
+                f"latency= is measured, and torch.compile cannot compile the {name} model here; budget= needs no "
+                f"compiler: {error}"
+            ) from error
     taken = measure.alternate(calls, device, rounds=ROUNDS, tick=lambda: None)
     return measure.ratio(taken["merged"], taken["dense"]).median
 
