@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,7 +141,7 @@ def test_clips_whose_answer_is_no_number_are_refused(clips: list[int]) -> None:
 
 
 @pytest.fixture
-def registered() -> Iterator[None]:
+def registered() -> None:
     """Ways of which none can be used: they raise, answer with no number, or raise where their cost is counted."""
 
     @ops.signal("raises", reads="tokens")
@@ -156,9 +155,6 @@ def registered() -> Iterator[None]:
     @ops.reduction("no pairs", gives=True, pairs=lambda tokens, gone: 1 // 0)
     def no_pairs(*given: Any, **more: Any) -> Any:
         raise AssertionError("its cost is counted first")
-
-    yield
-    del ops.SIGNALS["raises"], ops.SIGNALS["no number"], ops.REDUCTIONS["no pairs"]
 
 
 def test_what_was_registered_and_is_of_no_use_is_told_and_left_out(registered: None) -> None:

@@ -80,8 +80,8 @@ def objective_of(output: Any) -> str:
     return "logits" if isinstance(output, Tensor) or _logits_of(output) is not None else "embedding"
 
 
-def check_answer(objective: str, told: Tensor) -> None:
-    """Raises OptionError for an objective that is none, or that this answer cannot have."""
+def check_answer(objective: str, told: Tensor, call: int = 1) -> None:
+    """Raises OptionError for an objective that is none or that this answer cannot have, and for what is no number."""
     if objective not in OBJECTIVES:
         raise OptionError(f"objective={objective!r}: objective is 'auto', {', '.join(map(repr, OBJECTIVES))}")
     if objective == "logits" and (told.dim() != 2 or told.shape[1] < 2):
@@ -89,4 +89,4 @@ def check_answer(objective: str, told: Tensor) -> None:
     if objective == "tokens" and told.dim() != 3:
         raise OptionError(f"objective='tokens' needs an answer [B, N, C], and the model's is {list(told.shape)}")
     if not bool(torch.isfinite(told).all()):
-        raise OptionError("the dense model's own answer to the first clips holds what is no number: nothing to keep")
+        raise OptionError(f"the dense model's own answer to call {call} holds what is no number: leave its clips out")

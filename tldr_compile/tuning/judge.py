@@ -19,7 +19,7 @@ from tldr_compile.module import MergedModule
 from tldr_compile.passes.plan import cost, meeting
 from tldr_compile.passes.plan.budget import NEAR
 from tldr_compile.passes.sites import Site
-from tldr_compile.tuning.answers import OBJECTIVES, Far, answer
+from tldr_compile.tuning.answers import OBJECTIVES, Far, answer, check_answer
 from tldr_compile.tuning.calls import Call
 from tldr_compile.tuning.store import Store
 
@@ -76,11 +76,7 @@ class Judge:
             self._answers = [answer(model(*call.args)) for call in calls]
             again = answer(model(*calls[0].args))
         for number, told in enumerate(self._answers, 1):
-            if not bool(torch.isfinite(told).all()):
-                raise OptionError(
-                    f"the dense model's own answer to call {number} of {len(calls)} holds what is no number: leave its "
-                    "clips out"
-                )
+            check_answer(objective, told, number)
         first = self._answers[0]
         if not torch.allclose(first, again, rtol=VARIES, atol=VARIES * float(first.abs().max())):
             raise OptionError(

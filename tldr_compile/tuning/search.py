@@ -69,7 +69,7 @@ class Search:
             self.tick("meeting the budget")
             try:
                 found[way] = self.judge.meets(way, self.budget)
-            except Exception as error:  # noqa: BLE001 - as below
+            except Exception as error:  # noqa: BLE001 - what was registered can raise anything
                 self.refused[way.name] = _told(error)
         return list(found.values())
 
