@@ -377,11 +377,12 @@ def test_an_output_that_stays_long_says_so() -> None:
 
 
 def test_what_is_merged_already_is_compiled_as_it_is() -> None:
-    found = merged("frames")
+    """In double: a norm over 8 channels makes much of how Inductor rounds in single precision."""
+    found, inputs = merged("frames").double(), (drawn().double(), BOUNDS)
     torch._dynamo.reset()
     with pytest.warns(UserWarning, match="merged already"), torch.no_grad():
-        actual = torch.compile(found, backend="tldr", options={"schedule": 0.2})(*MODELS["frames"][1])
-    assert torch.allclose(actual["late"], found(*MODELS["frames"][1])["late"], atol=1e-5)
+        actual = torch.compile(found, backend="tldr", options={"schedule": 0.2})(*inputs)
+    torch.testing.assert_close(actual, found(*inputs))
 
 
 # --- what has no places, or other ones ---

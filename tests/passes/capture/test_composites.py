@@ -38,8 +38,13 @@ class Encoded(nn.Module):
         return x.mean(1)
 
 
+def drawn(*size: int, dtype: torch.dtype) -> Tensor:
+    """A weight `[to, from]` or a bias that keeps what it is given near 1, as trained ones do."""
+    return torch.randn(size, dtype=dtype) * size[-1] ** -0.5
+
+
 def weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [torch.randn(size, dtype=dtype) for size in ((3 * C, C), (3 * C,), (C, C), (C,))]
+    return [drawn(*size, dtype=dtype) for size in ((3 * C, C), (3 * C,), (C, C), (C,))]
 
 
 def masks() -> dict[str, tuple[Tensor | None, int | None]]:
@@ -82,7 +87,7 @@ def test_a_layer_is_what_the_operator_computes(kind: str, gelu: bool, norm_first
     torch.manual_seed(0)
     x = torch.randn(B, N, C, dtype=dtype)
     norms = [torch.randn(C, dtype=dtype) for _ in range(4)]
-    ffn = [torch.randn(size, dtype=dtype) for size in ((HIDDEN, C), (HIDDEN,), (C, HIDDEN), (C,))]
+    ffn = [drawn(*size, dtype=dtype) for size in ((HIDDEN, C), (HIDDEN,), (C, HIDDEN), (C,))]
     arguments = (x, C, H, *weights(dtype), gelu, norm_first, 1e-3, *norms, *ffn, *masks()[kind])
     torch.testing.assert_close(encoder_layer(*arguments), torch._transformer_encoder_layer_fwd(*arguments))
 
