@@ -1,5 +1,6 @@
 """The laws of a grouping, for every reduction; and merging against a dense matrix of weights."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tldr_compile import ops
 from tldr_compile.ops.grouping import Grouping
+from tldr_compile.records.measure import peak_bytes
 
 REDUCTIONS = sorted(ops.REDUCTIONS)
 GIVING = [name for name in REDUCTIONS if ops.REDUCTIONS[name].gives]
@@ -247,3 +249,12 @@ def test_saliency_is_a_share_of_the_sharpest(values: list[float]) -> None:
     found = ops.saliency(torch.tensor([values]))
     assert found.min() >= 0
     assert found.max() == 1
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_memory_grows_with_tokens_and_not_with_pairs_of_them(reduction: str) -> None:
+    def peak(tokens: int) -> int:
+        return peak_bytes(partial(ops.group, *drawn(1, tokens), tokens // 4, reduction=reduction), torch.device("cpu"))
+
+    with torch.no_grad():
+        assert peak(8192) <= 2.2 * peak(4096)
