@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils.flop_counter import FlopCounterMode
 
 from tldr_compile import passes
-from tldr_compile.ops.attention import attention_flop
+from tldr_compile.ops.attention_operators import attention_flop
 from tldr_compile.passes import show
 from tldr_compile.passes.axes import Axes, Axis
 from tldr_compile.passes.plan import Entry, Merge, Plan, Resolution, Restored, at, cost, stay_long

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ops.promises import ARGUMENTS, CASES, faked, gives, promise
 from tldr_compile import ops
-from tldr_compile.ops import attention, blocked, reference, tiled, triton_kernels, triton_matching, triton_parts
+from tldr_compile.ops import blocked, fused, reference, tiled, triton_kernels, triton_matching, triton_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -343,11 +343,11 @@ def test_fused_attention_never_sees_a_mask_of_another_dtype(with_mass: bool, mon
     """cuDNN would read its bits as if they were of the queries' dtype."""
     q, k, v = (each.bfloat16().requires_grad_() for each in qkv(1, 2, 21, 21, 8, 8))
     seen: list[torch.Tensor] = []
-    fused = torch.nn.functional.scaled_dot_product_attention
+    original = torch.nn.functional.scaled_dot_product_attention
 
     def noting(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *args: Any, **options: Any) -> Tensor:
         seen.append(mask)
-        return fused(q, k, v, mask, *args, **options)
+        return original(q, k, v, mask, *args, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
     ops.attend(q, k, v, mask=torch.randn(21, 21), log_mass=log_masses(1, 21) if with_mass else None)
@@ -369,7 +369,7 @@ def test_cudnn_never_takes_gradients_under_a_mask(
     device: str, grad: bool, masked: bool, with_mass: bool, cudnn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They would be NaN. As if the CPU were where cuDNN is."""
-    monkeypatch.setattr(attention, "CUDNN_DEVICE", device)
+    monkeypatch.setattr(fused, "CUDNN_DEVICE", device)
     q, k, v = (each.requires_grad_(grad) for each in qkv(1, 2, 21, 21, 8, 8))
     seen: list[bool] = []
 
@@ -393,8 +393,8 @@ def test_a_compiler_chooses_attention_as_it_is_told(
     allowed: str, chosen: str, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what may attend where gradients pass a mask, in graphs with their gradients; `whole` is traced by Dynamo."""
-    monkeypatch.setattr(attention, "CUDNN_DEVICE", "cpu")
-    monkeypatch.setattr(attention, "_without_cudnn", assume_constant_result(lambda: [getattr(SDPBackend, allowed)]))
+    monkeypatch.setattr(fused, "CUDNN_DEVICE", "cpu")
+    monkeypatch.setattr(fused, "_without_cudnn", assume_constant_result(lambda: [getattr(SDPBackend, allowed)]))
     inputs = *(each.requires_grad_() for each in qkv(1, 2, 21, 21, 8, 8)), torch.randn(21, 21)
     graphs: list[str] = []
 
@@ -416,9 +416,9 @@ def test_a_compiler_chooses_attention_as_it_is_told(
 
 def test_what_a_user_allows_is_what_attends_without_cudnn() -> None:
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        assert attention._without_cudnn() == [SDPBackend.EFFICIENT_ATTENTION]
+        assert fused._without_cudnn() == [SDPBackend.EFFICIENT_ATTENTION]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        assert attention._without_cudnn() == [SDPBackend.MATH]
+        assert fused._without_cudnn() == [SDPBackend.MATH]
 
 
 def test_triton_is_not_imported_before_it_serves() -> None:

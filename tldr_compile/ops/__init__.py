@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .attention import ATTEND, ATTEND_AND_SHARPNESS, RECEIVED, attend, attend_and_sharpness, received, sharpness
+from .attention import attend, attend_and_sharpness, received, sharpness
+from .attention_operators import ATTEND, ATTEND_AND_SHARPNESS, RECEIVED
 from .centrality import AFFINITY, ENERGY, affinity, energy
 from .grouping import Grouping, down, group, pick, up
 from .matching import MATCH, match

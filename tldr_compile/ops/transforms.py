@@ -51,6 +51,11 @@ def refuse_forward_mode(*args: Any) -> NoReturn:
     )
 
 
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether gradients of a function of these are wanted."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def slopes(function: Callable[..., Any], arguments: Sequence[Any], cotangents: Any) -> tuple[Tensor | None, ...]:
     """The gradient in each argument of a function of differentiable operators; None for what is no float tensor."""
     places = [at for at, each in enumerate(arguments) if isinstance(each, Tensor) and each.is_floating_point()]
