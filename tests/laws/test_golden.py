@@ -90,8 +90,9 @@ def test_dense_encoders_are_golden(name: str, attn: Attn, road: Road) -> None:
 
 
 def test_a_compiled_encoder_is_golden() -> None:
-    """One: what Inductor makes of attention that is spelled out, the law Twins tells."""
-    assert_merged(golden_encoder("encoder0"), through_inductor)
+    """One, whose attention is spelled out: compiling takes a minute."""
+    with torch.no_grad():
+        assert_blocks(golden_encoder("encoder0", "eager"), through_inductor)
 
 
 @pytest.mark.parametrize(("name", "attn"), EVERY_ENCODER)

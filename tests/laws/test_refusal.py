@@ -210,12 +210,12 @@ def test_apply_refuses_other_shapes(case: Case) -> None:
         merged(clip, clip)
 
 
-@pytest.mark.parametrize("name", ["umt", "vivit", "timesformer", "vjepa2"])
+@pytest.mark.parametrize("name", ["vivit", "timesformer", "vjepa2"])
 @torch.no_grad()
 def test_the_backend_serves_every_batch(name: str) -> None:
     """At the second batch the graph is captured anew with a symbolic one, which then serves every other.
 
-    Joint attention, with class tokens, divided, and over positions that are made in the graph.
+    With class tokens, divided, and over positions that are made in the graph.
     """
     model = case(name, FAMILIES[name].attns[0])
     (videos,) = model.inputs(6)

@@ -30,13 +30,6 @@ def test_the_backend_is_a_twin(case: Case) -> None:
     assert len(graphs) == 1
 
 
-@torch.no_grad()
-def test_inductor_is_a_twin() -> None:
-    """Of one model: compiling takes a minute."""
-    chosen = case("timesformer", "eager")
-    assert_same(compiled(chosen.build(), schedule=chosen.schedule)(*chosen.inputs()), merged(chosen))
-
-
 @every_family
 @torch.no_grad()
 def test_the_module_is_a_twin_of_its_export(case: Case) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tldr_compile
 from tests.generated.model import build
 from tests.generated.recipe import Recipe
+from tests.laws.support import graphs_for_inductor
 from tldr_compile import OptionError, TokenMerging, VerificationError, ops
 from tldr_compile.passes.check import record
 
@@ -199,7 +200,7 @@ def test_a_name_that_is_given_again_is_compiled_again() -> None:
     for reads in ("tokens", "keys"):
         ops.signal("first", reads=reads)(lambda x: ops.saliency(x.float()[..., 0]))
         compiled = torch.compile(build(recipe), backend="tldr", options={"schedule": [4], "saliency": "first"})
-        with torch.no_grad():
+        with torch.no_grad(), graphs_for_inductor():
             found.append(compiled(*recipe.inputs()))
     assert not torch.equal(*found)
 

@@ -34,6 +34,16 @@ def test_a_run_goes_on_where_it_was(folder: Path) -> None:
     store.close()
 
 
+def test_how_a_budget_is_met_is_found_again(tmp_path: Path) -> None:
+    store, asked = Store(tmp_path, ABOUT), (CONFIG, (1.0, 0.5), 0.4)
+    store.put_solved(*asked, (0.123, 0.399))
+    store.close()
+    store = Store(tmp_path, ABOUT)
+    assert store.solved(*asked) == (0.123, 0.399)
+    assert store.solved(CONFIG, (1.0, 0.5), 0.5) is None
+    store.close()
+
+
 def test_a_line_that_was_cut_is_measured_again(folder: Path) -> None:
     text = (folder / FILE).read_text()
     (folder / FILE).write_text(text[:-9])
@@ -54,7 +64,7 @@ def test_a_line_that_was_cut_before_its_end_of_line_is_measured_again(folder: Pa
     assert (folder / FILE).read_text().splitlines() == [*text.splitlines(), text.splitlines()[-1]]
 
 
-@pytest.mark.parametrize("damaged", [b'{"config": "{', b"3", b"{}", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("damaged", [b'{"config": "{', b"3", b"{}", b'{"solved": 3}', b"\xff\xfe\x00"])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_damaged_line_is_refused(folder: Path, damaged: bytes, number: int) -> None:
     lines = (folder / FILE).read_bytes().splitlines()

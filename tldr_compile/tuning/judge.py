@@ -21,7 +21,7 @@ from tldr_compile.passes.plan.budget import NEAR
 from tldr_compile.passes.sites import Site
 from tldr_compile.tuning.answers import OBJECTIVES, Far, answer, check_answer
 from tldr_compile.tuning.calls import Call
-from tldr_compile.tuning.store import Store
+from tldr_compile.tuning.store import Solved, Store
 
 MODULES: Final = 64
 """Merged modules that are kept for the next question; they share the model's weights."""
@@ -90,13 +90,22 @@ class Judge:
 
     def meets(self, way: Way, budget: float) -> Met:
         """The way at the budget. Raises ScheduleError where it cannot be met."""
+        asked = way.options, way.weights, budget
+        solved = self.store.solved(*asked)
+        if solved is None:
+            solved = self._solved(way, budget)
+            self.store.put_solved(*asked, solved)
+        fraction, part = solved
+        self._fractions[way.weights, budget] = fraction
+        return Met(way, way.at(fraction), part)
+
+    def _solved(self, way: Way, budget: float) -> Solved:
         known = self._fractions.get((way.weights, budget))
         if known is not None and NEAR * budget <= (part := self.part(way.at(known))) <= budget:
-            return Met(way, way.at(known), part)  # how much is merged decides; how it is matched hardly costs
+            return known, part  # how much is merged decides; how it is matched hardly costs
         solved = meeting(budget, lambda fraction: passes.make_plan(self.analysis, way.at(fraction))).solved
         assert solved is not None
-        self._fractions[way.weights, budget] = solved.fraction
-        return Met(way, way.at(solved.fraction), solved.part)
+        return solved.fraction, solved.part
 
     def _merged(self, config: TokenMerging) -> MergedModule:
         """What `apply` makes of the model, without its warnings: many are made, few are chosen."""

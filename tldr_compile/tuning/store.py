@@ -19,9 +19,12 @@ from tldr_compile.tuning.answers import Far
 
 FILE = "measured.jsonl"
 
+Solved = tuple[float, float]
+"""The fraction that meets a budget, and the part of the dense operations that merging by it costs."""
+
 
 class Store:
-    """Answers by configuration and call; kept as lines of JSON where there is a folder."""
+    """Answers by configuration and call, and fractions by way and budget; lines of JSON where there is a folder."""
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
         """`about`: the model, the clips and the objective, which the folder has to be of.
@@ -29,6 +32,7 @@ class Store:
         Raises OptionError for a folder that is of others, that another run writes to, or that takes no files.
         """
         self._known: dict[tuple[str, int], Far] = {}
+        self._solved: dict[tuple[str, tuple[float, ...], float], Solved] = {}
         self._file = None
         if folder is None:
             return
@@ -61,6 +65,13 @@ class Store:
         values = {"distance": far.distance.tolist(), "same": far.same.tolist()}
         self._write({"config": _key(config), "call": call, **values})
 
+    def solved(self, options: TokenMerging, weights: tuple[float, ...], budget: float) -> Solved | None:
+        return self._solved.get((_key(options), weights, budget))
+
+    def put_solved(self, options: TokenMerging, weights: tuple[float, ...], budget: float, solved: Solved) -> None:
+        self._solved[_key(options), weights, budget] = solved
+        self._write({"options": _key(options), "weights": weights, "budget": budget, "solved": solved})
+
     def close(self) -> None:
         """Another run may use the folder from here on."""
         if self._file is not None:
@@ -82,6 +93,9 @@ class Store:
                 line = json.loads(text)
                 if number == 0:
                     _check_about(path, line, about)
+                elif "solved" in line:
+                    fraction, part = map(float, line["solved"])
+                    self._solved[line["options"], tuple(line["weights"]), line["budget"]] = fraction, part
                 else:
                     far = Far(torch.tensor(line["distance"]), torch.tensor(line["same"]))
                     self._known[line["config"], line["call"]] = far
