@@ -2,7 +2,7 @@
 #
 #   make demo            what merging keeps and what it saves, on clips (ARGS="--video my.mp4" for one of yours)
 #   make test            the tests (ARGS="tests/laws -k zero" to say less)
-#   make quality         accuracy of merged models at equal GFLOPs, forty minutes (ARGS="--help" to say what, or less)
+#   make quality         accuracy of merged models at equal GFLOPs, half an hour (ARGS="--help" to say what, or less)
 #   make lint            ruff and mypy
 #
 # A torch >= 2.11 that PYTHON can already import is kept. Otherwise TORCH is installed before anything else can ask for

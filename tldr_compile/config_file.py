@@ -35,7 +35,7 @@ class Read(NamedTuple):
 def write(path: str | os.PathLike[str], options: Mapping[str, Any], made_for: Mapping[str, Any]) -> None:
     """One option in a line. Raises `OptionError` for a value that JSON does not take."""
     lines = ",\n".join(f"    {json.dumps(name)}: {_text(name, value)}" for name, value in options.items())
-    head = {"format": FORMAT, "tldr-compile": _version(), "for": dict(made_for)}
+    head = {"format": FORMAT, "tldr-compile": this_version(), "for": dict(made_for)}
     told = "".join(f"  {json.dumps(name)}: {_text(name, value)},\n" for name, value in head.items())
     Path(path).write_text(f'{{\n{told}  "options": {{\n{lines}\n  }}\n}}\n', encoding="utf-8")
 
@@ -58,8 +58,8 @@ def read(path: str | os.PathLike[str]) -> Read:
     version = str(found.get("tldr-compile", "of no known version"))
     if written > FORMAT:
         raise OptionError(
-            f"config={name!r} was written by tldr-compile {version} in format {written}, and tldr-compile {_version()} "
-            f"reads formats up to {FORMAT}: update it, or save the options anew with this version"
+            f"config={name!r} was written by tldr-compile {version} in format {written}, and tldr-compile "
+            f"{this_version()} reads formats up to {FORMAT}: update it, or save the options anew with this version"
         )
     parts = found.get("options"), found.get("for", {})
     unknown = sorted({*found} - {"format", "tldr-compile", "for", "options"})
@@ -77,7 +77,7 @@ def _text(name: str, value: Any) -> str:
         raise OptionError(f"{name}={value!r} has no place in a file of options, which is JSON: {error}") from error
 
 
-def _version() -> str:
+def this_version() -> str:
     from tldr_compile import __version__  # noqa: PLC0415 - the package imports this module first
 
     return __version__

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import tldr_compile
 from tests.tiny import Tiny, clip
 from tldr_compile import NothingToMerge, OptionError, ScheduleError, TldrError, TokenMerging, ops
+from tldr_compile.passes.plan import meeting
 from tldr_compile.presets import Preset
 from tldr_compile.records.charts import draw
-from tldr_compile.tuning import Tuned, page, search, tune, ways
+from tldr_compile.tuning import Tuned, judge, page, search, tune, tuner, ways
 from tldr_compile.tuning.store import FILE, _key
 from tldr_compile.tuning.tuner import TUNED
 
@@ -71,6 +72,12 @@ def test_an_interrupted_run_goes_on_and_finds_the_same(folder: Path, monkeypatch
     (folder / FILE).write_text("".join(f"{line}\n" for line in before[: 4 * len(before) // 5]))
     again = tuned(folder)
     assert {*(folder / FILE).read_text().splitlines()} == {*before}
+
+    def meeting_once(budget: float, planned: Any) -> Any:
+        meeting(budget, planned)  # raises, where a way cannot meet it
+        pytest.fail("a budget that was met is solved again")
+
+    monkeypatch.setattr(judge, "meeting", meeting_once)
     assert again == tuned(folder)
 
 
@@ -179,6 +186,13 @@ def test_other_weights_are_another_run(folder: Path) -> None:
     torch.manual_seed(5)
     with pytest.raises(OptionError, match="was made with weights"):
         tune(Tiny(2).eval(), clip(CLIPS), budget=BUDGET, batch=2, folder=folder)
+
+
+def test_another_version_of_the_package_is_another_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned(folder)
+    monkeypatch.setattr(tuner, "this_version", lambda: "0.0.1")
+    with pytest.raises(OptionError, match=r"was made with tldr-compile '.*', and this run has '0\.0\.1'"):
+        tuned(folder)
 
 
 def test_a_published_schedule_for_as_many_sites_is_one_of_those_to_beat(monkeypatch: pytest.MonkeyPatch) -> None:

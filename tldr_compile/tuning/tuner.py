@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tldr_compile.config import TokenMerging
+from tldr_compile.config_file import this_version
 from tldr_compile.errors import OptionError, ScheduleError
 from tldr_compile.tuning import ways
 from tldr_compile.tuning.answers import Far, answer, check_answer, objective_of
@@ -169,6 +170,7 @@ def _check(model: nn.Module, base: TokenMerging, batch: int) -> None:
 def _about(model: nn.Module, calls: Sequence[Call], objective: str) -> dict[str, Any]:
     """What measurements in a folder are of."""
     return {
+        "tldr-compile": this_version(),
         "model": type(model).__name__,
         "weights": digest(each for entry in model.state_dict().items() for each in entry),
         "clips": digest(each for call in calls for each in pytree.tree_leaves(call.args)),
