@@ -37,7 +37,9 @@ FEW = (0.15, 0.0)
 EQUALS: dict[str, Any] = {"saliency": "uniform", "proportional": True, "pooling": "mass"}
 
 ALONE = [(name, "auto", MIX) for name in MODELS]
-ASKED = [(name, grouping, ONE) for name, model in MODELS.items() if model.takes for grouping in (model.takes, "each")]
+COARSE = [(name, model.takes, ONE) for name, model in MODELS.items() if model.takes]
+FINE = [(name, "each", ONE) for name, _, _ in COARSE]
+EQUAL = [each for each in ALONE + COARSE + FINE if MODELS[each[0]].equal]
 pytestmark = pytest.mark.filterwarnings("ignore:tldr. the merged graph costs")  # these models are small
 
 
@@ -107,7 +109,7 @@ def kept_apart(name: str, schedule: str) -> Apart:
     return Apart.of(dense(name, schedule), (noise(name, schedule),), dims=(0, 2, 3, 4))
 
 
-@pytest.mark.parametrize(("name", "grouping", "schedule"), ALONE + ASKED)
+@pytest.mark.parametrize(("name", "grouping", "schedule"), ALONE + COARSE)
 def test_the_laws_hold(name: str, grouping: str, schedule: str) -> None:
     found, model, video = merged(name, grouping, schedule), dense(name, schedule), noise(name, schedule)
     if found is None:
@@ -137,7 +139,7 @@ def test_the_coarser_grouping_that_fits_is_taken(name: str) -> None:
     assert inside == []
 
 
-@pytest.mark.parametrize(("name", "grouping", "schedule"), [each for each in ALONE + ASKED if MODELS[each[0]].equal])
+@pytest.mark.parametrize(("name", "grouping", "schedule"), EQUAL)
 @torch.no_grad()
 def test_merging_equal_tokens_changes_nothing(name: str, grouping: str, schedule: str) -> None:
     if (found := attempt(name, grouping, schedule, FEW, **EQUALS)) is not None:
