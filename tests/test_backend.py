@@ -162,7 +162,7 @@ def test_gradients_flow_and_deterministic_algorithms_give_the_same_bits() -> Non
     for again in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(results[0], again, strict=True))
     loss = tldr_compile.apply(model, (video,), schedule=[9])(video).square().sum()
-    torch.testing.assert_close(results[0], (loss, *torch.autograd.grad(loss, inputs)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[0], (loss, *torch.autograd.grad(loss, inputs)), rtol=1e-4, atol=1e-5)
     assert all(found.abs().sum() > 0 for found in results[0])
 
 

@@ -78,6 +78,7 @@ def _text(name: str, value: Any) -> str:
 
 
 def this_version() -> str:
+    """Of this package."""
     from tldr_compile import __version__  # noqa: PLC0415 - the package imports this module first
 
     return __version__

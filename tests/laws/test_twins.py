@@ -70,7 +70,10 @@ def test_the_symbolic_trace_is_a_twin(attn: Attn) -> None:
 @pytest.mark.parametrize("case", [case(name) for name in ("vivit", "clip", "umt")], ids=str)
 @torch.no_grad()
 def test_the_graph_of_dynamo_is_a_twin(case: Case) -> None:
-    """Its parameters are inputs like any other: the clip has to be named, and any of them may hide frames."""
+    """Its parameters are inputs like any other: the clip has to be named, and any of them may hide frames.
+
+    Of three families, the one of pictures among them; that the backend is a twin says the same of every model.
+    """
     (video,) = case.inputs()
     taken: list[tuple[fx.GraphModule, list[Any]]] = []
 
